@@ -1,0 +1,31 @@
+# install: .venv with everything; demo: the whole path on real code; test: what CI runs.
+# DATA="folder ..." gives `make demo` other sources than this Python's standard library.
+
+PYTHON ?= python3
+VENV := .venv
+DATA ?=
+OUTPUT ?= runs/demo
+INSTALLED := $(VENV)/installed
+
+.PHONY: install demo test lint clean
+
+install: $(INSTALLED)
+
+# Built again when the packaging or the C++ sources change; Python sources are used in place.
+$(INSTALLED): setup.py pyproject.toml constraints.txt $(wildcard csrc/*/*.cpp csrc/*/*.h csrc/*/*/*.cpp)
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed, this is " + sys.version)'
+	$(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[test,dev]'
+	touch $@
+
+demo: install
+	$(VENV)/bin/stellarator demo $(DATA) --output $(OUTPUT)
+
+test: install
+	$(VENV)/bin/python -m pytest -q -n 2 --dist loadfile --durations 10
+
+lint: install
+	$(VENV)/bin/ruff check . && $(VENV)/bin/ruff format --check .
+
+clean:
+	rm -rf $(VENV) build *.egg-info kernels/stellarator_kernels/*.so
