@@ -1,0 +1,38 @@
+"""Kernels for code language models: forward and backward, each with its mathematics beside it.
+
+defines:
+    attention    flash_attention, decode_attention
+    positions    rope
+    layers       layer_norm, bias_gelu
+    losses       cross_entropy, linear_cross_entropy
+    optimizer    adamw_, grad_norm
+    questions    explain, available
+
+A function and its module share a name (rope.rope), so all are bound here at once: were they bound
+on first use, importing `stellarator_kernels.rope` first would leave the module in the function's
+place.
+"""
+
+from stellarator_kernels.adamw import adamw_
+from stellarator_kernels.attention import decode_attention, flash_attention
+from stellarator_kernels.bias_gelu import bias_gelu
+from stellarator_kernels.cross_entropy import cross_entropy
+from stellarator_kernels.dispatch import available, explain
+from stellarator_kernels.grad_norm import grad_norm
+from stellarator_kernels.layer_norm import layer_norm
+from stellarator_kernels.linear_cross_entropy import linear_cross_entropy
+from stellarator_kernels.rope import rope
+
+__all__ = [
+    "adamw_",
+    "available",
+    "bias_gelu",
+    "cross_entropy",
+    "decode_attention",
+    "explain",
+    "flash_attention",
+    "grad_norm",
+    "layer_norm",
+    "linear_cross_entropy",
+    "rope",
+]

@@ -1,0 +1,15 @@
+"""Attention: for training (flash_attention) and for generation (decode_attention).
+
+defines:
+    api.py        flash_attention: validation, the registered operators, dispatch
+    decode.py     decode_attention: the newest tokens against a cache
+    forward.py    Triton forward kernel and its launcher
+    backward.py   Triton backward kernels (dq, then dk and dv) and their launcher
+    tiles.py      tile sizes, and which keys a row sees: shared by the kernels
+    aten.py       the same op from ATen's CPU flash kernels, document by document, block by block
+"""
+
+from stellarator_kernels.attention.api import flash_attention
+from stellarator_kernels.attention.decode import decode_attention
+
+__all__ = ["decode_attention", "flash_attention"]

@@ -1,0 +1,261 @@
+"""Flash attention: the public function, the two registered operators, and dispatch.
+
+`stellarator::flash_attention_forward` and `..._backward` are opaque to torch.compile: which
+implementation runs is decided inside their bodies. Packed input, (N, H, D), becomes one row,
+(1, N, H, D), on the way in.
+"""
+
+import torch
+
+from stellarator_kernels import checks, dispatch, reference
+from stellarator_kernels.attention import aten
+
+_OP = "flash_attention"
+_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def flash_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    *,
+    causal: bool = True,
+    window: int | None = None,
+    cu_seqlens: torch.Tensor | None = None,
+    scale: float | None = None,
+    return_lse: bool = False,
+    impl: str = "auto",
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    """Attention without the (T, S) matrix of weights, forward and backward.
+
+    out = softmax(scale q k^T + mask) v
+
+    Query head h reads key/value head h // (H/G). With T != S queries and keys are aligned at their
+    ends: the last query is at the last key. A query that sees no key gives 0 (and lse -inf).
+
+    Args:
+        q: (B, T, H, D) bf16/fp16/fp32/fp64; packed documents: (N, H, D). Any strides.
+        k, v: (B, S, G, D) or (N, G, D), the dtype of q, H a multiple of G. Never expanded to H
+            heads by the Triton kernels.
+        causal: a query sees its own key and those before it.
+        window: keys that a query sees at most, its own included; needs `causal`. None: all.
+        cu_seqlens: (E+1,) int32 on the device of q: 0, ends of the documents, the last one N. A
+            query sees keys of its own document only. Its values are checked on the CPU only.
+        scale: of the scores; None: D**-0.5.
+        return_lse: also return lse; gradients flow through it.
+        impl: "auto", "triton" (D a multiple of 8 from 16 to 256), "torch" or "reference".
+    Returns:
+        out, of the shape and dtype of q; with `return_lse` also lse = log sum exp(scale q k^T) in
+        nats, (B, H, T) or (H, N), fp32 (fp64 for fp64).
+    Raises:
+        ValueError: shapes, dtypes or devices disagree, or a window without `causal`.
+        RuntimeError: the requested `impl` cannot run here.
+    Cost: `cost.flash_attention`: 4*D*H FLOPs per visible pair forward, 10*D*H backward.
+    Source: FlashAttention-2, Dao 2023, arXiv:2307.08691.
+    """
+    _validate(q, k, v, causal, window, cu_seqlens)
+    if cu_seqlens is not None:
+        q, k, v = q[None], k[None], v[None]
+    scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
+    out, lse = torch.ops.stellarator.flash_attention_forward(
+        q, k, v, cu_seqlens, causal, window, scale, return_lse, impl
+    )
+    if cu_seqlens is not None:
+        out, lse = out[0], lse[0]
+    return (out, lse) if return_lse else out
+
+
+def _validate(q, k, v, causal, window, cu_seqlens) -> None:
+    """Shapes, dtypes and devices of one call; not the values of `cu_seqlens`."""
+    packed = cu_seqlens is not None
+    forms = ("(N, H, D)", "(N, G, D)") if packed else ("(B, T, H, D)", "(B, S, G, D)")
+    todo = "Packed rows go with cu_seqlens, batches without"
+    shapes = tuple(q.shape), tuple(k.shape)
+    checks.expect(q.dim() == (3 if packed else 4), _OP, f"q {forms[0]}", shapes[0], todo)
+    checks.expect(k.dim() == q.dim(), _OP, f"k {forms[1]}", shapes[1], todo)
+    checks.expect(
+        q.shape[-1] == k.shape[-1] and q.shape[-1] > 0,
+        _OP,
+        "q and k of one head width D > 0",
+        shapes,
+        "Pass heads of one width",
+    )
+    checks.expect(
+        q.shape[0] == k.shape[0],
+        _OP,
+        "q and k with the same number of " + ("tokens N" if packed else "rows B"),
+        shapes,
+        "Packed queries and keys share cu_seqlens" if packed else "Pass the same rows",
+    )
+    checks.expect(
+        k.shape[-2] > 0 and q.shape[-2] % k.shape[-2] == 0,
+        _OP,
+        "a multiple of G query heads",
+        f"H={q.shape[-2]}, G={k.shape[-2]}",
+        "Every key/value head serves H/G query heads",
+    )
+    checks.expect_shape(_OP, "v", v, forms[1], k.shape, "Keys and values have one shape")
+    checks.expect_dtype(_OP, "q", q, _FLOATS, "Cast it")
+    for name, x in (("k", k), ("v", v)):
+        checks.expect_dtype(_OP, name, x, (q.dtype,), "Give q, k and v one dtype")
+    checks.expect_same_device(_OP, q=q, k=k, v=v, cu_seqlens=cu_seqlens)
+    checks.expect(
+        window is None or (causal and window >= 1),
+        _OP,
+        "window >= 1 with causal=True, or None",
+        f"window={window}, causal={causal}",
+        "None means no window; a bidirectional window is not supported",
+    )
+    if packed:
+        checks.expect_dtype(_OP, "cu_seqlens", cu_seqlens, (torch.int32,), "Cast it to int32")
+        checks.expect(
+            cu_seqlens.dim() == 1 and cu_seqlens.shape[0] >= 2,
+            _OP,
+            "cu_seqlens (E+1,) with E >= 1",
+            tuple(cu_seqlens.shape),
+            "Pass 0 and the end of each document",
+        )
+
+
+def _check_documents(cu_seqlens: torch.Tensor | None, N: int) -> None:
+    """The values of `cu_seqlens`, where looking at them does not wait for a GPU."""
+    if cu_seqlens is None or cu_seqlens.device.type != "cpu":
+        return
+    ends = cu_seqlens.tolist()
+    checks.expect(
+        ends[0] == 0 and ends[-1] == N and ends == sorted(ends),
+        _OP,
+        f"cu_seqlens that rises from 0 to N = {N}",
+        ends if len(ends) <= 8 else f"{ends[:4]} ... {ends[-3:]}",
+        "Pass 0 and the end of each document",
+    )
+
+
+def _choose(q: torch.Tensor, impl: str) -> str:
+    """The implementation that runs, given the limits of the kernels."""
+    D = q.shape[-1]
+    fits = D % 8 == 0 and 16 <= D <= 256
+    note = "" if fits else f"the head width is {D}, not a multiple of 8 from 16 to 256"
+    return dispatch.choose(_OP, impl, dispatch.facts(q, note))
+
+
+@torch.library.custom_op("stellarator::flash_attention_forward", mutates_args=())
+def _forward_op(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    cu_seqlens: torch.Tensor | None,
+    causal: bool,
+    window: int | None,
+    scale: float,
+    return_lse: bool,
+    impl: str,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """out (B, T, H, D) and lse (B, H, T), contiguous. `return_lse`: lse will be differentiated."""
+    chosen = _choose(q, impl)
+    _check_documents(cu_seqlens, q.shape[1])
+    B, T, H, _ = q.shape
+    if q.numel() == 0 or k.shape[1] == 0:
+        lse = q.new_full((B, H, T), -torch.inf, dtype=reference.compute_dtype(q))
+        return torch.zeros_like(q, memory_format=torch.contiguous_format), lse
+    if chosen == "reference":
+        visible = _visible(q, k, cu_seqlens, causal, window)
+        out, lse = reference.flash_attention_ref(q, k, v, visible, scale)
+    else:
+        out, lse = _module(chosen, "forward").forward(q, k, v, cu_seqlens, causal, window, scale)
+    return out.contiguous(), lse.contiguous()
+
+
+@_forward_op.register_fake
+def _(q, k, v, cu_seqlens, causal, window, scale, return_lse, impl):
+    B, T, H, _ = q.shape
+    out = torch.empty_like(q, memory_format=torch.contiguous_format)
+    return out, q.new_empty((B, H, T), dtype=reference.compute_dtype(q))
+
+
+@torch.library.custom_op("stellarator::flash_attention_backward", mutates_args=())
+def _backward_op(
+    dout: torch.Tensor,
+    dlse: torch.Tensor | None,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    cu_seqlens: torch.Tensor | None,
+    causal: bool,
+    window: int | None,
+    scale: float,
+    impl: str,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """dq (B, T, H, D), dk and dv (B, S, G, D), contiguous."""
+    chosen = _choose(q, impl)
+    if q.numel() == 0 or k.shape[1] == 0:
+        contiguous = torch.contiguous_format
+        return tuple(torch.zeros_like(x, memory_format=contiguous) for x in (q, k, v))
+    if chosen == "reference":
+        visible = _visible(q, k, cu_seqlens, causal, window)
+        gradients = reference.flash_attention_backward_ref(
+            dout, dlse, q, k, v, out, lse, visible, scale
+        )
+    else:
+        gradients = _module(chosen, "backward").backward(
+            dout, dlse, q, k, v, out, lse, cu_seqlens, causal, window, scale
+        )
+    return tuple(x.contiguous() for x in gradients)
+
+
+@_backward_op.register_fake
+def _(dout, dlse, q, k, v, out, lse, cu_seqlens, causal, window, scale, impl):
+    contiguous = torch.contiguous_format
+    return tuple(torch.empty_like(x, memory_format=contiguous) for x in (q, k, v))
+
+
+def _module(chosen: str, phase: str):
+    """The module with `forward` or `backward`; the kernels' own modules import Triton."""
+    if chosen == "torch":
+        return aten
+    if phase == "forward":
+        from stellarator_kernels.attention import forward as module
+    else:
+        from stellarator_kernels.attention import backward as module
+    return module
+
+
+def _visible(q, k, cu_seqlens, causal, window):
+    """The mask of the reference."""
+    return reference.visible_keys(
+        q.shape[1],
+        k.shape[1],
+        causal=causal,
+        window=window,
+        cu_seqlens=cu_seqlens,
+        device=q.device,
+    )
+
+
+def _setup_context(ctx, inputs, output):
+    q, k, v, cu_seqlens, ctx.causal, ctx.window, ctx.scale, ctx.return_lse, ctx.impl = inputs
+    ctx.save_for_backward(q, k, v, *output, cu_seqlens)
+
+
+def _backward(ctx, dout, dlse):
+    q, k, v, out, lse, cu_seqlens = ctx.saved_tensors
+    gradients = torch.ops.stellarator.flash_attention_backward(
+        dout,
+        dlse if ctx.return_lse else None,
+        q,
+        k,
+        v,
+        out,
+        lse,
+        cu_seqlens,
+        ctx.causal,
+        ctx.window,
+        ctx.scale,
+        ctx.impl,
+    )
+    return (*gradients, None, None, None, None, None, None)
+
+
+_forward_op.register_autograd(_backward, setup_context=_setup_context)

@@ -1,0 +1,231 @@
+"""Flash attention, backward, in two kernels; no atomics, so the same bits every time.
+
+With P = exp(scale q k^T - lse) and delta = rowsum(dout * out) - dlse:
+dv = P^T dout,  dS = P * (dout v^T - delta),  dq = scale dS k,  dk = scale dS^T q.
+
+1. `_dq_kernel`: one program per tile of query rows and query head. It makes delta for its rows (the
+   only reader of `out`), keeps it for the second kernel, and walks over the keys for dq.
+2. `_dkdv_kernel`: one program per tile of keys and key/value head. It walks over the query heads of
+   its group and over the rows that see its keys: dk and dv are summed in registers and come out
+   compact, (B, S, G, D).
+
+Seven products for five: P and dS are made twice, which is the price of having no atomics. Saved
+from the forward: q, k, v, out and lse. P and dS are computed in fp32 and rounded to the input dtype
+before they are multiplied; all accumulators are fp32.
+
+Source: FlashAttention-2, Dao 2023, arXiv:2307.08691, algorithm 2.
+"""
+
+import torch
+
+from stellarator_kernels._triton import tl, triton
+from stellarator_kernels.attention import tiles as shared
+from stellarator_kernels.attention.tiles import (
+    block_ranges,
+    dot,
+    edge_block,
+    key_interval,
+    load_tile,
+    loop_bounds,
+    query_interval,
+)
+
+
+@triton.jit
+def _dq_blocks(
+    acc, q, dout, lse_log2, delta, k_ptr, v_ptr, k_stride_row, v_stride_row,
+    first, last, ranges, S, cols, scale_log2,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, STEP: tl.constexpr,
+    UPCAST: tl.constexpr, EDGES: tl.constexpr,
+):  # fmt: skip
+    """acc += dS k over the inner blocks of keys, or over both edges."""
+    start, stop = loop_bounds(ranges, EDGES)
+    for block in range(start, stop, STEP):
+        if EDGES:
+            block = edge_block(block, ranges)
+        keys = block + tl.arange(0, STEP)
+        k = load_tile(k_ptr, keys, k_stride_row, S, cols, D, BLOCK_D, EDGES)
+        v = load_tile(v_ptr, keys, v_stride_row, S, cols, D, BLOCK_D, EDGES)
+        scores = dot(q, tl.trans(k), UPCAST) * scale_log2
+        if EDGES:
+            visible = (keys[None, :] >= first[:, None]) & (keys[None, :] < last[:, None])
+            scores = tl.where(visible, scores, float("-inf"))
+        weights = tl.exp2(scores - lse_log2[:, None])
+        dscores = weights * (dot(dout, tl.trans(v), UPCAST) - delta[:, None])
+        if not UPCAST:
+            dscores = dscores.to(k.dtype)
+        acc += dot(dscores, k, UPCAST)
+    return acc
+
+
+@triton.jit
+def _dq_kernel(
+    q_ptr, k_ptr, v_ptr, out_ptr, dout_ptr, lse_ptr, dlse_ptr, delta_ptr, dq_ptr, bounds_ptr,
+    q_stride_batch, q_stride_row, q_stride_head,
+    k_stride_batch, k_stride_row, k_stride_head,
+    v_stride_batch, v_stride_row, v_stride_head,
+    out_stride_batch, out_stride_row, out_stride_head,
+    dout_stride_batch, dout_stride_row, dout_stride_head,
+    T, S, H, group, window, scale,
+    CAUSAL: tl.constexpr, WINDOW: tl.constexpr, PACKED: tl.constexpr, HAS_DLSE: tl.constexpr,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, OWN: tl.constexpr, STEP: tl.constexpr,
+    UPCAST: tl.constexpr,
+):  # fmt: skip
+    """Grid (row tiles, H, B), longest tiles first. Writes dq and delta."""
+    tile = tl.num_programs(0) - 1 - tl.program_id(0)
+    head = tl.program_id(1).to(tl.int64)
+    batch = tl.program_id(2).to(tl.int64)
+    kv_head = head // group
+    rows = tile * OWN + tl.arange(0, OWN)
+    cols = tl.arange(0, BLOCK_D)
+    in_rows = rows < T
+    q_ptr += batch * q_stride_batch + head * q_stride_head
+    out_ptr += batch * out_stride_batch + head * out_stride_head
+    dout_ptr += batch * dout_stride_batch + head * dout_stride_head
+    dout = load_tile(dout_ptr, rows, dout_stride_row, T, cols, D, BLOCK_D, True)
+    out = load_tile(out_ptr, rows, out_stride_row, T, cols, D, BLOCK_D, True)
+    statistics = (batch * H + head) * T + rows
+    delta = tl.sum(out.to(tl.float32) * dout.to(tl.float32), 1)
+    if HAS_DLSE:
+        delta -= tl.load(dlse_ptr + statistics, mask=in_rows, other=0.0)
+    tl.store(delta_ptr + statistics, delta, mask=in_rows)
+
+    q = load_tile(q_ptr, rows, q_stride_row, T, cols, D, BLOCK_D, True)
+    # A row that sees no key has lse -inf; every score of it is masked, and exp2(-inf - 0) is 0.
+    lse = tl.load(lse_ptr + statistics, mask=in_rows, other=0.0)
+    lse_log2 = tl.where(lse == float("-inf"), 0.0, lse * 1.4426950408889634)
+    k_ptr += batch * k_stride_batch + kv_head * k_stride_head
+    v_ptr += batch * v_stride_batch + kv_head * v_stride_head
+    first, last = key_interval(rows, T, S, window, bounds_ptr, CAUSAL, WINDOW, PACKED)
+    ranges = block_ranges(first, last, STEP)
+    scale_log2 = scale * 1.4426950408889634
+    acc = tl.zeros((OWN, BLOCK_D), tl.float32)
+    acc = _dq_blocks(
+        acc, q, dout, lse_log2, delta, k_ptr, v_ptr, k_stride_row, v_stride_row,
+        first, last, ranges, S, cols, scale_log2, D, BLOCK_D, STEP, UPCAST, False,
+    )  # fmt: skip
+    acc = _dq_blocks(
+        acc, q, dout, lse_log2, delta, k_ptr, v_ptr, k_stride_row, v_stride_row,
+        first, last, ranges, S, cols, scale_log2, D, BLOCK_D, STEP, UPCAST, True,
+    )  # fmt: skip
+    dq_rows = ((batch * T + rows[:, None]) * H + head) * D
+    tl.store(
+        dq_ptr + dq_rows + cols[None, :],
+        (acc * scale).to(dq_ptr.dtype.element_ty),
+        mask=in_rows[:, None] & (cols < D)[None, :],
+    )
+
+
+@triton.jit
+def _dkdv_blocks(
+    dk, dv, k, v, q_ptr, dout_ptr, lse_ptr, delta_ptr, q_stride_row, dout_stride_row,
+    first, last, ranges, T, cols, scale_log2,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, STEP: tl.constexpr,
+    UPCAST: tl.constexpr, EDGES: tl.constexpr,
+):  # fmt: skip
+    """dk += dS^T q and dv += P^T dout over the inner rows of one head, or both edges."""
+    start, stop = loop_bounds(ranges, EDGES)
+    for block in range(start, stop, STEP):
+        if EDGES:
+            block = edge_block(block, ranges)
+        rows = block + tl.arange(0, STEP)
+        q = load_tile(q_ptr, rows, q_stride_row, T, cols, D, BLOCK_D, EDGES)
+        dout = load_tile(dout_ptr, rows, dout_stride_row, T, cols, D, BLOCK_D, EDGES)
+        if EDGES:
+            lse = tl.load(lse_ptr + rows, mask=rows < T, other=0.0)
+            delta = tl.load(delta_ptr + rows, mask=rows < T, other=0.0)
+            lse = tl.where(lse == float("-inf"), 0.0, lse)  # as in _dq_kernel
+        else:
+            lse = tl.load(lse_ptr + rows)
+            delta = tl.load(delta_ptr + rows)
+        scores = dot(k, tl.trans(q), UPCAST) * scale_log2  # (keys, rows): transposed
+        if EDGES:
+            visible = (rows[None, :] >= first[:, None]) & (rows[None, :] < last[:, None])
+            scores = tl.where(visible, scores, float("-inf"))
+        weights = tl.exp2(scores - (lse * 1.4426950408889634)[None, :])
+        dscores = weights * (dot(v, tl.trans(dout), UPCAST) - delta[None, :])
+        if not UPCAST:
+            weights, dscores = weights.to(dout.dtype), dscores.to(q.dtype)
+        dv += dot(weights, dout, UPCAST)
+        dk += dot(dscores, q, UPCAST)
+    return dk, dv
+
+
+@triton.jit
+def _dkdv_kernel(
+    q_ptr, k_ptr, v_ptr, dout_ptr, lse_ptr, delta_ptr, dk_ptr, dv_ptr, bounds_ptr,
+    q_stride_batch, q_stride_row, q_stride_head,
+    k_stride_batch, k_stride_row, k_stride_head,
+    v_stride_batch, v_stride_row, v_stride_head,
+    dout_stride_batch, dout_stride_row, dout_stride_head,
+    T, S, H, group, window, scale,
+    CAUSAL: tl.constexpr, WINDOW: tl.constexpr, PACKED: tl.constexpr,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, OWN: tl.constexpr, STEP: tl.constexpr,
+    UPCAST: tl.constexpr,
+):  # fmt: skip
+    """Grid (key tiles, G, B); the first keys are seen by most rows when causal, so they go first."""
+    tile = tl.program_id(0)
+    kv_head = tl.program_id(1).to(tl.int64)
+    batch = tl.program_id(2).to(tl.int64)
+    keys = tile * OWN + tl.arange(0, OWN)
+    cols = tl.arange(0, BLOCK_D)
+    k_ptr += batch * k_stride_batch + kv_head * k_stride_head
+    v_ptr += batch * v_stride_batch + kv_head * v_stride_head
+    k = load_tile(k_ptr, keys, k_stride_row, S, cols, D, BLOCK_D, True)
+    v = load_tile(v_ptr, keys, v_stride_row, S, cols, D, BLOCK_D, True)
+
+    first, last = query_interval(keys, T, S, window, bounds_ptr, CAUSAL, WINDOW, PACKED)
+    ranges = block_ranges(first, last, STEP)
+    scale_log2 = scale * 1.4426950408889634
+    dk = tl.zeros((OWN, BLOCK_D), tl.float32)
+    dv = tl.zeros((OWN, BLOCK_D), tl.float32)
+    for member in range(0, group):
+        head = kv_head * group + member
+        q_head = q_ptr + batch * q_stride_batch + head * q_stride_head
+        dout_head = dout_ptr + batch * dout_stride_batch + head * dout_stride_head
+        lse_head = lse_ptr + (batch * H + head) * T
+        delta_head = delta_ptr + (batch * H + head) * T
+        dk, dv = _dkdv_blocks(
+            dk, dv, k, v, q_head, dout_head, lse_head, delta_head,
+            q_stride_row, dout_stride_row, first, last, ranges, T, cols, scale_log2,
+            D, BLOCK_D, STEP, UPCAST, False,
+        )  # fmt: skip
+        dk, dv = _dkdv_blocks(
+            dk, dv, k, v, q_head, dout_head, lse_head, delta_head,
+            q_stride_row, dout_stride_row, first, last, ranges, T, cols, scale_log2,
+            D, BLOCK_D, STEP, UPCAST, True,
+        )  # fmt: skip
+    places = ((batch * S + keys[:, None]) * tl.num_programs(1) + kv_head) * D + cols[None, :]
+    inside = (keys < S)[:, None] & (cols < D)[None, :]
+    tl.store(dk_ptr + places, (dk * scale).to(dk_ptr.dtype.element_ty), mask=inside)
+    tl.store(dv_ptr + places, dv.to(dv_ptr.dtype.element_ty), mask=inside)
+
+
+def backward(dout, dlse, q, k, v, out, lse, cu_seqlens, causal, window, scale):
+    """Gradients dq (B, T, H, D), dk and dv (B, S, G, D), contiguous; dlse (B, H, T) or None."""
+    q, k, v, dout = (shared.last_contiguous(x) for x in (q, k, v, dout))
+    B, T, H, D = q.shape
+    S, G = k.shape[1:3]
+    dq = torch.empty((B, T, H, D), dtype=q.dtype, device=q.device)
+    dk, dv = (torch.empty((B, S, G, D), dtype=q.dtype, device=q.device) for _ in range(2))
+    delta = torch.empty((B, H, T), dtype=torch.float32, device=q.device)
+    capability = torch.cuda.get_device_capability(q.device) if q.is_cuda else None
+    bounds = q if cu_seqlens is None else shared.document_bounds(cu_seqlens, T)
+    strides = *q.stride()[:3], *k.stride()[:3], *v.stride()[:3]
+    sizes = T, S, H, H // G, window or 0, scale
+    flags = {"CAUSAL": causal, "WINDOW": window is not None, "PACKED": cu_seqlens is not None}
+    with shared.on_device(q):
+        tiles = shared.tile_sizes("dq", D, q.dtype, capability)
+        _dq_kernel[(triton.cdiv(T, tiles.own), H, B)](
+            q, k, v, out, dout, lse.contiguous(),
+            lse if dlse is None else dlse.float().contiguous(), delta, dq, bounds,
+            *strides, *out.stride()[:3], *dout.stride()[:3], *sizes,
+            **flags, HAS_DLSE=dlse is not None, **shared.constants(D, q.dtype, tiles),
+        )  # fmt: skip
+        tiles = shared.tile_sizes("dkdv", D, q.dtype, capability)
+        _dkdv_kernel[(triton.cdiv(S, tiles.own), G, B)](
+            q, k, v, dout, lse.contiguous(), delta, dk, dv, bounds,
+            *strides, *dout.stride()[:3], *sizes,
+            **flags, **shared.constants(D, q.dtype, tiles),
+        )  # fmt: skip
+    return dq, dk, dv

@@ -1,0 +1,136 @@
+"""Flash attention, forward.
+
+out = softmax(scale q k^T) v,  lse = log sum exp(scale q k^T), over the keys that each query sees.
+
+One program makes OWN rows of one head: it walks over the keys in blocks of STEP with a running
+maximum and sum (online softmax), first the blocks at the left edge of the visible keys with a mask,
+then those that all its rows see without one, then those at the right edge. Blocks that no row sees
+are skipped. A key/value head is read in place by every query head of its group.
+
+Reads q once and k, v once per tile of rows (mostly from L2), writes out and lse. Softmax in base 2
+and fp32; the products have fp32 accumulators; weights are rounded to the dtype of v before the
+second product. `lse` is in nats.
+
+Source: FlashAttention-2, Dao 2023, arXiv:2307.08691; online softmax, Milakov & Gimelshein 2018,
+arXiv:1805.02867.
+"""
+
+import torch
+
+from stellarator_kernels._triton import tl, triton
+from stellarator_kernels.attention import tiles as shared
+from stellarator_kernels.attention.tiles import (
+    block_ranges,
+    dot,
+    edge_block,
+    key_interval,
+    load_tile,
+    loop_bounds,
+)
+
+
+@triton.jit
+def _forward_blocks(
+    acc, maximum, total, q, k_ptr, v_ptr, k_stride_row, v_stride_row,
+    first, last, ranges, S, cols, scale_log2,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, STEP: tl.constexpr,
+    UPCAST: tl.constexpr, EDGES: tl.constexpr,
+):  # fmt: skip
+    """The online softmax over the inner blocks of keys, or over both edges."""
+    start, stop = loop_bounds(ranges, EDGES)
+    for block in range(start, stop, STEP):
+        if EDGES:
+            block = edge_block(block, ranges)
+        keys = block + tl.arange(0, STEP)
+        k = load_tile(k_ptr, keys, k_stride_row, S, cols, D, BLOCK_D, EDGES)
+        scores = dot(q, tl.trans(k), UPCAST) * scale_log2
+        if EDGES:
+            visible = (keys[None, :] >= first[:, None]) & (keys[None, :] < last[:, None])
+            scores = tl.where(visible, scores, float("-inf"))
+        new_maximum = tl.maximum(maximum, tl.max(scores, 1))
+        shift = new_maximum
+        if EDGES:  # a row may have seen nothing yet: -inf - -inf is NaN
+            shift = tl.where(new_maximum == float("-inf"), 0.0, new_maximum)
+        weights = tl.exp2(scores - shift[:, None])
+        correction = tl.exp2(maximum - shift)
+        total = total * correction + tl.sum(weights, 1)
+        v = load_tile(v_ptr, keys, v_stride_row, S, cols, D, BLOCK_D, EDGES)
+        if not UPCAST:
+            weights = weights.to(v.dtype)
+        acc = acc * correction[:, None] + dot(weights, v, UPCAST)
+        maximum = new_maximum
+    return acc, maximum, total
+
+
+@triton.jit
+def _forward_kernel(
+    q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, bounds_ptr,
+    q_stride_batch, q_stride_row, q_stride_head,
+    k_stride_batch, k_stride_row, k_stride_head,
+    v_stride_batch, v_stride_row, v_stride_head,
+    T, S, H, group, window, scale,
+    CAUSAL: tl.constexpr, WINDOW: tl.constexpr, PACKED: tl.constexpr,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, OWN: tl.constexpr, STEP: tl.constexpr,
+    UPCAST: tl.constexpr,
+):  # fmt: skip
+    """Grid (row tiles, H, B). The last tiles see most keys when causal, so they go first."""
+    tile = tl.num_programs(0) - 1 - tl.program_id(0)
+    head = tl.program_id(1).to(tl.int64)
+    batch = tl.program_id(2).to(tl.int64)
+    kv_head = head // group
+    rows = tile * OWN + tl.arange(0, OWN)
+    cols = tl.arange(0, BLOCK_D)
+    k_ptr += batch * k_stride_batch + kv_head * k_stride_head
+    v_ptr += batch * v_stride_batch + kv_head * v_stride_head
+    q_ptr += batch * q_stride_batch + head * q_stride_head
+    q = load_tile(q_ptr, rows, q_stride_row, T, cols, D, BLOCK_D, True)
+
+    first, last = key_interval(rows, T, S, window, bounds_ptr, CAUSAL, WINDOW, PACKED)
+    ranges = block_ranges(first, last, STEP)
+    scale_log2 = scale * 1.4426950408889634
+    acc = tl.zeros((OWN, BLOCK_D), tl.float32)
+    maximum = tl.full((OWN,), float("-inf"), tl.float32)
+    total = tl.zeros((OWN,), tl.float32)
+    acc, maximum, total = _forward_blocks(
+        acc, maximum, total, q, k_ptr, v_ptr, k_stride_row, v_stride_row,
+        first, last, ranges, S, cols, scale_log2, D, BLOCK_D, STEP, UPCAST, False,
+    )  # fmt: skip
+    acc, maximum, total = _forward_blocks(
+        acc, maximum, total, q, k_ptr, v_ptr, k_stride_row, v_stride_row,
+        first, last, ranges, S, cols, scale_log2, D, BLOCK_D, STEP, UPCAST, True,
+    )  # fmt: skip
+
+    # maximum is -inf and total 0 where no key was seen: out is then 0, and lse -inf.
+    total = tl.where(total == 0.0, 1.0, total)
+    acc = acc / total[:, None]
+    lse = (maximum + tl.log2(total)) * 0.6931471805599453
+    in_rows = rows < T
+    tl.store(lse_ptr + (batch * H + head) * T + rows, lse, mask=in_rows)
+    out_rows = ((batch * T + rows[:, None]) * H + head) * D
+    tl.store(
+        out_ptr + out_rows + cols[None, :],
+        acc.to(out_ptr.dtype.element_ty),
+        mask=in_rows[:, None] & (cols < D)[None, :],
+    )
+
+
+def forward(q, k, v, cu_seqlens, causal, window, scale):
+    """q (B, T, H, D), k and v (B, S, G, D), B = 1 if packed -> out (B, T, H, D), lse (B, H, T)."""
+    q, k, v = (shared.last_contiguous(x) for x in (q, k, v))
+    B, T, H, D = q.shape
+    S, G = k.shape[1:3]
+    out = torch.empty((B, T, H, D), dtype=q.dtype, device=q.device)
+    lse = torch.empty((B, H, T), dtype=torch.float32, device=q.device)
+    capability = torch.cuda.get_device_capability(q.device) if q.is_cuda else None
+    tiles = shared.tile_sizes("forward", D, q.dtype, capability)
+    # Without documents the kernel does not read `bounds`: any tensor will do.
+    bounds = q if cu_seqlens is None else shared.document_bounds(cu_seqlens, T)
+    with shared.on_device(q):
+        _forward_kernel[(triton.cdiv(T, tiles.own), H, B)](
+            q, k, v, out, lse, bounds,
+            *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],
+            T, S, H, H // G, window or 0, scale,
+            CAUSAL=causal, WINDOW=window is not None, PACKED=cu_seqlens is not None,
+            **shared.constants(D, q.dtype, tiles),
+        )  # fmt: skip
+    return out, lse

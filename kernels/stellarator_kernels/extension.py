@@ -1,0 +1,69 @@
+"""The C++ extension `stellarator_kernels._cpu`: loading it, and which instruction set it uses.
+
+defines: failure, load, isa, ISA_VARIABLE
+
+The extension is optional. `dispatch` looks whether its file is there; the reason for which a file
+that is there does not load is found here, at first use.
+"""
+
+import functools
+import importlib
+import os
+
+import torch  # noqa: F401  before the extension, which borrows torch's threads
+
+ISA_VARIABLE = "STELLARATOR_ISA"
+
+
+@functools.cache
+def failure() -> str | None:
+    """Why the extension cannot be used, in one line; None if it can."""
+    try:
+        importlib.import_module("stellarator_kernels._cpu")
+    except ImportError as error:
+        return str(error).splitlines()[0]
+    return None
+
+
+def load():
+    """The module `stellarator_kernels._cpu`.
+
+    Raises:
+        RuntimeError: it is not built, or built for another machine; the message says what to do.
+    """
+    reason = failure()
+    if reason is not None:
+        raise RuntimeError(
+            f"extension: expected stellarator_kernels._cpu to load, got {reason!r}. "
+            "Run `stellarator doctor` for the command that builds it, or pass impl='torch'."
+        )
+    return importlib.import_module("stellarator_kernels._cpu")
+
+
+def isa():
+    """The instruction set that the kernels run on: the best of this machine, or the forced one.
+
+    STELLARATOR_ISA=portable, avx2 or avx512 forces it, to compare or to find a fault; the results
+    have the same bits.
+
+    Raises:
+        ValueError: STELLARATOR_ISA holds another word.
+        RuntimeError: this machine does not have that instruction set.
+    """
+    module = load()
+    best = module.best_isa()
+    name = os.environ.get(ISA_VARIABLE, "")
+    if not name:
+        return best
+    names = list(module.Isa.__members__)
+    if name not in names:
+        raise ValueError(
+            f"extension: expected {ISA_VARIABLE} in {names}, got {name!r}. Unset it for the best."
+        )
+    forced = module.Isa.__members__[name]
+    if int(forced) > int(best):
+        raise RuntimeError(
+            f"extension: expected {ISA_VARIABLE} up to {best.name!r}, the best of this machine, "
+            f"got {name!r}. Unset it for the best."
+        )
+    return forced

@@ -1,0 +1,314 @@
+"""Cross entropy of logits = hidden @ weight^T + bias, whose (N, V) logits are never stored whole.
+
+forward:  losses as in cross_entropy.py; "mean" divides by the number of targets that count, "sum" adds
+backward: dhidden = dlogits @ weight;  dweight = dlogits^T @ hidden;  dbias = sum(dlogits)
+
+Tokens whose target is ignored are left out before any product. The others are taken in chunks: one
+product gives the logits of a chunk, one kernel computes their losses and overwrites them by their
+gradient, two products use it up: 6*N*V*C operations, nothing is computed twice. So "mean" and "sum"
+compute their gradients in the forward pass, when one is wanted, and the backward only multiplies
+them by the incoming scalar. For "none" the gradient of each loss is known in the backward alone,
+which computes the logits of a chunk again (8*N*V*C).
+
+Precision: the logits of a chunk have the dtype of hidden, rounded once from an fp32 accumulator,
+and are overwritten in place. (fp32 logits out of a 16-bit product do not exist on a CPU, where the
+fp32 product takes 5 times as long; on a GPU they would triple the memory of a chunk.) Softmax and
+losses are fp32. dweight and dbias are added over the chunks in fp32 and cast once. With fp16 and
+"mean" the gradient of many tokens can underflow: use "sum".
+
+Memory beside the results: one chunk of logits, the product and the fp32 sum of dweight.
+Source: chunking, pytorch issue 124480; gradient in the forward pass, Liger, arXiv:2410.10989.
+"""
+
+import torch
+
+from stellarator_kernels import reference
+from stellarator_kernels.checks import expect, expect_dtype, expect_same_device, expect_shape
+from stellarator_kernels.cross_entropy import check_targets, forward_torch, launch_forward
+from stellarator_kernels.dispatch import choose, facts
+
+_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+_REDUCTIONS = ("mean", "sum", "none")
+_MIN_CHUNK_BYTES = 64 << 20
+
+
+def chunk_rows(N: int, C: int, V: int, itemsize: int) -> int:
+    """Tokens per chunk: chunks of even size whose logits take no more than the gradients do.
+
+    The gradients (N + V) * C have to exist in any case, so logits of that size cost little more,
+    and the larger the chunk the less often the fp32 sum of dweight is read and written. 64 MiB are
+    always allowed; at least 128 tokens. A multiple of 128 unless there is one chunk.
+    """
+    if N == 0:
+        return 1
+    budget = max(_MIN_CHUNK_BYTES, (N + V) * C * itemsize)
+    most = max(128, budget // (V * itemsize) // 128 * 128)
+    num_chunks = -(-N // most)
+    return min(N, -(-N // num_chunks // 128) * 128)
+
+
+def _add_product(total, product, left, right, last):
+    """total += left @ right, in fp32 or more; returns the new total and a buffer for the next call.
+
+    The only chunk needs no sum: its product already has the dtype of the result.
+    """
+    dtype = reference.compute_dtype(left)
+    if total is None and (last or left.dtype == dtype):
+        return torch.mm(left, right), None
+    if left.dtype == dtype:
+        return torch.addmm(total, left, right, out=total), None
+    if left.device.type == "cuda":
+        product = torch.mm(left, right, out_dtype=dtype)
+        return product if total is None else total.add_(product), None
+    # The same memory for every product: on a CPU fresh pages cost as much as the product itself.
+    product = torch.mm(left, right, out=product)
+    return product.to(dtype) if total is None else total.add_(product), product
+
+
+def _chunked(hidden, weight, bias, targets, kept, dloss, z_loss, rows, need, chosen):
+    """Losses of all tokens and, unless `dloss` (N,) is None, the gradients that `need` asks for.
+
+    kept: (K,) indices of the tokens that count.  need: for hidden, weight, bias.
+    """
+    N, K, V = hidden.shape[0], kept.numel(), weight.shape[0]
+    dtype = reference.compute_dtype(hidden)
+    losses = hidden.new_zeros(N, dtype=dtype)
+    dhidden = hidden.new_zeros(hidden.shape) if need[0] and K < N else None
+    dhidden = hidden.new_empty(hidden.shape) if need[0] and K == N else dhidden
+    dweight = product = dbias = None
+    buffer = hidden.new_empty(min(rows, K), V)
+    compute = launch_forward if chosen == "triton" else forward_torch
+    for start in range(0, K, rows):
+        stop = min(K, start + rows)
+        index = slice(start, stop) if K == N else kept[start:stop]
+        h, logits = hidden[index], buffer[: stop - start]
+        if bias is None:
+            torch.mm(h, weight.t(), out=logits)
+        else:
+            torch.addmm(bias, h, weight.t(), out=logits)
+        scale = None if dloss is None else dloss[index].contiguous()
+        # -1 is no target here: what is ignored has been left out.
+        losses[index] = compute(logits, targets[index], scale, -1, z_loss)[0]
+        if dloss is None:
+            continue
+        if need[0] and K == N:
+            torch.mm(logits, weight, out=dhidden[index])
+        elif need[0]:
+            dhidden[index] = torch.mm(logits, weight)
+        if need[1]:
+            only = start == 0 and stop == K
+            dweight, product = _add_product(dweight, product, logits.t(), h, only)
+        if need[2]:
+            partial = logits.sum(0).to(dtype)
+            dbias = partial if dbias is None else dbias.add_(partial)
+    return losses, dhidden, *(
+        g.to(x.dtype) if g is not None else torch.zeros_like(x) if x is not None and n else None
+        for g, x, n in ((dweight, weight, need[1]), (dbias, bias, need[2]))
+    )
+
+
+def _whole(hidden, weight, bias, targets, dloss, ignore_index, z_loss):
+    """The same by the formulas of reference.py."""
+    losses, lse, logits = reference.linear_cross_entropy_ref(
+        hidden, weight, targets, bias, ignore_index, z_loss
+    )
+    if dloss is None:
+        return losses, None, None, None
+    return losses, *reference.linear_cross_entropy_backward_ref(
+        dloss, hidden, weight, targets, lse, logits, bias, ignore_index, z_loss
+    )
+
+
+def _compute(hidden, weight, bias, targets, kept, dloss, ignore_index, z_loss, rows, need, impl):
+    """(losses, dhidden, dweight, dbias) by the chosen implementation; what is not needed is empty."""
+    chosen = choose("linear_cross_entropy", impl, facts(hidden))
+    if chosen == "reference":
+        results = _whole(hidden, weight, bias, targets, dloss, ignore_index, z_loss)
+    else:
+        results = _chunked(
+            hidden, weight, bias, targets, kept, dloss, z_loss, rows, need, chosen
+        )  # fmt: skip
+    losses, *gradients = results
+    return losses, *(
+        g.contiguous() if n and g is not None else hidden.new_empty(0)
+        for g, n in zip(gradients, need, strict=True)
+    )
+
+
+@torch.library.custom_op("stellarator::linear_cross_entropy_forward", mutates_args=())
+def _linear_cross_entropy_forward(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    targets: torch.Tensor,
+    ignore_index: int,
+    z_loss: float,
+    reduction: str,
+    rows: int,
+    need_hidden: bool,
+    need_weight: bool,
+    need_bias: bool,
+    impl: str,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The loss, and for "mean" and "sum" its gradients where they are needed (else empty)."""
+    check_targets("linear_cross_entropy", targets, weight.shape[0], ignore_index)
+    need = (need_hidden, need_weight, need_bias)
+    kept = (targets != ignore_index).nonzero()[:, 0]
+    factor = 1.0 / max(1, kept.numel()) if reduction == "mean" else 1.0
+    dloss = None
+    if any(need):
+        dtype = reference.compute_dtype(hidden)
+        dloss = torch.full(targets.shape, factor, dtype=dtype, device=hidden.device)
+    losses, *gradients = _compute(
+        hidden, weight, bias, targets, kept, dloss, ignore_index, z_loss, rows, need, impl
+    )
+    return losses if reduction == "none" else losses.sum() * factor, *gradients
+
+
+@_linear_cross_entropy_forward.register_fake
+def _fake_forward(
+    hidden, weight, bias, targets, ignore_index, z_loss, reduction, rows,
+    need_hidden, need_weight, need_bias, impl,
+):  # fmt: skip
+    shape = targets.shape if reduction == "none" else ()
+    loss = hidden.new_empty(shape, dtype=reference.compute_dtype(hidden))
+    return loss, *_fake_gradients(hidden, weight, bias, need_hidden, need_weight, need_bias)
+
+
+def _fake_gradients(hidden, weight, bias, *need):
+    """Shapes of the gradients; what is not needed is empty."""
+    return tuple(
+        hidden.new_empty(x.shape if n else 0)
+        for x, n in zip((hidden, weight, bias), need, strict=True)
+    )
+
+
+@torch.library.custom_op("stellarator::linear_cross_entropy_backward", mutates_args=())
+def _linear_cross_entropy_backward(
+    dloss: torch.Tensor,
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    targets: torch.Tensor,
+    ignore_index: int,
+    z_loss: float,
+    rows: int,
+    need_hidden: bool,
+    need_weight: bool,
+    need_bias: bool,
+    impl: str,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Gradients for "none", from dloss (N,)."""
+    need = (need_hidden, need_weight, need_bias)
+    kept = (targets != ignore_index).nonzero()[:, 0]
+    return _compute(
+        hidden, weight, bias, targets, kept, dloss, ignore_index, z_loss, rows, need, impl
+    )[1:]
+
+
+@_linear_cross_entropy_backward.register_fake
+def _fake_backward(
+    dloss, hidden, weight, bias, targets, ignore_index, z_loss, rows,
+    need_hidden, need_weight, need_bias, impl,
+):  # fmt: skip
+    return _fake_gradients(hidden, weight, bias, need_hidden, need_weight, need_bias)
+
+
+def _setup_context(ctx, inputs, output):
+    hidden, weight, bias, targets, ctx.ignore_index, ctx.z_loss, ctx.reduction, ctx.rows = inputs[:8]
+    ctx.need, ctx.impl = inputs[8:11], inputs[11]
+    if ctx.reduction == "none":
+        ctx.need = ctx.needs_input_grad[:3]
+        ctx.save_for_backward(hidden, weight, bias, targets)
+    else:
+        ctx.save_for_backward(*output[1:])
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)  # else autograd makes zeros (V, C) for the other outputs
+
+
+def _times(gradient, dloss):
+    """gradient * dloss, with dloss (0-d, fp32) unrounded whatever the dtype of the gradient."""
+    if gradient.device.type == "cpu":
+        return gradient * dloss
+    # A 0-d tensor on a GPU would be rounded to 16 bits before the product; one of one element not.
+    return (gradient * dloss.reshape((1,) * gradient.dim())).to(gradient.dtype)
+
+
+def _backward(ctx, dloss, *_):
+    if dloss is None:
+        return (None,) * 12
+    if ctx.reduction == "none":
+        gradients = _linear_cross_entropy_backward(
+            dloss, *ctx.saved_tensors, ctx.ignore_index, ctx.z_loss, ctx.rows, *ctx.need, ctx.impl
+        )
+    else:
+        gradients = [
+            _times(g, dloss) if need else None
+            for g, need in zip(ctx.saved_tensors, ctx.need, strict=True)
+        ]
+    dhidden, dweight, dbias = (g if n else None for g, n in zip(gradients, ctx.need, strict=True))
+    return dhidden, dweight, dbias, *(None,) * 9
+
+
+_linear_cross_entropy_forward.register_autograd(_backward, setup_context=_setup_context)
+
+
+def linear_cross_entropy(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    targets: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    *,
+    ignore_index: int = -100,
+    z_loss: float = 0.0,
+    reduction: str = "mean",
+    chunk_size: int | None = None,
+    impl: str = "auto",
+) -> torch.Tensor:
+    """Cross entropy of logits = hidden @ weight^T + bias, without the (N, V) logits.
+
+    Args:
+        hidden: (N, C) bf16/fp16/fp32/fp64.
+        weight: (V, C), dtype of hidden.
+        targets: (N,) int64 in [0, V), or `ignore_index`.
+        bias: (V,), dtype of hidden, or None.
+        ignore_index: target of tokens without a loss and without a gradient.
+        z_loss: weight of lse^2.
+        reduction: "mean" over the tokens that count (0 if there is none), "sum", or "none".
+        chunk_size: tokens whose logits exist at one time; None: `chunk_rows`.
+    Returns:
+        loss: fp32 (fp64 for fp64) scalar, or (N,) for "none", nats.
+    Raises:
+        ValueError: shapes, dtypes or devices disagree; on a CPU also a target that is no class.
+    Cost: `cost.linear_cross_entropy`. On a GPU it waits once for the number of tokens that count.
+    """
+    _check(hidden, weight, targets, bias, reduction, chunk_size)
+    (N, C), V = hidden.shape, weight.shape[0]
+    rows = chunk_rows(N, C, V, hidden.element_size()) if chunk_size is None else chunk_size
+    wanted = torch.is_grad_enabled() and reduction != "none"
+    need = (wanted and x is not None and x.requires_grad for x in (hidden, weight, bias))
+    return _linear_cross_entropy_forward(
+        hidden, weight, bias, targets, ignore_index, z_loss, reduction, rows, *need, impl
+    )[0]
+
+
+def _check(hidden, weight, targets, bias, reduction, chunk_size):
+    """Raise ValueError for arguments that do not fit together."""
+    op = "linear_cross_entropy"
+    if hidden.dim() != 2:
+        expect(False, op, "hidden (N, C)", tuple(hidden.shape), "Flatten the tokens")
+    if weight.dim() != 2 or weight.shape[1] != hidden.shape[1] or weight.shape[0] < 1:
+        form = f"weight (V, C) with C = {hidden.shape[1]} and V >= 1"
+        expect(False, op, form, tuple(weight.shape), "Pass the output embedding, not its transpose")
+    expect_shape(op, "targets", targets, "(N,)", hidden.shape[:1], "Pass one target per token")
+    expect_dtype(op, "targets", targets, (torch.int64,), "Cast them with .long()")
+    expect_dtype(op, "hidden", hidden, _FLOATS, "Cast it to a floating dtype")
+    expect_dtype(op, "weight", weight, (hidden.dtype,), "Cast it to the dtype of hidden")
+    if bias is not None:
+        expect_shape(op, "bias", bias, "(V,)", weight.shape[:1], "Pass one value per class")
+        expect_dtype(op, "bias", bias, (hidden.dtype,), "Cast it to the dtype of hidden")
+    expect_same_device(op, hidden=hidden, weight=weight, targets=targets, bias=bias)
+    if reduction not in _REDUCTIONS:
+        expect(False, op, f"reduction in {_REDUCTIONS}", repr(reduction), "Use one of them")
+    if chunk_size is not None and chunk_size < 1:
+        expect(False, op, "chunk_size >= 1 or None", chunk_size, "Pass a number of tokens")

@@ -1,0 +1,237 @@
+"""The specification: every op in plain torch, forward and backward, in any float dtype.
+
+Sections, in the order of a model: attention, rope, layer_norm, bias_gelu, cross_entropy,
+linear_cross_entropy, adamw, grad_norm. Each computes in float32, or in float64 for float64 input,
+and returns the dtype of its input. No Triton, no cleverness: this file is meant to be read.
+"""
+
+import math
+
+import torch
+
+
+def compute_dtype(x: torch.Tensor) -> torch.dtype:
+    """float64 stays float64; everything else is computed in float32."""
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def visible_keys(T, S, *, causal=True, window=None, cu_seqlens=None, device=None) -> torch.Tensor:
+    """(T, S) bool: query i may see key j. Aligned at the bottom right: the last query is at key S-1.
+
+    Causal: j <= i + S - T. Window: i + S - T - j < W. Packed: the same document.
+    """
+    rows = torch.arange(T, device=device)[:, None] + (S - T)
+    keys = torch.arange(S, device=device)[None]
+    visible = torch.ones(T, S, dtype=torch.bool, device=device)
+    if causal:
+        visible &= keys <= rows
+    if window is not None:
+        visible &= rows - keys < window
+    if cu_seqlens is not None:
+        ends = cu_seqlens[1:].long()
+        visible &= torch.bucketize(rows, ends, right=True) == torch.bucketize(
+            keys, ends, right=True
+        )
+    return visible
+
+
+def _grouped(x: torch.Tensor, G: int) -> torch.Tensor:
+    """(B, T, H, D) -> (B, T, G, H/G, D): query head h reads key/value head h // (H/G)."""
+    return x.unflatten(2, (G, x.shape[2] // G))
+
+
+def flash_attention_ref(q, k, v, visible, scale):
+    """out = softmax(scale q k^T) v over the visible keys and lse = log sum exp(scale q k^T).
+
+    q (B, T, H, D), k and v (B, S, G, D), visible (T, S) bool; out (B, T, H, D), lse (B, H, T) in
+    nats. A row that sees no key has out 0 and lse -inf.
+    """
+    dtype, G = compute_dtype(q), k.shape[2]
+    scores = torch.einsum("btgrd,bsgd->bgrts", _grouped(q.to(dtype), G), k.to(dtype)) * scale
+    scores = scores.masked_fill(~visible, -math.inf)
+    lse = scores.logsumexp(-1) if k.shape[1] else scores.new_full(scores.shape[:-1], -math.inf)
+    weights = (scores - lse.nan_to_num(neginf=0.0)[..., None]).exp()
+    out = torch.einsum("bgrts,bsgd->btgrd", weights, v.to(dtype))
+    return out.flatten(2, 3).to(q.dtype), lse.flatten(1, 2)
+
+
+def flash_attention_backward_ref(dout, dlse, q, k, v, out, lse, visible, scale):
+    """dq, dk, dv; dlse (B, H, T) is the gradient of lse, or None.
+
+    With P = exp(scale q k^T - lse) and delta = rowsum(dout * out) - dlse:
+    dv = P^T dout;  dS = P * (dout v^T - delta);  dq = scale dS k;  dk = scale dS^T q
+    """
+    dtype, G = compute_dtype(q), k.shape[2]
+    q_, dout_, out_ = (_grouped(x.to(dtype), G) for x in (q, dout, out))
+    k_, v_ = k.to(dtype), v.to(dtype)
+    lse = lse.to(dtype).nan_to_num(neginf=0.0).unflatten(1, (G, -1))[..., None]
+    delta = (dout_ * out_).sum(-1).permute(0, 2, 3, 1)
+    if dlse is not None:
+        delta = delta - dlse.to(dtype).unflatten(1, (G, -1))
+    scores = torch.einsum("btgrd,bsgd->bgrts", q_, k_) * scale
+    weights = (scores - lse).masked_fill(~visible, -math.inf).exp()
+    dv = torch.einsum("bgrts,btgrd->bsgd", weights, dout_)
+    dscores = weights * (torch.einsum("btgrd,bsgd->bgrts", dout_, v_) - delta[..., None]) * scale
+    dq = torch.einsum("bgrts,bsgd->btgrd", dscores, k_).flatten(2, 3)
+    dk = torch.einsum("bgrts,btgrd->bsgd", dscores, q_)
+    return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype)
+
+
+def decode_attention_ref(q, k_cache, v_cache, lengths, window, scale):
+    """Attention of the newest T tokens of each row to the first lengths[b] entries of its cache.
+
+    Query t of row b is token lengths[b] - T + t; it sees itself and the W - 1 tokens before it.
+    """
+    rows = []
+    for b, length in enumerate(lengths.tolist()):
+        visible = visible_keys(q.shape[1], length, window=window, device=q.device)
+        row = (q[b : b + 1], k_cache[b : b + 1, :length], v_cache[b : b + 1, :length])
+        rows.append(flash_attention_ref(*row, visible, scale)[0])
+    return torch.cat(rows) if rows else torch.empty_like(q)
+
+
+def rope_table(positions: torch.Tensor, D: int, theta: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """cos and sin of positions * theta^(-2i/D), each (M, D/2) fp32, M = number of positions.
+
+    Always float32, in the order of operations of Hugging Face: a checkpoint was trained with these
+    very angles, and at position 16,384 a rounding of the frequency already moves them by 1e-3.
+    """
+    exponents = torch.arange(0, D, 2, dtype=torch.float32, device=positions.device) / D
+    angles = positions.reshape(-1, 1).float() * (1.0 / theta**exponents)
+    return angles.cos(), angles.sin()
+
+
+def rope_ref(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Rotate the pairs (x[i], x[i + D/2]) of x (M, H, D) by the angles of the table (M, D/2)."""
+    dtype = compute_dtype(x)
+    first, second = x.to(dtype).chunk(2, dim=-1)
+    cos, sin = cos.to(dtype)[:, None], sin.to(dtype)[:, None]
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), -1).to(x.dtype)
+
+
+def rope_backward_ref(dy: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """The transpose of a rotation is the rotation by the negative angle."""
+    return rope_ref(dy, cos, -sin)
+
+
+def layer_norm_ref(x, weight, bias, eps, residual=None):
+    """y = (s - mean) * rstd * weight + bias with s = x + residual; returns y, s, mean, rstd.
+
+    s is rounded to the dtype of x before its statistics are taken. mean and rstd are (N, 1).
+    """
+    dtype = compute_dtype(x)
+    summed = x if residual is None else (x.to(dtype) + residual.to(dtype)).to(x.dtype)
+    s = summed.to(dtype)
+    mean = s.mean(-1, keepdim=True)
+    rstd = ((s - mean).square().mean(-1, keepdim=True) + eps).rsqrt()
+    y = (s - mean) * rstd * weight.to(dtype)
+    y = y if bias is None else y + bias.to(dtype)
+    return y.to(x.dtype), summed, mean, rstd
+
+
+def layer_norm_backward_ref(dy, summed, weight, mean, rstd, dsummed=None):
+    """dx (also the gradient of the residual), dweight, dbias.
+
+    With g = dy * weight and n = (s - mean) * rstd:
+    dx = rstd * (g - mean(g) - n * mean(g * n)) + dsummed;  dweight = sum(dy * n);  dbias = sum(dy)
+    """
+    dtype = compute_dtype(summed)
+    dy = dy.to(dtype)
+    normalised = (summed.to(dtype) - mean) * rstd
+    g = dy * weight.to(dtype)
+    dx = rstd * (
+        g - g.mean(-1, keepdim=True) - normalised * (g * normalised).mean(-1, keepdim=True)
+    )
+    dx = dx if dsummed is None else dx + dsummed.to(dtype)
+    dweight, dbias = (dy * normalised).sum(0), dy.sum(0)
+    return dx.to(summed.dtype), dweight.to(weight.dtype), dbias.to(weight.dtype)
+
+
+def bias_gelu_ref(x, bias, approximate="tanh"):
+    """gelu(u), u = x + bias: u * Phi(u) ("none"), or with Phi by its tanh approximation ("tanh")."""
+    dtype = compute_dtype(x)
+    u = x.to(dtype) if bias is None else x.to(dtype) + bias.to(dtype)
+    if approximate == "none":
+        return (0.5 * u * (1 + torch.erf(u / math.sqrt(2)))).to(x.dtype)
+    t = torch.tanh(math.sqrt(2 / math.pi) * (u + 0.044715 * u**3))
+    return (0.5 * u * (1 + t)).to(x.dtype)
+
+
+def bias_gelu_backward_ref(dy, x, bias, approximate="tanh"):
+    """dx = dy * gelu'(u), dbias = sum(dx) before dx is rounded (None without a bias).
+
+    "none": gelu' = Phi(u) + u * phi(u);  "tanh", with t = tanh(a*(u + b*u^3)):
+    gelu' = (1 + t) / 2 + u/2 * (1 - t^2) * a * (1 + 3*b*u^2)
+    """
+    dtype = compute_dtype(x)
+    u = x.to(dtype) if bias is None else x.to(dtype) + bias.to(dtype)
+    if approximate == "none":
+        cdf = 0.5 * (1 + torch.erf(u / math.sqrt(2)))
+        slope = cdf + u * torch.exp(-0.5 * u * u) / math.sqrt(2 * math.pi)
+    else:
+        a, b = math.sqrt(2 / math.pi), 0.044715
+        t = torch.tanh(a * (u + b * u**3))
+        slope = 0.5 * (1 + t) + 0.5 * u * (1 - t * t) * a * (1 + 3 * b * u * u)
+    dx = dy.to(dtype) * slope
+    return dx.to(x.dtype), None if bias is None else dx.sum(0).to(bias.dtype)
+
+
+def cross_entropy_ref(logits, targets, ignore_index=-100, z_loss=0.0):
+    """lse - logits[target] + z_loss * lse^2 per row, 0 where ignored; returns losses and lse (N,)."""
+    x = logits.to(compute_dtype(logits))
+    largest = x.amax(-1, keepdim=True)
+    shifted = x - largest
+    log_total = shifted.exp().sum(-1).log()
+    valid = targets != ignore_index
+    picked = shifted.gather(1, torch.where(valid, targets, 0)[:, None])[:, 0]
+    lse = largest[:, 0] + log_total
+    return torch.where(valid, log_total - picked + z_loss * lse.square(), 0.0), lse
+
+
+def cross_entropy_backward_ref(dloss, logits, targets, lse, ignore_index=-100, z_loss=0.0):
+    """dlogits = ((1 + 2*z_loss*lse) * softmax - onehot(target)) * dloss, 0 where ignored."""
+    x = logits.to(lse.dtype)
+    valid = (targets != ignore_index)[:, None]
+    gradient = torch.exp(x - lse[:, None]) * (1 + 2 * z_loss * lse)[:, None]
+    gradient -= (torch.arange(x.shape[1], device=x.device) == targets[:, None]).to(x.dtype)
+    return torch.where(valid, gradient * dloss.to(lse.dtype)[:, None], 0.0).to(logits.dtype)
+
+
+def linear_cross_entropy_ref(hidden, weight, targets, bias=None, ignore_index=-100, z_loss=0.0):
+    """Cross entropy of logits = hidden @ weight^T + bias; returns losses, lse (N,), logits (N, V)."""
+    dtype = compute_dtype(hidden)
+    logits = hidden.to(dtype) @ weight.to(dtype).t()
+    logits = logits if bias is None else logits + bias.to(dtype)
+    return *cross_entropy_ref(logits, targets, ignore_index, z_loss), logits
+
+
+def linear_cross_entropy_backward_ref(
+    dloss, hidden, weight, targets, lse, logits, bias=None, ignore_index=-100, z_loss=0.0
+):
+    """dhidden = dlogits @ weight, dweight = dlogits^T @ hidden, dbias = sum(dlogits); dloss is (N,)."""
+    dlogits = cross_entropy_backward_ref(dloss, logits, targets, lse, ignore_index, z_loss)
+    dhidden = (dlogits @ weight.to(dlogits.dtype)).to(hidden.dtype)
+    dweight = (dlogits.t() @ hidden.to(dlogits.dtype)).to(weight.dtype)
+    return dhidden, dweight, None if bias is None else dlogits.sum(0).to(bias.dtype)
+
+
+def adamw_ref(weight, grad, exp_avg, exp_avg_sq, factors, *, beta1, beta2, eps, clip=None):
+    """New (weight, exp_avg, exp_avg_sq) after one step.
+
+    g = clip * grad;  m = m + (1 - beta1) * (g - m);  v = beta2 * v + (1 - beta2) * g^2
+    w = decay * w - step_size * m / (sqrt(v) * root_correction + eps)
+    with factors = decay: 1 - lr * weight_decay, step_size: lr / (1 - beta1^t),
+    root_correction: (1 - beta2^t)^-1/2.
+    """
+    decay, step_size, root_correction = factors
+    g = grad.to(weight.dtype)
+    g = g if clip is None else g * clip.to(weight.dtype)
+    m = exp_avg + (1 - beta1) * (g - exp_avg)
+    v = beta2 * exp_avg_sq + (1 - beta2) * g.square()
+    w = decay * weight - step_size * m / (v.sqrt() * root_correction + eps)
+    return w, m, v
+
+
+def grad_norm_ref(tensors):
+    """sqrt(sum x^2) over all elements of all tensors, in float64, 0-d."""
+    return torch.stack([x.double().square().sum() for x in tensors]).sum().sqrt()

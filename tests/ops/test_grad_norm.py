@@ -1,0 +1,152 @@
+"""The L2 norm against exact rational arithmetic (math.fsum of exact squares) and torch.
+
+Also: the same bits on every instruction set and any number of threads.
+Not covered: a real GPU (`triton` runs in its interpreter here and is compiled for sm_80 and sm_90).
+"""
+
+import math
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from stellarator_kernels import cost, extension, grad_norm
+
+needs_extension = pytest.mark.skipif(
+    extension.failure() is not None, reason=f"no C++ extension: {extension.failure()}"
+)
+IMPLS = [
+    pytest.param("cpu", marks=needs_extension),
+    "torch",
+    "reference",
+    pytest.param("triton", marks=pytest.mark.interpret),
+]
+
+
+def exact(tensors):
+    """The norm of float32 or narrower tensors; each square is exact in float64, as is fsum."""
+    return math.sqrt(math.fsum(x * x for t in tensors for x in t.double().flatten().tolist()))
+
+
+def random(n, seed=0, dtype=torch.float32):
+    """Values over six orders of magnitude, so that the order of additions would show in float32."""
+    generator = torch.Generator().manual_seed(seed)
+    return (torch.randn(n, generator=generator) * torch.logspace(-3, 3, n)).to(dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("impl", IMPLS)
+def test_equals_exact_sum(impl, dtype):
+    """One; less than a vector; around 32 lanes; above a block of C++ (65536) and of Triton (32768)."""
+    for sizes in [(1,), (7,), (31,), (32, 33), (65536 + 41,), (40000, 5, 70000)]:
+        tensors = [random(n, seed, dtype) for seed, n in enumerate(sizes)]
+        assert grad_norm(tensors, impl=impl).item() == torch.tensor(exact(tensors)).float().item()
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_mixed_dtypes_empty_and_strided_tensors(impl):
+    tensors = [random(100), torch.zeros(0), random(64, 1, torch.bfloat16), random(60).view(6, 10).t()]
+    assert grad_norm(tensors, impl=impl).item() == torch.tensor(exact(tensors)).float().item()
+    assert grad_norm([torch.zeros(0), torch.zeros(0, 3)], impl=impl).item() == 0.0
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_unaligned_slice(impl):
+    buffer = torch.full((300,), 1e6)
+    buffer[3:260] = random(257)
+    assert grad_norm([buffer[3:260]], impl=impl) == torch.tensor(exact([buffer[3:260]])).float()
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_squares_do_not_overflow_and_nan_shows(impl):
+    huge = torch.full((4,), 1e30)
+    assert grad_norm([huge], impl=impl).item() == pytest.approx(2e30, rel=1e-6)
+    tiny = torch.full((4,), 1e-30)
+    assert grad_norm([tiny], impl=impl).item() == pytest.approx(2e-30, rel=1e-6)
+    assert grad_norm([torch.tensor([1.0, math.nan])], impl=impl).isnan()
+    assert grad_norm([torch.tensor([1.0, -math.inf])], impl=impl).item() == math.inf
+
+
+@pytest.mark.parametrize("impl", [pytest.param("cpu", marks=needs_extension), "torch"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_float64_sums_do_not_depend_on_threads(impl, dtype, monkeypatch):
+    """Compared before the rounding to float32, which would hide a change of order."""
+    from stellarator_kernels import grad_norm as _  # noqa: F401
+    module = sys.modules["stellarator_kernels.grad_norm"]
+    x, before, sums = random(3 * 65536 + 39, 0, dtype), torch.get_num_threads(), set()
+    isas = list(extension.load().Isa.__members__.items()) if impl == "cpu" else [("", None)]
+    for _name, isa in isas:
+        if isa is not None and int(isa) > int(extension.load().best_isa()):
+            continue
+        for threads in (1, 2, 3, 5):
+            torch.set_num_threads(threads)
+            try:
+                if impl == "cpu":
+                    sums.add(extension.load().sum_of_squares(
+                        x=x.data_ptr(), is_bfloat16=dtype == torch.bfloat16, n=x.numel(),
+                        threads=threads, isa=isa,
+                    ))
+                else:
+                    sums.add(module._sum_in_blocks(x.double().square()).item())
+            finally:
+                torch.set_num_threads(before)
+    assert len(sums) == 1, sums
+
+
+def test_float64_and_float16_go_where_they_can():
+    values = torch.tensor([3.0, 4.0])
+    for dtypes in ([torch.float64], [torch.float16], [torch.float32, torch.float16, torch.float64]):
+        norm = grad_norm([values.to(d) for d in dtypes])
+        assert norm.dtype == torch.float32 and norm.item() == pytest.approx(5 * len(dtypes) ** 0.5)
+    with pytest.raises(RuntimeError, match="impl='cpu' cannot run"):
+        grad_norm([values, values.half()], impl="cpu")
+
+
+def test_opcheck():
+    tensors = [random(10), random(5, 1, torch.bfloat16)]
+    torch.library.opcheck(torch.ops.stellarator.grad_norm.default, (tensors, "auto"))
+
+
+def test_errors():
+    with pytest.raises(ValueError, match="grad_norm: expected at least one tensor, got an empty list"):
+        grad_norm([])
+    with pytest.raises(ValueError, match=r"grad_norm: expected tensors\[1\] with dtype in"):
+        grad_norm([torch.zeros(2), torch.zeros(2, dtype=torch.int64)])
+    with pytest.raises(ValueError, match="grad_norm: expected all tensors on one device"):
+        grad_norm([torch.zeros(2), torch.zeros(2, device="meta")])
+
+
+def test_cost():
+    assert cost.grad_norm(10, 4).forward_bytes == 40
+
+
+COMPILE = """
+import sys
+import stellarator_kernels.grad_norm
+from stellarator_kernels.testing import compile_kernel
+
+module = sys.modules["stellarator_kernels.grad_norm"]
+for capability in [(8, 0), (9, 0)]:
+    for dtype in ["*fp32", "*bf16", "*fp16"]:
+        built = compile_kernel(
+            module._squares_kernel,
+            {"x_ptr": dtype, "sums_ptr": "*fp64", "n": "i64"},
+            {"BLOCK": module._BLOCK, "BLOCKS": module._BLOCKS_PER_PROGRAM},
+            capability,
+        )
+        assert built.spill_bytes == 0, built.spill_bytes
+    built = compile_kernel(
+        module._root_kernel,
+        {"sums_ptr": "*fp64", "norm_ptr": "*fp32", "n": "i32"},
+        {"BLOCK": module._BLOCK},
+        capability,
+    )
+    assert built.spill_bytes == 0, built.spill_bytes
+"""
+
+
+def test_compiles_for_gpus():
+    environment = os.environ | {"TRITON_INTERPRET": "0"}
+    subprocess.run([sys.executable, "-c", COMPILE], env=environment, check=True, timeout=120)

@@ -1,0 +1,392 @@
+"""linear_cross_entropy against F.linear + F.cross_entropy and autograd in float64.
+
+Tolerance: testing.assert_close_to_reference; the peer is the eager code in the tested dtype with fp32
+losses. Triton runs in its interpreter in fp32 and fp16. Memory is measured with torch's profiler,
+which sees every allocation of ATen.
+Not covered: a GPU, so neither its fp32 products of 16-bit matrices nor the waiting for the count.
+"""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.profiler import ProfilerActivity, profile
+
+from stellarator_kernels import linear_cross_entropy
+from stellarator_kernels.linear_cross_entropy import (
+    _linear_cross_entropy_backward,
+    _linear_cross_entropy_forward,
+    _times,
+    chunk_rows,
+)
+from stellarator_kernels.testing import assert_close_to_reference, poison_empty
+
+SHAPES = {
+    "one_token": (1, 8, 5),
+    "odd": (7, 13, 11),
+    "wide": (20, 24, 300),
+    "vocabulary_of_the_demo": (12, 16, 4099),
+}
+CASES = [
+    ("torch", torch.bfloat16),
+    ("torch", torch.float32),
+    ("reference", torch.bfloat16),
+    ("reference", torch.float32),
+    ("triton", torch.float16),
+    ("triton", torch.float32),
+]
+IMPLS = ["torch", "reference", "triton"]
+REDUCTIONS = ["mean", "sum", "none"]
+
+
+def make(N, C, V, dtype, bias=True, ignored=True):
+    """hidden, weight, bias, targets with every third ignored, dloss (N,)."""
+    g = torch.Generator().manual_seed(N + C + V)
+    hidden, weight = torch.randn(N, C, generator=g), torch.randn(V, C, generator=g) / C**0.5
+    targets = torch.randint(0, V, (N,), generator=g)
+    if ignored:
+        targets[1::3] = -100
+    b = torch.randn(V, generator=g).to(dtype) if bias else None
+    return hidden.to(dtype), weight.to(dtype), b, targets, torch.randn(N, generator=g)
+
+
+def eager(hidden, weight, bias, targets, reduction, z_loss):
+    """What a model would write without this package."""
+    logits = F.linear(hidden, weight, bias)
+    logits = logits if logits.dtype == torch.float64 else logits.float()
+    valid = targets != -100
+    losses = F.cross_entropy(logits, targets, reduction="none")
+    losses = losses + torch.where(valid, z_loss * torch.logsumexp(logits, 1).square(), 0.0)
+    if reduction == "none":
+        return losses
+    return losses.sum() if reduction == "sum" else losses.sum() / valid.sum()
+
+
+def run(function, hidden, weight, bias, dloss):
+    """The loss and the gradients of hidden, weight and bias (if there is one)."""
+    leaves = [t.detach().requires_grad_() for t in (hidden, weight, bias) if t is not None]
+    loss = function(*leaves, *([None] if bias is None else []))
+    dloss = dloss if loss.dim() else dloss.flatten()[0].abs() + 0.5
+    return [loss.detach(), *torch.autograd.grad(loss, leaves, dloss.to(loss.dtype))]
+
+
+def compare(impl, reduction, hidden, weight, bias, targets, dloss, z_loss=0.0, chunk_size=None):
+    """Loss and gradients of one case against float64."""
+
+    def ours(hidden, weight, bias):
+        return linear_cross_entropy(
+            hidden, weight, targets, bias, z_loss=z_loss, reduction=reduction,
+            chunk_size=chunk_size, impl=impl,
+        )  # fmt: skip
+
+    def theirs(hidden, weight, bias):
+        return eager(hidden, weight, bias, targets, reduction, z_loss)
+
+    with poison_empty():
+        actual = run(ours, hidden, weight, bias, dloss)
+    peer = run(theirs, hidden, weight, bias, dloss)
+    wide = [None if t is None else t.double() for t in (hidden, weight, bias)]
+    exact = run(theirs, *wide, dloss)
+    assert actual[0].dtype == torch.float32
+    lengths = {"loss": weight.shape[0], "dhidden": weight.shape[0]}
+    names = ("loss", "dhidden", "dweight", "dbias")
+    for name, a, e, p in zip(names, actual, exact, peer, strict=False):
+        assert name == "loss" or (a.dtype == hidden.dtype and a.is_contiguous()), name
+        length = lengths.get(name, hidden.shape[0])
+        assert_close_to_reference(a, e, p, reduction_length=length, name=name)
+    return actual
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize(("impl", "dtype"), CASES)
+def test_loss_and_every_gradient(impl, dtype, shape, reduction):
+    compare(impl, reduction, *make(*SHAPES[shape], dtype), z_loss=1e-2, chunk_size=5)
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+@pytest.mark.parametrize("impl", IMPLS)
+def test_without_bias_without_ignored_tokens_in_one_chunk(impl, reduction):
+    compare(impl, reduction, *make(9, 8, 20, torch.float32, bias=False, ignored=False))
+
+
+@pytest.mark.parametrize("chunk_size", [1, 4, 6, 7, 100])
+def test_every_chunk_size_gives_the_same(chunk_size):
+    arguments = make(9, 8, 20, torch.bfloat16)
+    compare("torch", "mean", *arguments, chunk_size=chunk_size)
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+@pytest.mark.parametrize("impl", IMPLS)
+def test_all_tokens_ignored(impl, reduction):
+    hidden, weight, bias, targets, dloss = make(4, 8, 10, torch.float32)
+    targets[:] = -100
+
+    def function(*leaves):
+        return linear_cross_entropy(
+            leaves[0], leaves[1], targets, leaves[2], reduction=reduction, impl=impl
+        )
+
+    for result in run(function, hidden, weight, bias, dloss):
+        assert not result.any()
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_no_tokens(impl):
+    hidden, weight = torch.zeros(0, 8, requires_grad=True), torch.zeros(5, 8, requires_grad=True)
+    for reduction in REDUCTIONS:
+        loss = linear_cross_entropy(
+            hidden, weight, torch.zeros(0, dtype=torch.int64), reduction=reduction, impl=impl
+        )
+        dhidden, dweight = torch.autograd.grad(loss.sum(), (hidden, weight))
+        assert dhidden.shape == (0, 8) and not dweight.any() and loss.sum() == 0
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_ignored_tokens_may_hold_anything(impl):
+    hidden, weight, bias, targets, dloss = make(6, 8, 10, torch.float32)
+    hidden[1] = float("nan")
+    hidden[4] = float("inf")
+
+    def function(*leaves):
+        return linear_cross_entropy(leaves[0], leaves[1], targets, leaves[2], impl=impl)
+
+    if impl == "reference":
+        pytest.skip("the formula multiplies by 0, as plain torch code does")
+    results = run(function, hidden, weight, bias, dloss)
+    assert all(torch.isfinite(r).all() for r in results)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("frozen", ["hidden", "weight", "bias"])
+def test_what_is_frozen_gets_no_gradient(frozen, reduction):
+    hidden, weight, bias, targets, dloss = make(7, 8, 10, torch.float32)
+    leaves = {"hidden": hidden, "weight": weight, "bias": bias}
+    wanted = [t.requires_grad_() for name, t in leaves.items() if name != frozen]
+    for wide in (False, True):
+        loss = (
+            eager(hidden.double(), weight.double(), bias.double(), targets, reduction, 0.0)
+            if wide
+            else linear_cross_entropy(**leaves, targets=targets, reduction=reduction, chunk_size=2)
+        )
+        gradients = torch.autograd.grad(loss.sum(), wanted)
+        if not wide:
+            actual = gradients
+    for a, e in zip(actual, gradients, strict=True):
+        assert_close_to_reference(a, e.double(), reduction_length=10)
+    assert leaves[frozen].grad is None
+
+
+def test_gradients_are_computed_in_the_forward_only_when_wanted():
+    hidden, weight, _, targets, _ = make(8, 8, 10, torch.float32)
+    hidden.requires_grad_()
+
+    def products(**options):
+        events, _ = record(lambda: linear_cross_entropy(hidden, weight, targets, **options))
+        return sum(name in ("aten::mm", "aten::addmm") for name in events)
+
+    assert products() == 2  # logits and dhidden; weight is frozen
+    assert products(reduction="none") == 1
+    with torch.no_grad():
+        assert products() == 1
+
+
+def record(function):
+    """Names of the operators that run in `function`, and the bytes of each (de)allocation."""
+    # The profiler, because a TorchDispatchMode does not see inside a custom operator.
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        function()
+    events = profiler.profiler.kineto_results.events()
+    memory = [event.nbytes() for event in events if event.name() == "[memory]"]
+    return [event.name() for event in events], memory
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+@pytest.mark.parametrize("impl", ["torch", "triton"])
+def test_the_logits_are_never_whole(impl, reduction):
+    N, C, V, rows = 64, 4, 96, 16
+    hidden, weight, bias, targets, dloss = make(N, C, V, torch.float32, ignored=False)
+
+    def function(*leaves):
+        return linear_cross_entropy(
+            leaves[0], leaves[1], targets, leaves[2],
+            reduction=reduction, chunk_size=rows, impl=impl,
+        )  # fmt: skip
+
+    def plain(*leaves):
+        return eager(*leaves, targets, reduction, 0.0)
+
+    largest = [max(record(lambda: run(f, hidden, weight, bias, dloss))[1]) for f in (function, plain)]
+    assert largest == [rows * V * 4, N * V * 4]
+
+
+def peak_bytes(function) -> int:
+    """Most bytes that lie allocated at one time during `function`, beyond those before it."""
+    present = peak = 0
+    for size in record(function)[1]:
+        present += size
+        peak = max(peak, present)
+    return peak
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_peak_memory_is_a_chunk_of_logits_and_the_gradients(dtype):
+    N, C, V, rows = 1024, 32, 2048, 128
+    hidden, weight, _, targets, _ = make(N, C, V, dtype, bias=False, ignored=False)
+    hidden, weight = hidden.requires_grad_(), weight.requires_grad_()
+    size = hidden.element_size()
+    step = lambda: linear_cross_entropy(hidden, weight, targets, chunk_size=rows)  # noqa: E731
+    step()
+    allowed = rows * V * size + (N + V) * C * size  # logits of a chunk, dhidden, dweight
+    if dtype == torch.bfloat16:
+        # The fp32 sum of dweight, and the fp32 copy of a block of logits, two while it is made.
+        allowed += V * C * 4 + 2 * rows * V * 4
+    assert peak_bytes(step) <= allowed + N * 64
+    assert peak_bytes(lambda: eager(hidden, weight, None, targets, "mean", 0.0)) > 2 * allowed
+
+
+def test_the_weight_gradient_is_summed_in_fp32():
+    # 300 chunks, each of which adds less than half a unit in the last place of a bf16 sum.
+    N, V = 300, 2
+    hidden, weight = torch.ones(N, 1).bfloat16(), torch.zeros(V, 1).bfloat16().requires_grad_()
+    targets = torch.zeros(N, dtype=torch.int64)
+    loss = linear_cross_entropy(hidden, weight, targets, reduction="sum", chunk_size=1)
+    (dweight,) = torch.autograd.grad(loss, weight)
+    assert dweight.tolist() == [[-150.0], [150.0]]
+    # In bf16 the sum stops growing at 128 or rounds at every step beyond it.
+    total = torch.zeros((), dtype=torch.bfloat16)
+    for _ in range(N):
+        total += 0.5
+    assert total != 150
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_the_incoming_gradient_is_not_rounded(dtype):
+    gradient = torch.full((4, 4), 3.0, dtype=dtype)
+    dloss = torch.tensor(1 / 3)
+    assert torch.equal(_times(gradient, dloss), torch.ones(4, 4, dtype=dtype))
+
+
+def test_twice_through_the_same_graph():
+    hidden, weight, _, targets, _ = make(6, 8, 10, torch.float32)
+    loss = linear_cross_entropy(hidden.requires_grad_(), weight.requires_grad_(), targets)
+    first = torch.autograd.grad(loss, (hidden, weight), torch.tensor(2.0), retain_graph=True)
+    second = torch.autograd.grad(loss, (hidden, weight))
+    assert all(torch.equal(a, 2 * b) for a, b in zip(first, second, strict=True))
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_strided_inputs(impl, reduction):
+    torch.manual_seed(0)
+    hidden, weight = torch.randn(18, 7)[::2, :6], torch.randn(6, 20).t()
+    targets = torch.randint(0, 20, (18,))[::2]
+    bias, dloss = torch.randn(40)[::2], torch.randn(18)[::2]
+    compare(impl, reduction, hidden, weight, bias, targets, dloss, chunk_size=4)
+    compare(impl, reduction, hidden, weight, bias, targets, torch.ones(()).expand(9))
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+@pytest.mark.parametrize("impl", ["torch", "reference"])
+def test_gradcheck(impl, reduction):
+    hidden, weight, bias, targets, _ = make(5, 3, 6, torch.float64)
+
+    def function(hidden, weight, bias):
+        return linear_cross_entropy(
+            hidden, weight, targets, bias, z_loss=0.1, reduction=reduction, chunk_size=2, impl=impl
+        )
+
+    leaves = [t.requires_grad_() for t in (hidden, weight, bias)]
+    assert torch.autograd.gradcheck(function, leaves)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_opcheck(reduction):
+    hidden, weight, bias, targets, dloss = make(5, 4, 8, torch.bfloat16)
+    leaves = [t.clone().requires_grad_() for t in (hidden, weight, bias)]
+    needs = [reduction != "none"] * 3
+    arguments = (*leaves, targets, -100, 0.1, reduction, 2, *needs, "torch")
+    torch.library.opcheck(_linear_cross_entropy_forward, arguments)
+    arguments = (dloss, hidden, weight, bias, targets, -100, 0.1, 2, True, False, True, "torch")
+    torch.library.opcheck(_linear_cross_entropy_backward, arguments)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("impl", ["torch", "triton"])
+def test_compiled_in_one_graph(impl, reduction):
+    hidden, weight, bias, targets, dloss = make(6, 8, 10, torch.float32)
+
+    def function(hidden, weight, bias):
+        return linear_cross_entropy(
+            hidden, weight, targets, bias, reduction=reduction, chunk_size=2, impl=impl
+        )
+
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+    expected, actual = (run(f, hidden, weight, bias, dloss) for f in (function, compiled))
+    assert all(torch.equal(a, b) for a, b in zip(actual, expected, strict=True))
+
+
+def test_like_the_function_of_torch():
+    hidden, weight, bias, targets, dloss = make(9, 8, 20, torch.float32)
+    theirs = run(
+        lambda h, w, b: F.linear_cross_entropy(h, w, targets, linear_bias=b),
+        hidden, weight, bias, dloss,
+    )  # fmt: skip
+    ours = run(
+        lambda h, w, b: linear_cross_entropy(h, w, targets, b, chunk_size=4),
+        hidden, weight, bias, dloss,
+    )  # fmt: skip
+    for a, b in zip(ours, theirs, strict=True):
+        assert_close_to_reference(a, b.double(), reduction_length=20)
+
+
+def test_chunk_rows():
+    assert chunk_rows(0, 384, 16384, 2) == 1
+    assert chunk_rows(100, 384, 420, 2) == 100
+    # The demo: 64 MiB of bf16 logits are 2048 tokens. One token more: five even chunks, not a rest.
+    assert chunk_rows(8192, 384, 16384, 2) == 2048
+    assert chunk_rows(8193, 384, 16384, 2) == 1664
+    # StarCoder2-3B and 15B: no more logits than gradients.
+    assert chunk_rows(8192, 3072, 49152, 2) == 2816
+    assert chunk_rows(16384, 6144, 49152, 2) == 8192
+    for N, C, V, size in [(7, 64, 10**6, 4), (10**6, 1, 10**6, 2), (5000, 4608, 49152, 4)]:
+        rows = chunk_rows(N, C, V, size)
+        budget = max(64 << 20, (N + V) * C * size)
+        assert 1 <= rows <= N
+        assert rows * V * size <= budget or rows == min(N, 128)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_a_target_that_is_no_class(impl):
+    hidden, weight, _, targets, _ = make(4, 8, 10, torch.float32)
+    targets[2] = 10
+    message = r"^linear_cross_entropy: expected targets in \[0, 10\) or -100, got 10\. "
+    with pytest.raises(ValueError, match=message):
+        linear_cross_entropy(hidden, weight, targets, impl=impl)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"hidden": torch.zeros(2, 3, 4)}, r"expected hidden \(N, C\), got \(2, 3, 4\)"),
+        ({"weight": torch.zeros(4, 8)}, r"weight \(V, C\) with C = 4 and V >= 1, got \(4, 8\)"),
+        ({"weight": torch.zeros(0, 4)}, r"weight \(V, C\) with C = 4 and V >= 1, got \(0, 4\)"),
+        ({"targets": torch.zeros(2, dtype=torch.int64)}, r"targets \(N,\) = \(3,\), got \(2,\)"),
+        ({"targets": torch.zeros(3)}, "expected targets with dtype in"),
+        ({"hidden": torch.zeros(3, 4, dtype=torch.int8)}, "expected hidden with dtype in"),
+        ({"weight": torch.zeros(8, 4).half()}, "expected weight with dtype in .*float32.*float16"),
+        ({"bias": torch.zeros(4)}, r"expected bias \(V,\) = \(8,\), got \(4,\)"),
+        ({"bias": torch.zeros(8).half()}, "expected bias with dtype in"),
+        ({"weight": torch.zeros(8, 4, device="meta")}, "expected all tensors on one device"),
+        ({"reduction": "average"}, r"expected reduction in \('mean', 'sum', 'none'\), got 'average'"),
+        ({"chunk_size": 0}, "expected chunk_size >= 1 or None, got 0"),
+    ],
+    ids=str,
+)
+def test_messages(change, message):
+    arguments = {
+        "hidden": torch.zeros(3, 4),
+        "weight": torch.zeros(8, 4),
+        "targets": torch.zeros(3, dtype=torch.int64),
+    } | change
+    with pytest.raises(ValueError, match="^linear_cross_entropy: .*" + message):
+        linear_cross_entropy(**arguments)
