@@ -1,0 +1,31 @@
+"""Look at a token shard: its documents, or its rows as training sees them.
+
+defines: documents, rows
+"""
+
+from collections.abc import Iterator
+
+from stellarator.config import FimConfig
+from stellarator.data.packing import PackedDataset
+from stellarator.data.shards import Shard
+from stellarator.data.tokenizer import Tokenizer
+
+
+def documents(prefix: str, tokenizer_folder: str, count: int) -> Iterator[str]:
+    """The first documents as text, special tokens as their strings, each after a line of figures."""
+    shard, tokenizer = Shard(prefix), Tokenizer.load(tokenizer_folder)
+    yield f"# {prefix}: {len(shard):,} documents, {shard.num_tokens:,} tokens, {shard.dtype}"
+    for index in range(min(count, len(shard))):
+        yield f"# document {index}: {int(shard.lengths[index]):,} tokens"
+        yield tokenizer.decode(shard[index])
+
+
+def rows(prefix: str, tokenizer_folder: str, seq_length: int, count: int) -> Iterator[str]:
+    """The first training rows of T tokens, shuffled and with fill-in-the-middle at its default rates."""
+    tokenizer = Tokenizer.load(tokenizer_folder)
+    dataset = PackedDataset([Shard(prefix)], (), tokenizer, seq_length, FimConfig())
+    yield f"# {prefix}: {dataset.rows_per_epoch:,} rows of {seq_length} tokens an epoch"
+    for index in range(count):
+        row = dataset.row(index)
+        yield f"# row {index}: {len(row.starts)} documents, {len(row.tokens) - row.length} padding"
+        yield tokenizer.decode(row.tokens[: row.length])
