@@ -1,0 +1,67 @@
+"""Causal self-attention: one fused projection, RoPE or none, grouped heads, window, cache.
+
+defines: Attention, Context
+
+Letters: B rows, T tokens, N = B*T, C width, H query heads, G key/value heads, D head width.
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+from stellarator.config import ModelConfig
+from stellarator.model.cache import KVCache
+from stellarator.model.layers import Linear
+from stellarator_kernels import decode_attention, flash_attention, rope
+
+
+@dataclass(frozen=True)
+class Context:
+    """What all layers of one forward pass share."""
+
+    positions: torch.Tensor  # (B, T) int64
+    rotation: tuple[torch.Tensor, torch.Tensor] | None  # cos and sin (N, D/2); None: no RoPE
+    cu_seqlens: torch.Tensor | None = None  # (E+1,) int32: bounds of documents in N tokens
+    cache: KVCache | None = None
+
+
+class Attention(torch.nn.Module):
+    """x (B, T, C) -> (B, T, C). The rows of `qkv` are [Q of all heads | K | V]."""
+
+    def __init__(self, config: ModelConfig, kernels: str, *, device, dtype):
+        super().__init__()
+        self.config, self.kernels = config, kernels
+        C, H, G, D = config.width, config.num_heads, config.num_kv_heads, config.head_width
+        self.widths = [H * D, G * D, G * D]
+        self.qkv = Linear(C, sum(self.widths), device=device, dtype=dtype)
+        self.out = Linear(H * D, C, device=device, dtype=dtype)
+
+    def forward(self, x: torch.Tensor, context: Context, layer: int) -> torch.Tensor:
+        D, theta = self.config.head_width, self.config.rope_theta
+        # Views into one buffer: RoPE and attention take strided heads, so nothing is copied.
+        q, k, v = (part.unflatten(-1, (-1, D)) for part in self.qkv(x).split(self.widths, dim=-1))
+        if context.rotation is not None:
+            q, k = rope(q, k, context.positions, theta, table=context.rotation, impl=self.kernels)
+        if context.cache is not None:
+            y = self._attend_cached(q, k, v, context.cache, layer)
+        elif context.cu_seqlens is not None:
+            y = self._attend_packed(q, k, v, context.cu_seqlens)
+        else:
+            y = flash_attention(q, k, v, window=self.config.window, impl=self.kernels)
+        return self.out(y.reshape(x.shape[:2] + (-1,)))  # (B, T, H*D)
+
+    def _attend_packed(self, q, k, v, cu_seqlens):
+        """Attention within documents, of which rows are made end to end."""
+        q, k, v = (t.flatten(0, 1) for t in (q, k, v))  # (N, H or G, D)
+        window = self.config.window
+        return flash_attention(q, k, v, cu_seqlens=cu_seqlens, window=window, impl=self.kernels)
+
+    def _attend_cached(self, q, k, v, cache, layer):
+        """Attention to everything in the cache, which takes the new keys and values first."""
+        cache.append(layer, k, v)
+        window, T = self.config.window, q.shape[1]
+        if cache.empty:  # nothing before these tokens: ordinary attention, without the cache
+            return flash_attention(q, k, v, window=window, impl=self.kernels)
+        keys, values = cache.k[layer], cache.v[layer]
+        impl = "reference" if self.kernels == "reference" else "auto"  # it has fewer than others
+        return decode_attention(q, keys, values, cache.lengths + T, window=window, impl=impl)

@@ -1,0 +1,47 @@
+"""Parameters without a rule for their initial values, and the two layers made of nothing else.
+
+defines: parameter, Linear, LayerNorm
+
+Values come from `init.initialize` or from a file, so nothing is drawn here: torch's own layers draw
+random weights when they are made, which costs minutes for a large model and moves its random state.
+"""
+
+import torch
+
+from stellarator_kernels import layer_norm
+
+
+def parameter(*shape: int, device, dtype) -> torch.nn.Parameter:
+    """A parameter whose values are not set yet."""
+    return torch.nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
+
+
+class Linear(torch.nn.Module):
+    """y = x @ weight^T + bias; weight (out, in), bias (out,)."""
+
+    def __init__(self, in_width: int, out_width: int, *, device, dtype):
+        super().__init__()
+        self.weight = parameter(out_width, in_width, device=device, dtype=dtype)
+        self.bias = parameter(out_width, device=device, dtype=dtype)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.linear(x, self.weight, self.bias)
+
+
+class LayerNorm(torch.nn.Module):
+    """LayerNorm with bias over the last dimension, with the residual addition in front of it."""
+
+    def __init__(self, width: int, eps: float, kernels: str, *, device, dtype):
+        super().__init__()
+        self.eps, self.kernels = eps, kernels
+        self.weight = parameter(width, device=device, dtype=dtype)
+        self.bias = parameter(width, device=device, dtype=dtype)
+
+    def forward(
+        self, branch: torch.Tensor | None, residual: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """(normalised, summed) of summed = branch + residual; without a branch, of the residual."""
+        if branch is None:
+            y = layer_norm(residual, self.weight, self.bias, self.eps, impl=self.kernels)
+            return y, residual
+        return layer_norm(branch, self.weight, self.bias, self.eps, residual, impl=self.kernels)

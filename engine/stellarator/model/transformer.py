@@ -1,0 +1,261 @@
+"""The decoder: StarCoder (learned positions, one key/value head) and StarCoder2 (RoPE, grouped
+heads, window) by configuration alone.
+
+defines: Transformer, RECOMPUTE
+
+    x = embedding[token] (+ position_embedding[position])
+    per layer:  x += attention(norm(x));  x += mlp(norm(x))
+    logits = head(norm(x))
+
+The sum of a residual and the branch that precedes it is taken inside the next norm, so a layer
+passes on both: `branch` (its last product) and `residual` (everything before).
+
+Letters: B rows, T tokens, N = B*T, C width, V vocabulary, D head width.
+"""
+
+from functools import partial
+
+import torch
+from torch.nn.functional import embedding, linear
+from torch.utils.checkpoint import (
+    CheckpointPolicy,
+    checkpoint,
+    create_selective_checkpoint_contexts,
+)
+
+from stellarator.config import ModelConfig
+from stellarator.model.attention import Attention, Context
+from stellarator.model.cache import KVCache
+from stellarator.model.layers import LayerNorm, parameter
+from stellarator.model.mlp import Mlp
+from stellarator_kernels import linear_cross_entropy
+from stellarator_kernels.checks import expect, expect_dtype, expect_shape
+from stellarator_kernels.rope import rope_table
+
+RECOMPUTE = ("none", "selective", "full")
+_REDUCTIONS = ("mean", "sum", "none")
+_PRODUCTS = (torch.ops.aten.mm.default, torch.ops.aten.addmm.default)
+
+
+def _selective_policy(context, op, *args, **kwargs) -> CheckpointPolicy:
+    """Keep the results of matrix products and of attention: dear to compute, C to F wide."""
+    if op in _PRODUCTS or op.name().startswith("stellarator::flash_attention"):
+        return CheckpointPolicy.MUST_SAVE
+    return CheckpointPolicy.PREFER_RECOMPUTE
+
+
+class Layer(torch.nn.Module):
+    """(branch, residual) -> (branch, residual), each (B, T, C)."""
+
+    def __init__(self, config: ModelConfig, kernels: str, *, device, dtype):
+        super().__init__()
+        to = {"device": device, "dtype": dtype}
+        self.attention_norm = LayerNorm(config.width, config.norm_eps, kernels, **to)
+        self.attention = Attention(config, kernels, **to)
+        self.mlp_norm = LayerNorm(config.width, config.norm_eps, kernels, **to)
+        self.mlp = Mlp(config, kernels, **to)
+
+    def forward(self, branch, residual, context: Context, index: int):
+        y, residual = self.attention_norm(branch, residual)
+        y, residual = self.mlp_norm(self.attention(y, context, index), residual)
+        return self.mlp(y), residual
+
+
+class Embedding(torch.nn.Module):
+    """ids -> rows of weight (rows, C)."""
+
+    def __init__(self, rows: int, width: int, *, device, dtype):
+        super().__init__()
+        self.weight = parameter(rows, width, device=device, dtype=dtype)
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        return embedding(ids, self.weight)
+
+
+class Head(torch.nn.Module):
+    """The output matrix (V, C) of a model that does not share it with the embedding."""
+
+    def __init__(self, rows: int, width: int, *, device, dtype):
+        super().__init__()
+        self.weight = parameter(rows, width, device=device, dtype=dtype)
+
+
+class Transformer(torch.nn.Module):
+    """A decoder whose weights are not set yet: `build_model` and `load_pretrained` set them.
+
+    Args:
+        config: its shape. Dropout rates are carried for export and are not applied.
+        kernels: `impl` of every op.
+        recompute: what the backward pass computes again instead of keeping. "none"; "selective":
+            norms, RoPE and gelu; "full": whole layers. The gradients are the same to the bit.
+        device, dtype: of the parameters.
+    Raises:
+        ValueError: the configuration contradicts itself.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        kernels: str = "auto",
+        recompute: str = "none",
+        *,
+        device=None,
+        dtype=None,
+    ):
+        super().__init__()
+        _check_config(config, recompute)
+        self.config, self.kernels, self.recompute = config, kernels, recompute
+        to = {"device": device, "dtype": dtype}
+        self.embedding = Embedding(config.vocab_size, config.width, **to)
+        if config.positions == "learned":
+            self.position_embedding = Embedding(config.max_positions, config.width, **to)
+        self.layers = torch.nn.ModuleList(
+            Layer(config, kernels, **to) for _ in range(config.num_layers)
+        )
+        self.final_norm = LayerNorm(config.width, config.norm_eps, kernels, **to)
+        if not config.tie_embeddings:
+            self.head = Head(config.vocab_size, config.width, **to)
+
+    @property
+    def head_weight(self) -> torch.Tensor:
+        """(V, C): the output matrix, which is the embedding in a tied model."""
+        return self.embedding.weight if self.config.tie_embeddings else self.head.weight
+
+    def forward(
+        self,
+        tokens: torch.Tensor,
+        targets: torch.Tensor | None = None,
+        *,
+        positions: torch.Tensor | None = None,
+        cu_seqlens: torch.Tensor | None = None,
+        reduction: str = "mean",
+        cache: KVCache | None = None,
+    ) -> torch.Tensor:
+        """Logits, or with targets the loss.
+
+        Args:
+            tokens: (B, T) int64 in [0, V); the range is left to the embedding to check.
+            targets: (B, T) int64, already shifted; -100 is left out.
+            positions: (B, T) int64; None: 0, 1, ... in every row, or behind each row's cache.
+            cu_seqlens: (E+1,) int32, bounds of documents over the B*T flattened tokens: attention
+                stays within a document. None: a row is one document.
+            reduction: of the losses: "mean" over the targets, "sum", or "none".
+            cache: takes the keys and values of these tokens, which see all that it holds.
+        Returns:
+            without targets (B, T, V) fp32 (fp64 in a float64 model); with targets a scalar in nats
+            of that dtype, or (B, T) for reduction="none", 0 where the target is -100.
+        Raises:
+            ValueError: shapes or dtypes disagree, or learned positions are fewer than T.
+        """
+        if targets is None:
+            states = self.hidden(tokens, positions=positions, cu_seqlens=cu_seqlens, cache=cache)
+            return self.logits(states)
+        todo = "Shift the tokens by one, keep the shape"
+        expect_shape("model", "targets", targets, "(B, T)", tuple(tokens.shape), todo)
+        expect_dtype("model", "targets", targets, (torch.int64,), "Pass targets.long()")
+        expect(reduction in _REDUCTIONS, "model", f"reduction in {_REDUCTIONS}", reduction,
+               "Pass one of them")  # fmt: skip
+        expect(cache is None, "model", "no cache with targets", "both",
+               "Compute the loss in one pass")  # fmt: skip
+        states = self.hidden(tokens, positions=positions, cu_seqlens=cu_seqlens)
+        loss = linear_cross_entropy(
+            states.flatten(0, 1),
+            self.head_weight,
+            targets.flatten(),
+            reduction=reduction,
+            impl=self.kernels,
+        )
+        return loss.view(tokens.shape) if reduction == "none" else loss
+
+    def hidden(
+        self,
+        tokens: torch.Tensor,
+        *,
+        positions: torch.Tensor | None = None,
+        cu_seqlens: torch.Tensor | None = None,
+        cache: KVCache | None = None,
+    ) -> torch.Tensor:
+        """The states (B, T, C) after the final norm; arguments as in `forward`."""
+        positions = self._check_inputs(tokens, positions, cu_seqlens, cache)
+        x = self.embedding(tokens)
+        rotation = None
+        if self.config.positions == "learned":
+            x = x + self.position_embedding(positions)
+        else:
+            rotation = rope_table(positions, self.config.head_width, self.config.rope_theta)
+        context = Context(positions, rotation, cu_seqlens, cache)
+        branch, residual = None, x
+        for index, layer in enumerate(self.layers):
+            branch, residual = self._run_layer(layer, branch, residual, context, index)
+        if cache is not None:
+            cache.advance(tokens.shape[1])
+        return self.final_norm(branch, residual)[0]
+
+    def logits(self, states: torch.Tensor) -> torch.Tensor:
+        """(..., C) -> (..., V) in fp32, or fp64 for float64 states."""
+        logits = linear(states, self.head_weight)
+        return logits if logits.dtype == torch.float64 else logits.float()
+
+    def _run_layer(self, layer, branch, residual, context, index):
+        """One layer, with its recomputation in the backward pass if asked for."""
+        if self.recompute == "none" or not torch.is_grad_enabled():
+            return layer(branch, residual, context, index)
+        options = {}
+        if self.recompute == "selective":
+            options["context_fn"] = partial(create_selective_checkpoint_contexts, _selective_policy)
+        # Nothing in a layer is random, so there is no random state to keep.
+        return checkpoint(
+            *(layer, branch, residual, context, index),
+            use_reentrant=False,
+            preserve_rng_state=False,
+            **options,
+        )
+
+    def _check_inputs(self, tokens, positions, cu_seqlens, cache) -> torch.Tensor:
+        """The positions (B, T), after every argument has been checked."""
+        op = "model"
+        expect(tokens.dim() == 2, op, "tokens (B, T)", tuple(tokens.shape), "Add a batch dimension")
+        expect_dtype(op, "tokens", tokens, (torch.int64,), "Pass tokens.long()")
+        B, T = tokens.shape
+        limit = self.config.max_positions
+        if self.config.positions == "learned":
+            T_all = T if cache is None else T + cache.longest
+            expect(T_all <= limit, op, f"at most {limit} learned positions", T_all, "Cut the rows")
+        if cache is not None:
+            expect(cu_seqlens is None, op, "no cu_seqlens with a cache", "both",
+                   "Give every document its own row")  # fmt: skip
+            expect(len(cache.lengths) == B, op, f"a cache of {B} rows", len(cache.lengths),
+                   "Make the cache for this batch")  # fmt: skip
+            cache.check_room(T)
+        if positions is None:
+            positions = torch.arange(T, device=tokens.device).expand(B, T)
+            return positions if cache is None else positions + cache.lengths[:, None]
+        expect_shape(op, "positions", positions, "(B, T)", (B, T), "One position per token")
+        expect_dtype(op, "positions", positions, (torch.int64,), "Pass positions.long()")
+        return positions
+
+
+def _check_config(config: ModelConfig, recompute: str) -> None:
+    """Raise ValueError with every contradiction of a configuration."""
+    problems = []
+    if config.positions not in ("rope", "learned"):
+        problems.append(f"positions: expected rope or learned, got {config.positions!r}")
+    if config.activation not in ("gelu_tanh", "gelu_erf"):
+        problems.append(f"activation: expected gelu_tanh or gelu_erf, got {config.activation!r}")
+    if config.width % config.num_heads:
+        problems.append(
+            f"width: expected a multiple of {config.num_heads} heads, got {config.width}"
+        )
+    elif config.positions == "rope" and config.head_width % 2:
+        problems.append(f"width: expected an even head width for RoPE, got {config.head_width}")
+    if config.num_heads % config.num_kv_heads:
+        problems.append(
+            f"num_kv_heads: expected a divisor of num_heads = {config.num_heads}, "
+            f"got {config.num_kv_heads}"
+        )
+    if config.window is not None and config.window < 1:
+        problems.append(f"window: expected at least 1 visible key or None, got {config.window}")
+    if recompute not in RECOMPUTE:
+        problems.append(f"recompute: expected one of {RECOMPUTE}, got {recompute!r}")
+    if problems:
+        raise ValueError("model: " + "; ".join(problems) + ". Change the configuration.")
