@@ -1,0 +1,251 @@
+"""The whole path of a byte on this machine's own Python sources, in minutes.
+
+defines: run
+
+Sources -> filters -> held-out split by repository -> tokenizer -> shards -> training with
+fill-in-the-middle -> evaluation on held-out files -> export -> report. Every part is the one that real
+runs use; only the sizes are small. An interrupted demo goes on where it stopped.
+"""
+
+import dataclasses
+import json
+import sys
+import sysconfig
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from stellarator import recipes
+from stellarator.config import RunConfig
+
+_CALIBRATION_STEPS = 6
+_MIN_STEPS, _MAX_STEPS = 40, 20_000
+_HOLES = {"token": 200, "span": 100, "line": 100}
+_NOTE = (
+    "The part in colour was written by the model, given everything before and after it. What stood "
+    "there: {expected!r}."
+)
+
+
+def run(sources: Sequence[str] = (), output: str = "runs/demo", minutes: float = 4.0) -> int:
+    """Run the demo; returns the exit code.
+
+    Args:
+        sources: folders or files with code; none: the standard library of this Python.
+        output: run folder; summary.json, report.html and model/ are what to look at.
+        minutes: time for training; the number of steps is fitted to it.
+    """
+    from stellarator.cli import EXIT_CODES
+    from stellarator.train.loop import Trainer
+
+    started = time.monotonic()
+    folder = Path(output)
+    _prepare_data(list(sources) or [sysconfig.get_paths()["stdlib"]], folder)
+    config = _configure(folder, minutes)
+    result = Trainer(config).run()
+    if result["status"] != "done":
+        return EXIT_CODES[result["status"]]
+    _say("evaluating on held-out files")
+    summary = _evaluate(config, result)
+    summary["total_seconds"] = round(time.monotonic() - started, 1)
+    _write_json(folder / "summary.json", summary)
+    from stellarator.train.report import write_report
+
+    report = write_report(folder)
+    _print_summary(summary, folder, report)
+    return 0
+
+
+def _say(text: str) -> None:
+    print(f"demo: {text}", flush=True)
+
+
+def _prepare_data(sources: list[str], folder: Path) -> None:
+    """Tokenizer and shards in `folder/data`, unless an earlier demo with these sources made them."""
+    from stellarator.cli import manifest_lines
+    from stellarator.data.prepare import prepare
+    from stellarator.progress import Progress
+
+    data, request = folder / "data", {"sources": [str(Path(s).resolve()) for s in sources]}
+    manifest_path, request_path = data / "manifest.json", folder / "sources.json"
+    if manifest_path.exists() and _read_json(request_path) == request:
+        _say(f"data of an earlier demo found in {data}")
+        return
+    if request_path.exists():
+        raise ValueError(
+            f"{folder}: expected a new folder, got the demo of other sources. "
+            "Choose another one (make demo OUTPUT=...) or remove it."
+        )
+    _say(f"reading {', '.join(sources)}")
+    vocab_size = recipes.demo().model.vocab_size
+    with Progress("demo: prepare") as progress:
+        manifest = prepare(
+            sources,
+            data,
+            vocab_size=vocab_size,
+            generation="starcoder2",
+            format="starcoder2",
+            validation_fraction=0.08,
+            seed=1234,
+            progress=progress,
+        )
+    _write_json(request_path, request)
+    for line in manifest_lines(manifest):
+        _say(line)
+
+
+def _configure(folder: Path, minutes: float) -> RunConfig:
+    """The demo's recipe on the prepared data, with as many steps as fit; the same again on resume."""
+    from stellarator import settings
+    from stellarator.data.tokenizer import Tokenizer
+
+    written = folder / "config.toml"
+    if written.exists():
+        return settings.resolve(recipes.demo(), str(written))
+    base, data = recipes.demo(), folder / "data"
+    config = dataclasses.replace(
+        base,
+        name="demo",
+        folder=str(folder),
+        # A small corpus may not have enough distinct words for the whole vocabulary.
+        model=dataclasses.replace(
+            base.model, vocab_size=Tokenizer.load(data / "tokenizer").vocab_size
+        ),
+        data=dataclasses.replace(
+            base.data,
+            train=(str(data / "train"),),
+            validation=(str(data / "validation"),),
+            tokenizer=str(data / "tokenizer"),
+        ),
+    )
+    steps = _steps_that_fit(config, minutes)
+    warmup = max(1, min(base.optim.warmup_steps, steps // 10))
+    return dataclasses.replace(
+        config,
+        optim=dataclasses.replace(config.optim, warmup_steps=warmup),
+        train=dataclasses.replace(
+            config.train, steps=steps, eval_interval=max(1, steps // 8)
+        ),
+        checkpoint=dataclasses.replace(config.checkpoint, interval=max(1, steps // 4)),
+    )
+
+
+def _steps_that_fit(config: RunConfig, minutes: float) -> int:
+    """Steps that take about `minutes` on this machine, from the time of a few."""
+    import tempfile
+
+    from stellarator.train.loop import Trainer
+
+    _say(f"timing {_CALIBRATION_STEPS} steps")
+    with tempfile.TemporaryDirectory() as scratch:
+        trial = dataclasses.replace(
+            config,
+            name="calibration",
+            folder=scratch,
+            optim=dataclasses.replace(config.optim, warmup_steps=1),
+            train=dataclasses.replace(config.train, steps=_CALIBRATION_STEPS, eval_interval=None),
+            data=dataclasses.replace(config.data, validation=()),
+            checkpoint=dataclasses.replace(config.checkpoint, interval=None),
+            metrics=dataclasses.replace(config.metrics, report=False, tensorboard=False),
+        )
+        result = Trainer(trial).run()
+        if result["status"] != "done":
+            raise KeyboardInterrupt
+        lines = (Path(scratch) / "metrics.jsonl").read_text().splitlines()
+    times = sorted(json.loads(line)["step_ms"] for line in lines[1:])
+    steps = int(60e3 * minutes / times[len(times) // 2])
+    return max(_MIN_STEPS, min(_MAX_STEPS, steps))
+
+
+def _evaluate(config: RunConfig, result: dict) -> dict:
+    """Figures of the trained model beside an untrained one and a unigram model; export."""
+    import torch
+
+    from stellarator.data.shards import Shard
+    from stellarator.data.tokenizer import Tokenizer
+    from stellarator.evaluate.infilling import exact_match, make_holes
+    from stellarator.evaluate.unigram import unigram_loss
+    from stellarator.train.export import export, model_from_checkpoint
+
+    folder = Path(config.folder)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    tokenizer = Tokenizer.load(config.data.tokenizer)
+    dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[config.train.precision]
+    model, _ = model_from_checkpoint(folder, dtype, device)
+    model.eval()
+    evals = [r for r in map(json.loads, open(folder / "metrics.jsonl")) if r["kind"] == "eval"]
+    summary = {
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "steps": result["step"],
+        "tokens": result["tokens"],
+        "training_seconds": round(result["seconds"], 1),
+        "tokens_per_second": round(_median_throughput(folder), 1),
+        "peak_memory_gib": round(result["memory_bytes"] / 2**30, 3),
+        "validation_loss": evals[-1]["loss"],
+        "untrained_loss": evals[0]["loss"],
+        "unigram_loss": unigram_loss(
+            [Shard(p) for p in config.data.train],
+            [Shard(p) for p in config.data.validation],
+            tokenizer.vocab_size,
+        ),
+        "infilling": {},
+        "samples": [],
+    }
+    documents = [json.loads(line)["text"] for line in open(folder / "data" / "held_out.jsonl")]
+    for kind, count in _HOLES.items():
+        holes = make_holes(documents, count, seed=1, kind=kind)
+        _say(f"infilling {len(holes)} held-out holes of kind {kind}")
+        found = exact_match(
+            model, tokenizer, holes, max_new_tokens=32, context=config.data.seq_length
+        )
+        summary["infilling"][kind] = {
+            "count": found["count"],
+            "exact": round(found["exact_match"] * found["count"]),
+            "edit_similarity": found["edit_similarity"],
+        }
+        summary["samples"].append(_sample(holes, found["predictions"], kind))
+    export(folder, folder / "model")
+    return summary
+
+
+def _median_throughput(folder: Path) -> float:
+    records = [json.loads(line) for line in open(folder / "metrics.jsonl")]
+    values = sorted(r["tokens_per_second"] for r in records if r["kind"] == "train")
+    return values[len(values) // 2]
+
+
+def _sample(holes, completions: list[str], kind: str) -> dict:
+    """One hole for the report: the first that was filled exactly, else the first."""
+    pairs = list(zip(holes, completions))
+    right = [pair for pair in pairs if pair[0].middle.strip() == pair[1].strip()]
+    hole, text = (right or pairs)[0]
+    verdict = "Filled exactly." if right else "No hole of this kind was filled exactly."
+    return {
+        "title": f"A held-out hole ({kind})",
+        "prefix": "".join(hole.prefix.splitlines(keepends=True)[-12:]),
+        "middle": text,
+        "suffix": "".join(hole.suffix.splitlines(keepends=True)[:6]),
+        "note": f"{verdict} {_NOTE.format(expected=hole.middle)}",
+    }
+
+
+def _read_json(path: Path):
+    return json.loads(path.read_text()) if path.exists() else None
+
+
+def _write_json(path: Path, value) -> None:
+    path.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
+
+
+def _print_summary(summary: dict, folder: Path, report: Path) -> None:
+    _say(
+        f"held-out loss {summary['validation_loss']:.3f} nats per token; untrained "
+        f"{summary['untrained_loss']:.3f}, unigram {summary['unigram_loss']:.3f}"
+    )
+    for kind, found in summary["infilling"].items():
+        _say(
+            f"infilling {kind}: {found['exact']} of {found['count']} exact, "
+            f"edit similarity {found['edit_similarity']:.3f}"
+        )
+    _say(f"done in {summary['total_seconds']:.0f} s. Look at {report}; model in {folder / 'model'}")
+    _say(f"try: {sys.argv[0]} infill --model {folder / 'model'} FILE.py:LINE")

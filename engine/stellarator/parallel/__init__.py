@@ -1,0 +1,1 @@
+"""Parallelism over torch.distributed. Modules: mesh (who is where)."""

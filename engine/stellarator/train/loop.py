@@ -1,0 +1,349 @@
+"""The training loop.
+
+defines: Trainer, DTYPES
+
+A step: micro-batches forward and backward on the SUM of token losses; gradients summed in fp32, over
+micro-batches and then over ranks; one division by the number of target tokens of the whole batch;
+clip; AdamW. The state of a run is its step number, the weights and the moments: everything else
+(batches, FIM cuts, learning rate) is a function of the step.
+"""
+
+import dataclasses
+import math
+import signal
+import time
+from pathlib import Path
+
+import torch
+
+from stellarator import settings
+from stellarator.config import RunConfig
+from stellarator.data.batches import Batch, Batches
+from stellarator.data.packing import PackedDataset
+from stellarator.data.shards import Shard
+from stellarator.data.tokenizer import Tokenizer
+from stellarator.model import build_model, load_pretrained
+from stellarator.parallel import mesh as meshes
+from stellarator.train import checkpoint, flops, metrics, resume
+from stellarator.train.metrics import RunLog, StepMetrics, ZScore, step_line, write_status
+from stellarator.train.optimizer import FlatOptimizer
+from stellarator.train.resume import TrainingError
+from stellarator.train.schedule import learning_rate
+from stellarator.train.signals import StopRequest, folder_lock
+from stellarator.train.timing import Stopwatch
+
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp64": torch.float64}
+
+
+class Trainer:
+    """One run: `Trainer(config).run()`.
+
+    Args:
+        config: checked again here; see `stellarator.settings`.
+    Raises:
+        ConfigError: with every problem of the configuration.
+    """
+
+    def __init__(self, config: RunConfig):
+        if problems := settings.check(config) + settings.check_inputs(config):
+            raise settings.ConfigError(problems)
+        self.config = config
+        self.folder = Path(config.folder)
+        self.progress = resume.Progress()
+
+    @property
+    def step(self) -> int:
+        """Updates done."""
+        return self.progress.step
+
+    def run(self) -> dict:
+        """Train to the last step, or until a signal asks to stop.
+
+        Returns:
+            {"status", "step", "loss", "validation_loss", "tokens", "seconds", "memory_bytes"};
+            status is done, preempted (SIGTERM, SIGUSR1, SIGUSR2) or interrupted (SIGINT).
+        Raises:
+            TrainingError, CheckpointError, ShardError, ...: with one line that says what to do.
+        """
+        self.mesh = meshes.start(self.config.train.device)
+        try:
+            with StopRequest() as self.stop:
+                if self.mesh.dp_rank > 0:
+                    return self._run()
+                with folder_lock(self.folder):
+                    try:
+                        return self._run()
+                    except BaseException as error:
+                        reason = (str(error) or type(error).__name__).splitlines()[0]
+                        write_status(self.folder, "failed", self.step, reason)
+                        raise
+        finally:
+            meshes.stop()
+
+    def _run(self) -> dict:
+        config, main = self.config, self.mesh.dp_rank == 0
+        with RunLog(self.folder, main, config.metrics.tensorboard) as self.log:
+            self._build()
+            self._resume()
+            if main:
+                (self.folder / "config.toml").write_text(settings.to_toml(config), "utf-8")
+                write_status(self.folder, "running", self.step)
+            self._print_header()
+            started = time.monotonic()
+            loss = self._loop(started)
+            self._save()
+            status = self._status()
+            self.log.say(f"{status} at step {self.step}")
+        if main:
+            write_status(self.folder, status, self.step)
+            if config.metrics.report and self.step:
+                from stellarator.train.report import write_report  # matplotlib only when needed
+
+                write_report(self.folder)
+        return {
+            "status": status,
+            "step": self.step,
+            "loss": loss,
+            "validation_loss": self.progress.last_eval,
+            "tokens": self.progress.tokens_total,
+            "seconds": time.monotonic() - started,
+            "memory_bytes": metrics.peak_memory_bytes(self.mesh.device),
+        }
+
+    # Making everything, and going on from a checkpoint.
+
+    def _build(self) -> None:
+        """Data, model, optimizer."""
+        config, device = self.config, self.mesh.device
+        self.dtype = DTYPES[config.train.precision]
+        self.tokenizer = Tokenizer.load(config.data.tokenizer)
+        if self.tokenizer.vocab_size > config.model.vocab_size:
+            raise TrainingError(
+                f"model.vocab_size: expected at least the tokenizer's {self.tokenizer.vocab_size}, "
+                f"got {config.model.vocab_size}. Pass model.vocab_size={self.tokenizer.vocab_size}."
+            )
+        self.batches = self._batches(config.data.train)
+        self.validation = None
+        if config.data.validation:
+            self.validation = self._batches(config.data.validation, validation=True)
+        options = {
+            "device": device,
+            "dtype": self.dtype,
+            "kernels": config.train.kernels,
+            "recompute": config.train.recompute,
+        }
+        if config.train.init_from:
+            self.model = load_pretrained(config.train.init_from, **options)
+            if wrong := resume.model_difference(
+                config.train.init_from, self.model.config, config.model
+            ):
+                raise TrainingError(wrong)
+        else:
+            self.model = build_model(config.model, seed=config.train.seed, **options)
+        self.optimizer = FlatOptimizer(self.model, config.optim, config.train.kernels)
+        self.clock = Stopwatch(device)
+        self.peak, self.peak_source = flops.peak_flops(
+            device, self.dtype, config.metrics.peak_tflops
+        )
+
+    def _batches(self, prefixes: tuple[str, ...], validation: bool = False) -> Batches:
+        """Batches of token shards; validation rows are neither shuffled nor transformed."""
+        config = self.config
+        dataset = PackedDataset.from_config(
+            config.data,
+            [Shard(prefix) for prefix in prefixes],
+            self.tokenizer,
+            validation=validation,
+            fim=not validation,
+        )
+        return Batches(dataset, config.train.global_batch_size, config.train.micro_batch_size)
+
+    def _resume(self) -> None:
+        """Continue from a checkpoint, as `checkpoint.resume` says."""
+        config = self.config
+        self.fingerprint = resume.fingerprint(config.data.train, self.tokenizer.sha256)
+        found = resume.find(config, self.log.warn)
+        if found is not None:
+            for line in resume.compare(found, config, self.fingerprint):
+                self.log.say(line)
+            found.load_into(self.optimizer.state())
+            self.optimizer.after_load()
+            self.progress = resume.Progress(**found.manifest["state"]["progress"])
+            self.log.say(f"resumed {found.folder} at step {self.step}")
+        self.zscore = ZScore(self.progress.recent_losses)
+        self.log.rewind(self.step if found is not None else -1)
+
+    def _save(self, required: bool = True) -> None:
+        """Write a checkpoint (rank 0), unless this step has one; without `required` a failure is told."""
+        folder = self.folder / "checkpoints"
+        failed: checkpoint.CheckpointError | None = None
+        if self.mesh.dp_rank == 0 and not (folder / f"step_{self.step:08d}").exists():
+            self.progress.recent_losses = list(self.zscore.values)
+            state = {
+                "config": dataclasses.asdict(self.config),
+                "data_fingerprint": self.fingerprint,
+                "progress": dataclasses.asdict(self.progress),
+                "torch": torch.__version__,
+            }
+            try:
+                checkpoint.save(folder, self.step, self.optimizer.state(), state)
+                checkpoint.rotate(folder, self.config.checkpoint.keep)
+            except checkpoint.CheckpointError as error:
+                failed = error
+        self.mesh.barrier()
+        if failed and required:
+            raise failed
+        if failed:
+            self.log.warn(f"{failed} Training goes on.")
+
+    # Steps.
+
+    def _loop(self, started: float) -> float:
+        """Steps until the end or a signal; the loss of the last one."""
+        config, first, loss = self.config, self.step, float("nan")
+        rank, size = self.mesh.dp_rank, self.mesh.dp_size
+        if self.validation and self.step == 0:
+            self.evaluate()
+        with self.batches.steps(self.step, rank, size) as self.source:
+            while self.step < config.train.steps and not self._stop_requested():
+                done = self._one_step()
+                loss, self.progress.step = done.loss, done.step
+                self.log.step(done)
+                last = self.step == config.train.steps
+                if last or self.step % config.metrics.log_interval == 0:
+                    spent = time.monotonic() - started
+                    eta = spent / (self.step - first) * (config.train.steps - self.step)
+                    self.log.say(step_line(done, config.train.steps, eta))
+                if self.validation and (last or _due(self.step, config.train.eval_interval)):
+                    self.evaluate()
+                if not last and _due(self.step, config.checkpoint.interval):
+                    self._save(required=False)
+        return loss
+
+    def _stop_requested(self) -> bool:
+        """Whether any rank was asked to stop; all ranks agree."""
+        asked = torch.tensor([int(self.stop.received or 0)], device=self.mesh.device)
+        number = int(self.mesh.max_(asked).item())
+        if number:
+            self.stop.received = signal.Signals(number)
+        return bool(number)
+
+    def _one_step(self) -> StepMetrics:
+        """One optimizer step."""
+        clock, optimizer, mesh, config = self.clock, self.optimizer, self.mesh, self.config
+        started, step = time.perf_counter(), self.step + 1
+        clock.start()
+        micro_batches = next(self.source)
+        clock.mark("data")
+        optimizer.zero_grad()
+        # (sum of token losses, target tokens, model FLOPs), of this rank and then of all
+        totals = torch.zeros(3, dtype=torch.float64, device=mesh.device)
+        for batch in micro_batches:
+            totals[1] += batch.num_targets
+            totals[2] += flops.batch_flops(config.model, batch.cu_seqlens.diff().tolist())
+            loss = self._loss_sum(batch.to(mesh.device, non_blocking=True))
+            clock.mark("forward")
+            loss.backward()
+            totals[0] += loss.detach()
+            clock.mark("backward")
+        for tensor in (totals, *optimizer.flat_grads):
+            mesh.sum_(tensor)
+        clock.mark("reduce")
+        loss_sum, num_targets, model_flops = totals.tolist()
+        divisor = max(1, int(num_targets))
+        mean_loss, lr = loss_sum / divisor, learning_rate(step, config.optim, config.train.steps)
+        norm = optimizer.norm(divisor)
+        update = self._may_update(step, mean_loss, float(norm))
+        if update:
+            optimizer.step(step, lr, divisor, norm)
+        clock.mark("optimizer")
+        split = clock.split_ms()
+        seconds = time.perf_counter() - started
+        self.progress.tokens_total += int(num_targets)
+        return StepMetrics(
+            step=step,
+            loss=mean_loss,
+            loss_z=self.zscore(mean_loss),
+            grad_norm=float(norm),
+            lr=lr,
+            step_ms=1e3 * seconds,
+            tokens=int(num_targets),
+            tokens_total=self.progress.tokens_total,
+            tokens_per_second=num_targets / seconds,
+            mfu=model_flops / seconds / (self.peak * mesh.dp_size),
+            data_wait=split["data"] / (1e3 * seconds),
+            time_ms=split,
+            memory_bytes=metrics.peak_memory_bytes(mesh.device),
+            skipped=not update,
+        )
+
+    def _loss_sum(self, batch: Batch) -> torch.Tensor:
+        """Sum of the token losses of one micro-batch."""
+        return self.model(
+            batch.tokens,
+            batch.targets,
+            positions=batch.positions,
+            cu_seqlens=batch.cu_seqlens,
+            reduction="sum",
+        )
+
+    def _may_update(self, step: int, loss: float, norm: float) -> bool:
+        """False to skip a step that is not finite; raises if the run should stop there."""
+        if math.isfinite(loss) and math.isfinite(norm):
+            return True
+        if self.config.train.on_nonfinite == "skip":
+            self.log.warn(f"step {step}: loss {loss}, gradient norm {norm}: update skipped")
+            return False
+        names = self.optimizer.not_finite()
+        self._save()
+        raise TrainingError(
+            f"step {step}: expected a finite loss and gradient, got loss {loss}, norm {norm}; "
+            f"gradients that are not finite: {', '.join(names[:3]) or 'none'} ({len(names)} in "
+            f"all). The weights of step {self.step} are saved. Lower optim.lr, or pass "
+            "train.on_nonfinite=skip."
+        )
+
+    @torch.no_grad()
+    def evaluate(self) -> float:
+        """Mean loss in nats per token on the first validation rows, without FIM."""
+        config, mesh = self.config, self.mesh
+        totals = torch.zeros(2, dtype=torch.float64, device=mesh.device)
+        rows = config.train.eval_batches * config.train.global_batch_size
+        self.model.eval()
+        for batch in self.validation.evaluation(rows, mesh.dp_rank, mesh.dp_size):
+            totals[0] += self._loss_sum(batch.to(mesh.device))
+            totals[1] += batch.num_targets
+        self.model.train()
+        loss_sum, count = mesh.sum_(totals).tolist()
+        loss = self.progress.last_eval = loss_sum / max(1.0, count)
+        self.log.record("eval", {"step": self.step, "loss": loss, "tokens": int(count)})
+        self.log.say(f"eval at step {self.step}: loss {loss:.4f} over {int(count):,} tokens")
+        return loss
+
+    # Words.
+
+    def _status(self) -> str:
+        if self.stop.received is None or self.step == self.config.train.steps:
+            return "done"
+        return "interrupted" if self.stop.received == signal.SIGINT else "preempted"
+
+    def _print_header(self) -> None:
+        config, mesh = self.config, self.mesh
+        model, train, data = config.model, config.train, self.batches.dataset
+        epochs = train.steps * train.global_batch_size / data.rows_per_epoch
+        for line in (
+            f"{config.name}: {model.family}, {self.optimizer.num_parameters():,} parameters, "
+            f"L {model.num_layers} C {model.width} H {model.num_heads} G {model.num_kv_heads} "
+            f"V {model.vocab_size} T {config.data.seq_length}",
+            f"data: {data.num_tokens:,} tokens, {data.rows_per_epoch:,} rows an epoch; "
+            f"{train.global_batch_size} rows a step, {train.steps:,} steps, {epochs:.2f} epochs",
+            f"machine: {mesh.dp_size} x {flops.device_name(mesh.device)}, {train.precision}, "
+            f"{torch.get_num_threads()} threads",
+            f"mfu: {flops.FORMULA} over {self.peak / 1e12:.3g} TFLOP/s a device "
+            f"({self.peak_source})",
+        ):
+            self.log.say(line)
+
+
+def _due(step: int, interval: int | None) -> bool:
+    return interval is not None and step % interval == 0

@@ -1,0 +1,114 @@
+"""What a run must remember to go on exactly, and what may not change in between.
+
+defines: TrainingError, Progress, fingerprint, find, compare, model_difference
+"""
+
+import dataclasses
+import hashlib
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from stellarator.config import ModelConfig, RunConfig
+from stellarator.train import checkpoint
+
+# With another value the weights do not fit, or the batches to come are not the continuation.
+_MUST_MATCH = (
+    "model.",
+    "data.seed",
+    "data.seq_length",
+    "data.fim.",
+    "data.weights",
+    "data.attend_across_documents",
+    "train.global_batch_size",
+    "train.precision",
+)
+_MAY_DIFFER_SILENTLY = ("name", "folder", "data.train", "data.validation", "data.tokenizer")
+
+
+class TrainingError(RuntimeError):
+    """The run cannot go on; the message says what to do."""
+
+
+@dataclasses.dataclass
+class Progress:
+    """Everything of a run that is not a tensor and not a function of the step number."""
+
+    step: int = 0
+    tokens_total: int = 0
+    recent_losses: list[float] = dataclasses.field(default_factory=list)
+    last_eval: float | None = None
+
+
+def fingerprint(shards: Sequence[str], tokenizer_sha256: str) -> str:
+    """A hash of what the rows of a run are made of: index files, sizes of the data, tokenizer."""
+    whole = hashlib.sha256(tokenizer_sha256.encode())
+    for prefix in shards:
+        whole.update(Path(prefix + ".idx").read_bytes())
+        whole.update(str(Path(prefix + ".bin").stat().st_size).encode())
+    return whole.hexdigest()
+
+
+def find(config: RunConfig, warn: Callable[[str], None]) -> checkpoint.Checkpoint | None:
+    """The checkpoint that `checkpoint.resume` asks for; None to start afresh.
+
+    Raises:
+        TrainingError: resume=none in a folder with checkpoints.
+        CheckpointError: the named checkpoint cannot be trusted.
+    """
+    folder, resume = Path(config.folder) / "checkpoints", config.checkpoint.resume
+    if resume == "auto":
+        return checkpoint.find(folder, warn)
+    if resume != "none":
+        return checkpoint.load(Path(resume))
+    if any(folder.glob("step_*")):
+        raise TrainingError(
+            f"{folder}: expected no checkpoints with checkpoint.resume=none, got some. "
+            "Choose another `folder`, or checkpoint.resume=auto to go on."
+        )
+    return None
+
+
+def compare(found: checkpoint.Checkpoint, config: RunConfig, data_fingerprint: str) -> list[str]:
+    """One line for every setting that changed since the checkpoint and may change.
+
+    Raises:
+        TrainingError: a setting changed that would make this another run; all of them are named.
+    """
+    state = found.manifest["state"]
+    before, now = _flat(state["config"]), _flat(dataclasses.asdict(config))
+    changed = sorted(k for k in before.keys() | now.keys() if before.get(k) != now.get(k))
+    fatal = [
+        f"{k}: {before.get(k)} there, {now.get(k)} here"
+        for k in changed
+        if k.startswith(_MUST_MATCH)
+    ]
+    if state["data_fingerprint"] != data_fingerprint:
+        fatal.append("data.train or data.tokenizer: other content")
+    if fatal:
+        raise TrainingError(
+            f"{found.folder}: is of another configuration ({'; '.join(fatal)}). Choose another "
+            "`folder`, or the values of that run; train.init_from starts from exported weights."
+        )
+    return [
+        f"changed since the checkpoint: {k}: {before.get(k)} -> {now.get(k)}"
+        for k in changed
+        if k not in _MAY_DIFFER_SILENTLY and not k.startswith("checkpoint.")
+    ]
+
+
+def model_difference(folder: str, there: ModelConfig, here: ModelConfig) -> str:
+    """What to pass so that the configuration is that of the model in `folder`; empty if it is."""
+    a, b = dataclasses.asdict(there), dataclasses.asdict(here)
+    differences = " ".join(f"model.{k}={a[k]}" for k in a if a[k] != b[k])
+    return f"{folder}: holds another model than configured. Pass {differences}" if differences else ""
+
+
+def _flat(tree: dict, prefix: str = "") -> dict:
+    """Nested dictionaries as one with dotted keys; tuples as lists, as JSON gives them back."""
+    flat = {}
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            flat |= _flat(value, f"{prefix}{key}.")
+        else:
+            flat[prefix + key] = list(value) if isinstance(value, tuple) else value
+    return flat

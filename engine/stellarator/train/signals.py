@@ -1,0 +1,67 @@
+"""Signals that ask a run to save and leave, and the lock that keeps two runs out of one folder.
+
+defines: StopRequest, folder_lock
+"""
+
+import contextlib
+import fcntl
+import os
+import signal
+import threading
+from pathlib import Path
+
+_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
+
+
+class StopRequest:
+    """Within the block, the first signal only sets `received`; a second one acts as it always did.
+
+    SIGTERM, SIGUSR1 and SIGUSR2 are what schedulers send before they take a machine away; SIGINT is
+    Ctrl-C. Outside the main thread, where Python allows no handlers, nothing is changed.
+    """
+
+    def __init__(self):
+        self.received: signal.Signals | None = None
+        self._before: dict[signal.Signals, object] = {}
+
+    def __enter__(self) -> "StopRequest":
+        here = threading.current_thread() is threading.main_thread()
+        for number in _SIGNALS if here else ():
+            self._before[number] = signal.signal(number, self._note)
+        return self
+
+    def __exit__(self, *exception) -> None:
+        self._restore()
+
+    def _note(self, number: int, frame) -> None:
+        self.received = signal.Signals(number)
+        self._restore()
+
+    def _restore(self) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+        self._before = {}
+
+
+@contextlib.contextmanager
+def folder_lock(folder: Path):
+    """Hold the run folder for this process; the system lets go when the process ends, however it ends.
+
+    Raises:
+        RuntimeError: another process holds it.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / ".lock", "a+", encoding="utf-8") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            file.seek(0)
+            holder = file.read().strip() or "another process"
+            raise RuntimeError(
+                f"{folder}: expected a folder of its own, got one in use by {holder}. "
+                "Wait for that run to end or choose another `folder`."
+            ) from None
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {os.uname().nodename}")
+        file.flush()
+        yield

@@ -1,0 +1,179 @@
+"""`stellarator doctor` on this machine, without the extension, and beside faked other machines.
+
+The independent check is what torch, the process and the files say. Not covered: a machine with a GPU.
+"""
+
+import importlib.metadata
+import importlib.util
+import os
+import re
+import subprocess
+import sys
+import types
+from pathlib import Path
+
+import pytest
+import torch
+
+from stellarator import doctor
+from stellarator_kernels import extension
+
+CONTAINERS = [str(Path(__file__).resolve().parents[1] / name) for name in ("engine", "kernels")]
+OPS = ("adamw_", "bias_gelu", "cross_entropy", "decode_attention", "flash_attention", "grad_norm")
+OPS += ("layer_norm", "linear_cross_entropy", "rope")
+without = pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
+
+
+def section(text, title):
+    """Lines below a title."""
+    body = text.split(f"{title}", 1)[1].split("\n\n")[0]
+    return body.strip("\n")
+
+
+def chosen(text):
+    """{op: implementation} of the lines with an arrow, for bfloat16."""
+    return dict(re.findall(r"^  (\w+) of bfloat16.*?\n(?:    +\w+: [^\n]*\n|     [^\n]*\n)*?"
+                           r"    -> (\w+)$", text, re.MULTILINE))
+
+
+@pytest.fixture(scope="module")
+def text():
+    return doctor.report()
+
+
+def test_report_names_machine_and_versions(text):
+    assert re.search(rf"^  cores +{os.cpu_count()}, \d+ usable$", text, re.MULTILINE)
+    assert f"{torch.__version__}" in section(text, "Packages")
+    assert sys.executable in text
+    for name in ("numpy", "safetensors", "pyarrow"):
+        version = re.escape(importlib.metadata.version(name))
+        assert re.search(rf"^  {name} +{version}$", text, re.MULTILINE)
+
+
+def test_main_prints_the_report(capsys):
+    assert doctor.main([]) == 0
+    assert capsys.readouterr().out.startswith("Machine\n")
+
+
+def test_every_op_is_explained(text):
+    """With the reason of every refusal; on this device the C++ kernels are chosen if they are built."""
+    choices = chosen(text)
+    assert sorted(choices) == sorted(OPS)
+    if not torch.cuda.is_available():
+        expected = "cpu" if extension.failure() is None else "torch"
+        assert choices["adamw_"] == choices["grad_norm"] == expected
+        assert choices["layer_norm"] == "torch"
+
+
+@pytest.mark.skipif(extension.failure() is not None, reason="no C++ extension")
+def test_with_the_extension(text, monkeypatch):
+    lines = section(text, "C++ extension")
+    best = extension.load().best_isa().name
+    assert "NOT BUILT" not in lines
+    assert re.search(rf"instruction set +{extension.isa().name} \(best here: {best}\)", lines)
+    monkeypatch.setenv("STELLARATOR_ISA", "portable")
+    assert f"portable (best here: {best})" in doctor.report()
+    monkeypatch.setenv("STELLARATOR_ISA", "nonsense")
+    assert "expected STELLARATOR_ISA in" in doctor.report()
+
+
+def test_without_the_extension():
+    """In a process where the module cannot be imported: the report says so, and the ops still run."""
+    code = """
+import sys
+sys.modules["stellarator_kernels._cpu"] = None
+from stellarator import doctor
+print(doctor.report())
+import stellarator_kernels, torch
+p, m, v = torch.ones(3), torch.zeros(3), torch.zeros(3)
+stellarator_kernels.adamw_([p], [p.clone()], [m], [v], lr=0.5, beta1=0.9, beta2=0.9, eps=0.0,
+                           weight_decay=0.0, step=1)
+print("updated", p.tolist())
+try:
+    stellarator_kernels.grad_norm([p], impl="cpu")
+except RuntimeError as error:
+    print(error)
+"""
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(CONTAINERS), "TRITON_INTERPRET": "0"}
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    lines = section(done.stdout, "C++ extension")
+    assert "NOT BUILT: " in lines
+    assert f"{sys.executable} setup.py build_ext --inplace" in lines
+    if not torch.cuda.is_available():
+        assert chosen(done.stdout)["adamw_"] == "torch"
+        assert "the C++ extension is not built (see `stellarator doctor`)" in done.stdout
+    assert "updated [0.5, 0.5, 0.5]" in done.stdout
+    assert "grad_norm: impl='cpu' cannot run: the C++ extension is not built" in done.stdout
+
+
+def test_stale_extension(tmp_path):
+    """A source newer than the library is noticed."""
+    library, source = tmp_path / "_cpu.so", tmp_path / "adamw.cpp"
+    for path in (library, source):
+        path.touch()
+    os.utime(source, (1000, 1000))
+    assert not doctor._is_older(library, tmp_path)
+    os.utime(library, (500, 500))
+    assert doctor._is_older(library, tmp_path)
+
+
+def test_no_compiler(monkeypatch):
+    monkeypatch.setenv("CXX", "/no/such/compiler")
+    assert "/no/such/compiler does not run; on Debian and Ubuntu: apt install g++" in doctor.report()
+
+
+@without
+def test_gpu_section_gives_the_reason(monkeypatch):
+    monkeypatch.setattr(torch.version, "cuda", None)
+    assert "this torch is a CPU build" in section(doctor.report(), "GPU")
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    assert "built for CUDA 13.0 but finds no working driver" in section(doctor.report(), "GPU")
+
+
+def test_gpu_section_lists_gpus(monkeypatch):
+    gpu = types.SimpleNamespace(name="Tesla V100", major=7, minor=0, total_memory=32 * 2**30)
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: gpu)
+    assert "Tesla V100, capability 7.0, 32 GiB; too old, 8.0 is needed" in "\n".join(doctor._gpu())
+
+
+@pytest.mark.parametrize(
+    "version, built, expected",
+    [
+        (None, False, "not installed; it is never needed"),
+        ("0.9.10.dev0", False, "WARNING: the package apex 0.9.10.dev0 of PyPI is a web toolkit"),
+        ("0.1", False, "0.1 without its CUDA kernels"),
+        ("0.1", True, "built with its CUDA kernels"),
+    ],
+)
+def test_apex(monkeypatch, version, built, expected):
+    find = importlib.util.find_spec
+    spec = importlib.util.spec_from_loader("amp_C", loader=None) if built else None
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name: spec if name == "amp_C" else find(name)
+    )
+    monkeypatch.setattr(doctor, "_version", lambda name: version if name == "apex" else None)
+    assert expected in "\n".join(doctor._apex())
+
+
+def test_environment(monkeypatch):
+    monkeypatch.setenv("STELLARATOR_ISA", "avx2")
+    monkeypatch.setenv("STELLARATOR_IAS", "avx2")
+    monkeypatch.delenv("CXX", raising=False)
+    lines = "\n".join(doctor._environment())
+    assert re.search("^STELLARATOR_ISA +avx2$", lines, re.MULTILINE)
+    assert re.search("^STELLARATOR_IAS +set, but nothing reads it$", lines, re.MULTILINE)
+    assert re.search("^CXX +not set", lines, re.MULTILINE)
+
+
+def test_torchrun_knows_the_option():
+    """The line for batch systems is one that this torch accepts."""
+    from torch.distributed.run import get_args_parser
+
+    assert "--signals-to-handle" in get_args_parser().format_help()
+    assert "--signals-to-handle SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1" in doctor.report()

@@ -1,0 +1,216 @@
+"""The package as it is installed: metadata, what a wheel holds, builds with and without a compiler.
+
+Builds run in a copy of the sources, without isolation and without the network. Not covered: the
+isolated and the editable install, which `make install` itself does before these tests run.
+"""
+
+import email
+import os
+import shutil
+import subprocess
+import sys
+import tomllib
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
+SOURCES = {"stellarator": ROOT / "engine", "stellarator_kernels": ROOT / "kernels"}
+needs_compiler = pytest.mark.skipif(shutil.which("c++") is None, reason="no C++ compiler")
+
+
+def requirement_name(requirement):
+    """Name in front of extras, version and marker."""
+    for mark in "[<>=!~; ":
+        requirement = requirement.split(mark)[0]
+    return requirement.lower()
+
+
+def all_requirements():
+    """Every requirement of the package and of its extras."""
+    project = PROJECT["project"]
+    extras = project["optional-dependencies"].values()
+    return [*project["dependencies"], *(r for extra in extras for r in extra)]
+
+
+def pins():
+    """{name: version} of constraints.txt."""
+    lines = (ROOT / "constraints.txt").read_text().splitlines()
+    return dict(line.split("==") for line in lines if line and not line.startswith("#"))
+
+
+def test_requirements():
+    build = [requirement_name(r) for r in PROJECT["build-system"]["requires"]]
+    names = [requirement_name(r) for r in all_requirements()]
+    assert "torch" not in build, "an isolated build would download torch"
+    assert "apex" not in names + build + list(pins()), "apex on PyPI is a web toolkit"
+    assert not [r for r in PROJECT["project"]["dependencies"] if "==" in r.split(";")[0]]
+    assert sorted(pins()) == sorted({*names, *build}), "constraints.txt pins exactly what is required"
+    assert all(version[0].isdigit() for version in pins().values())
+
+
+def test_every_folder_with_code_is_a_package():
+    """Discovery takes packages only: a folder without __init__.py would be missing from a wheel."""
+    for package, container in SOURCES.items():
+        folders = {path.parent for path in (container / package).rglob("*.py")}
+        assert [f for f in folders if not (f / "__init__.py").exists()] == []
+
+
+def test_licence_is_complete():
+    text = (ROOT / "LICENSE").read_text()
+    assert "Apache License" in text and "END OF TERMS AND CONDITIONS" in text
+    assert len(text.splitlines()) > 195
+
+
+def copy_sources(folder):
+    """What git would check out of the files that a build reads."""
+    built = shutil.ignore_patterns("__pycache__", "*.so", "*.egg-info")
+    for name in ("engine", "kernels", "csrc"):
+        shutil.copytree(ROOT / name, folder / name, ignore=built)
+    for name in ("setup.py", "pyproject.toml", "MANIFEST.in", "LICENSE", "constraints.txt"):
+        shutil.copy(ROOT / name, folder / name)
+    (folder / "README.md").write_text("readme\n")
+    return folder
+
+
+def build(folder, *command, **environment):
+    """Run setup.py in `folder`; returns its output."""
+    done = subprocess.run(
+        [sys.executable, "setup.py", *command],
+        cwd=folder,
+        env=os.environ | environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout
+    return done.stdout
+
+
+def installed(wheel, folder):
+    """Unpacks a wheel, which for this package is what installing does."""
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(folder)
+    return folder
+
+
+def run(site, *command, cwd):
+    """Run Python with the unpacked wheel in front of everything else."""
+    environment = os.environ | {"PYTHONPATH": str(site), "TRITON_INTERPRET": "0"}
+    return subprocess.run(
+        [sys.executable, *command], env=environment, cwd=cwd, capture_output=True, text=True
+    )
+
+
+UPDATE = """
+import torch, stellarator_kernels
+p, m, v = torch.ones(3), torch.zeros(3), torch.zeros(3)
+stellarator_kernels.adamw_([p], [p.clone()], [m], [v], lr=0.5, beta1=0.9, beta2=0.9, eps=0.0,
+                           weight_decay=0.0, step=1)
+print(stellarator_kernels.__file__, p.tolist(), stellarator_kernels.available()["extension"])
+"""
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory):
+    """A wheel built with the compiler, from a copy of the sources with one tuned table added."""
+    folder = copy_sources(tmp_path_factory.mktemp("sources"))
+    tables = folder / "kernels" / "stellarator_kernels" / "tables"
+    tables.mkdir(exist_ok=True)
+    (tables / "added.json").write_text("{}")
+    build(folder, "-q", "bdist_wheel")
+    return next((folder / "dist").glob("*.whl"))
+
+
+@needs_compiler
+def test_wheel_holds_everything(wheel):
+    with zipfile.ZipFile(wheel) as archive:
+        names = set(archive.namelist())
+        info = "stellarator-0.1.0.dist-info"
+        metadata = email.message_from_bytes(archive.read(f"{info}/METADATA"))
+        scripts = archive.read(f"{info}/entry_points.txt").decode()
+    code = {
+        path.relative_to(container).as_posix()
+        for package, container in SOURCES.items()
+        for path in (container / package).rglob("*.py")
+    }
+    assert {name for name in names if name.endswith(".py")} == code
+    assert "stellarator_kernels/tables/added.json" in names
+    assert [n for n in names if n.startswith("stellarator_kernels/_cpu.") and n.endswith(".so")]
+    assert f"{info}/licenses/LICENSE" in names
+    assert metadata["License-Expression"] == "Apache-2.0"
+    assert metadata["Requires-Python"] == ">=3.11"
+    assert "stellarator = stellarator.cli:main" in scripts
+
+
+@needs_compiler
+def test_installed_wheel_runs_from_any_folder(wheel, tmp_path):
+    """The checkout is the hard one: its folder `kernels` must not stand for anything."""
+    site = installed(wheel, tmp_path / "site")
+    done = run(site, "-c", UPDATE, cwd=ROOT)
+    file = str(site / "stellarator_kernels" / "__init__.py")
+    assert done.stdout.split() == [file, "[0.5,", "0.5,", "0.5]", "True"], done.stderr
+    for cwd in (tmp_path, ROOT):
+        done = run(site, "-m", "stellarator", "--help", cwd=cwd)
+        assert done.returncode == 0 and "doctor" in done.stdout, done.stderr
+
+
+@needs_compiler
+def test_baseline_code_has_no_wide_instructions(wheel):
+    """What runs on any x86-64 is not compiled with AVX: only files named for a level are."""
+    objdump = shutil.which("objdump")
+    if objdump is None or os.uname().machine != "x86_64":
+        pytest.skip("needs objdump on x86-64")
+    objects = sorted((wheel.parents[1] / "build").rglob("*.o"))
+    assert {"adamw.o", "adamw_portable.o", "adamw_avx2.o", "adamw_avx512.o"} <= {
+        path.name for path in objects
+    }
+    for path in objects:
+        assembly = subprocess.run([objdump, "-d", path], capture_output=True, text=True).stdout
+        wide = "%ymm" in assembly or "%zmm" in assembly
+        assert wide == path.stem.endswith(("_avx2", "_avx512")), path.name
+        assert ("%zmm" in assembly) == path.stem.endswith("_avx512"), path.name
+
+
+@pytest.mark.parametrize("compiler", ["/bin/false", "/no/such/compiler"])
+def test_a_broken_compiler_does_not_fail_the_build(tmp_path, compiler):
+    folder = copy_sources(tmp_path)
+    output = build(folder, "build_ext", "--inplace", CXX=compiler, CC=compiler)
+    warnings = [line for line in output.splitlines() if "The package works without it" in line]
+    assert len(warnings) == 1 and "`stellarator doctor`" in warnings[0], output
+    assert not list(folder.rglob("*.so"))
+
+
+def test_a_wheel_without_the_extension_works(tmp_path):
+    folder = copy_sources(tmp_path / "sources")
+    build(folder, "-q", "bdist_wheel", CXX="/bin/false", CC="/bin/false")
+    site = installed(next((folder / "dist").glob("*.whl")), tmp_path / "site")
+    done = run(site, "-c", UPDATE, cwd=tmp_path)
+    assert done.stdout.endswith("[0.5, 0.5, 0.5] False\n"), done.stderr
+
+
+@needs_compiler
+def test_without_ninja_the_same_commands_run(tmp_path):
+    """Only the plan is compared: compiling everything a second time would take long."""
+    code = """
+import sys
+sys.modules["setuptools"].setup = lambda **options: None
+source = open("setup.py").read()
+space = {"__name__": "setup"}
+exec(compile(source, "setup.py", "exec"), space)
+units = space["objects"](space["Path"]("out"), ["-Ipython"])
+script = space["ninja_file"](units, space["Path"]("lib.so"))
+for unit in units:
+    command = space["shlex"].join(space["compile_command"](*unit))
+    assert script.count(f"  cmd = {command}\\n") == 1, command
+assert space["shlex"].join(space["link_command"]([u[1] for u in units], space["Path"]("lib.so"))) in script
+print(len(units))
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", "import setuptools" + code],
+        cwd=ROOT, capture_output=True, text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) >= 3

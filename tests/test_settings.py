@@ -1,0 +1,144 @@
+"""Configurations: what is accepted, and that every mistake is named, all at once, with a suggestion."""
+
+import dataclasses
+import subprocess
+import sys
+
+import pytest
+
+from stellarator.config import FimConfig, ModelConfig, RunConfig
+from stellarator.settings import ConfigError, check, resolve, to_toml
+
+
+def problems_of(*overrides: str, toml: str | None = None) -> list[str]:
+    with pytest.raises(ConfigError) as caught:
+        resolve(RunConfig(), toml, overrides)
+    return caught.value.problems
+
+
+def test_defaults_are_valid():
+    assert check(RunConfig()) == []
+
+
+def test_overrides_win_over_the_file_and_the_file_over_the_base(tmp_path):
+    path = tmp_path / "run.toml"
+    path.write_text("[optim]\nlr = 1e-4\nmin_lr = 1e-5\n[data.fim]\nrate = 0.25\n")
+    config = resolve(RunConfig(), str(path), ["--optim.lr=2e-4", "data.train=a,b"])
+    assert config.optim.lr == 2e-4 and config.optim.min_lr == 1e-5
+    assert config.data.fim.rate == 0.25 and config.data.train == ("a", "b")
+
+
+@pytest.mark.parametrize(
+    ("override", "value"),
+    [
+        ("model.window=none", None),
+        ("model.window=64", 64),
+        ("model.tie_embeddings=false", False),
+        ("train.steps=2e3", 2000),
+        ("data.train=", ()),
+    ],
+)
+def test_values_are_read_by_the_type_of_the_field(override, value):
+    config = resolve(RunConfig(), None, [override])
+    section, name = override.split("=")[0].split(".")
+    assert getattr(getattr(config, section), name) == value
+    assert type(getattr(getattr(config, section), name)) is type(value)
+
+
+def test_toml_round_trip_keeps_every_value():
+    config = RunConfig(
+        name='quote " back\\slash\nline',
+        model=ModelConfig(window=None, rope_theta=999999.4420358813),
+        data=dataclasses.replace(
+            RunConfig().data, train=("a b", "c"), weights=(0.25, 0.75), fim=FimConfig(rate=0.1)
+        ),
+    )
+
+    def read_back(text, folder):
+        path = folder / "config.toml"
+        path.write_text(text)
+        return resolve(RunConfig(), str(path))
+
+    import tempfile
+    from pathlib import Path
+
+    with tempfile.TemporaryDirectory() as folder:
+        assert read_back(to_toml(config), Path(folder)) == config
+
+
+def test_all_problems_are_reported_together():
+    found = problems_of(
+        "model.width=100", "model.num_kv_heads=4", "train.global_batch_size=12", "optim.min_lr=1"
+    )
+    text = "\n".join(found)
+    for part in ("model.width", "model.num_kv_heads", "train.global_batch_size", "optim.min_lr"):
+        assert part in text
+    assert len(found) == 4
+
+
+TYPOS = {
+    "model.widht=3": "width",
+    "modle.width=3": "model",
+    "optim.learning_rate=3": None,
+    "optim.lr_min=3": "min_lr",
+    "train.step=3": "steps",
+    "data.fim.rat=1": "rate",
+    "data.seqlength=3": "seq_length",
+    "checkpoint.intervall=3": "interval",
+    "train.micro_batchsize=3": "micro_batch_size",
+    "metrics.log_intreval=3": "log_interval",
+}
+
+
+@pytest.mark.parametrize("typo", TYPOS)
+def test_unknown_names_get_the_nearest_valid_one(typo):
+    (problem,) = problems_of(typo)
+    expected = TYPOS[typo]
+    assert (f"Did you mean {expected!r}" in problem) if expected else ("unknown name" in problem)
+
+
+@pytest.mark.parametrize(
+    ("override", "part"),
+    [
+        ("model.width=wide", "expected int"),
+        ("model.width=3.5", "expected int"),
+        ("model=3", "is a section"),
+        ("name.x=3", "is a value"),
+        ("optim.lr", "expected section.key=value"),
+        ("optim.schedule=linear", "expected one of cosine, wsd, constant"),
+        ("optim.warmup_steps=1000", "fewer than train.steps"),
+        ("optim.decay_steps=50", "more than warmup_steps"),
+        ("checkpoint.keep=1", "at least 2"),
+        ("data.seq_length=99999", "model.max_positions"),
+        ("data.weights=1.0", "one per shard"),
+        ("model.attention_dropout=0.1", "without dropout"),
+        ("model.positions=learned", "starcoder2 has rope"),
+        ("data.fim.rate=1.5", "[0.0, 1.0]"),
+    ],
+)
+def test_each_rule_is_named(override, part):
+    assert any(part in problem for problem in problems_of(override))
+
+
+def test_file_errors_name_file_and_line(tmp_path):
+    path = tmp_path / "run.toml"
+    path.write_text("[model]\nwidth = 64\n\n[optim]\nlrr = 1.0\n")
+    (problem,) = problems_of(toml=str(path))
+    assert f"{path}:5" in problem and "Did you mean 'lr'" in problem
+    path.write_text("[model\n")
+    assert "not valid TOML" in problems_of(toml=str(path))[0]
+    path.write_bytes(b"\xff\xfe")
+    assert "UTF-8" in problems_of(toml=str(path))[0]
+    assert "cannot be read" in problems_of(toml=str(tmp_path / "absent.toml"))[0]
+
+
+def test_a_typo_is_answered_without_importing_torch():
+    code = (
+        "import sys\nfrom stellarator.cli import main\n"
+        "code = main(['train', 'optim.lrr=1'])\n"
+        "assert 'torch' not in sys.modules and 'numpy' not in sys.modules, 'torch was imported'\n"
+        "sys.exit(code)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 2, done.stderr
+    assert "Did you mean 'lr'" in done.stderr and "Traceback" not in done.stderr
