@@ -1,1 +1,1 @@
-"""Benchmarks: correctness first, then time and memory beside named peers. `python -m benchmarks --help`."""
+"""Benchmarks: correctness first, then time and memory beside peers; `python -m benchmarks`."""

@@ -1,7 +1,7 @@
 """Every op on one device: checked against float64 first, then timed beside ATen's kernels.
 
-`python -m benchmarks gpu` runs it on a GPU at the shapes of StarCoder2-3B; `--small` shrinks the shapes, and
-`--device cpu --small` with TRITON_INTERPRET=1 is how the tests try it out.
+`python -m benchmarks gpu` runs it on a GPU at the shapes of StarCoder2-3B; `--small` shrinks the
+shapes, and `--device cpu --small` with TRITON_INTERPRET=1 is how the tests try it out.
 An op that is wrong is not timed.
 """
 
@@ -116,7 +116,9 @@ def _check_optimizer(impl: str, device: str) -> None:
     for a, e in zip(states[impl], states["reference"], strict=True):
         assert_close_to_reference(a, e, reduction_length=16, name="adamw_")
     exact = base[0].double().norm()
-    assert_close_to_reference(grad_norm([base[0]], impl=impl), exact, reduction_length=2, name="norm")
+    assert_close_to_reference(
+        grad_norm([base[0]], impl=impl), exact, reduction_length=2, name="norm"
+    )
 
 
 def main(arguments) -> int:
@@ -128,7 +130,9 @@ def main(arguments) -> int:
     except AssertionError as error:
         failures.append(f"optimizer: {error}")
     small = {case.name: case for case in cases(device, True)}
-    print("| op | phase | triton ms (p20, p80) | torch ms | speed vs torch | peak memory MiB, torch |")
+    print(
+        "| op | phase | triton ms (p20, p80) | torch ms | speed vs torch | peak memory MiB, torch |"
+    )
     print("|---|---|---|---|---|---|")
     for case in cases(device, arguments.small):
         try:

@@ -47,7 +47,9 @@ def environment() -> dict:
     }
 
 
-def interleave(functions: dict[str, Callable], repeats: int, warmup: int = 2) -> dict[str, Quantiles]:
+def interleave(
+    functions: dict[str, Callable], repeats: int, warmup: int = 2
+) -> dict[str, Quantiles]:
     """Time several functions in turn, so that a slow moment of the machine hits all of them.
 
     Args:
@@ -77,7 +79,7 @@ def _resident_bytes(key: str) -> int:
 
 
 def _measure(make: Callable, arguments: tuple, pipe) -> None:
-    """Child process: what `make(*arguments)` and two calls of its result add to the memory in use."""
+    """Child process: what `make(*arguments)` and two calls of its result add to its memory."""
     before = _resident_bytes("VmRSS")
     call = make(*arguments)
     call()

@@ -1,4 +1,4 @@
-"""Shared by all tests: Triton kernels run in its interpreter where there is no GPU; a tiny corpus."""
+"""Shared by all tests: Triton runs in its interpreter; a tiny corpus and a tiny run."""
 
 import os
 
@@ -21,14 +21,18 @@ def _source_file(rng: random.Random) -> str:
     lines = []
     for _ in range(rng.randint(2, 9)):
         name, argument = rng.choice(_WORDS), rng.choice(_WORDS)
-        lines += [f"def {name}({argument}):", f"    {rng.choice(_WORDS)} = {rng.randint(0, 99)}",
-                  f"    return {argument} + {rng.choice(_WORDS)}  # {rng.choice(_WORDS)}", ""]
+        lines += [
+            f"def {name}({argument}):",
+            f"    {rng.choice(_WORDS)} = {rng.randint(0, 99)}",
+            f"    return {argument} + {rng.choice(_WORDS)}  # {rng.choice(_WORDS)}",
+            "",
+        ]
     return "\n".join(lines)
 
 
 @pytest.fixture(scope="session")
 def tiny_corpus(tmp_path_factory):
-    """A folder with tokenizer/, train.bin/.idx and validation.bin/.idx: 60 repositories of small files."""
+    """A folder with tokenizer/, train and validation shards: 60 repositories of small files."""
     import numpy as np
 
     from stellarator.data.documents import Document
@@ -64,18 +68,30 @@ def tiny_config(tiny_corpus, tmp_path):
         name="tiny",
         folder=str(tmp_path / "run"),
         model=dataclasses.replace(
-            base.model, vocab_size=420, num_layers=2, width=32, num_heads=4, num_kv_heads=2,
-            ffn_width=64, max_positions=256, window=24,
+            base.model,
+            vocab_size=420,
+            num_layers=2,
+            width=32,
+            num_heads=4,
+            num_kv_heads=2,
+            ffn_width=64,
+            max_positions=256,
+            window=24,
         ),
         data=dataclasses.replace(
-            base.data, train=(str(tiny_corpus / "train"),), seq_length=64,
-            validation=(str(tiny_corpus / "validation"),), tokenizer=str(tiny_corpus / "tokenizer"),
+            base.data,
+            train=(str(tiny_corpus / "train"),),
+            seq_length=64,
+            validation=(str(tiny_corpus / "validation"),),
+            tokenizer=str(tiny_corpus / "tokenizer"),
         ),
         optim=dataclasses.replace(base.optim, lr=3e-3, min_lr=3e-4, warmup_steps=2),
         train=dataclasses.replace(
-            base.train, steps=12, global_batch_size=8, micro_batch_size=4, device="cpu",
+            base.train,
+            steps=12,
+            global_batch_size=8,
+            micro_batch_size=4,
+            device="cpu",
         ),
-        metrics=dataclasses.replace(
-            base.metrics, peak_tflops=1.0, tensorboard=False, report=False
-        ),
+        metrics=dataclasses.replace(base.metrics, peak_tflops=1.0, tensorboard=False, report=False),
     )

@@ -1,4 +1,4 @@
-"""The command line as a user meets it: help, wrong flags, clear one-line errors, exit codes, speed of start."""
+"""The command line as a user meets it: help, wrong flags, one-line errors, exit codes."""
 
 import subprocess
 import sys

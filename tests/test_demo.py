@@ -51,7 +51,10 @@ def test_the_export_is_a_hugging_face_folder(demo, capsys):
     ids = tokenizer("import os", return_tensors="pt").input_ids
     assert model.generate(ids, max_new_tokens=4, do_sample=False).shape[1] == ids.shape[1] + 4
     capsys.readouterr()
-    assert main(["generate", "--model", str(output / "model"), "--max-new-tokens", "4", "import os"]) == 0
+    assert (
+        main(["generate", "--model", str(output / "model"), "--max-new-tokens", "4", "import os"])
+        == 0
+    )
     assert main(["infill", "--model", str(output / "model"), f"{__file__}:8"]) == 0
 
 

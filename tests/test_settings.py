@@ -1,4 +1,4 @@
-"""Configurations: what is accepted, and that every mistake is named, all at once, with a suggestion."""
+"""Configurations: what is accepted, and that all mistakes are named at once, with suggestions."""
 
 import dataclasses
 import subprocess

@@ -2,9 +2,10 @@
 
 defines: main
 
-Every verb is a function that can be imported from its own module. Modules are imported when their verb
-runs, so `--help` and a misspelt option answer without importing torch.
-Exit codes: 0 done; 1 failed; 2 wrong usage or configuration; 75 preempted, can be resumed; 130 Ctrl-C.
+Every verb is a function that can be imported from its own module. Modules are imported when their
+verb runs, so `--help` and a misspelt option answer without importing torch.
+Exit codes: 0 done; 1 failed; 2 wrong usage or configuration; 75 preempted, can be resumed; 130
+Ctrl-C.
 """
 
 import argparse
@@ -62,7 +63,10 @@ def _parser() -> argparse.ArgumentParser:
 
 def _verb(verbs, name: str, run, help: str, overrides: bool = False, description: str = ""):
     verb = verbs.add_parser(
-        name, help=help, description=description or help, allow_abbrev=False,
+        name,
+        help=help,
+        description=description or help,
+        allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     verb.set_defaults(run=run, takes_overrides=overrides)
@@ -71,9 +75,13 @@ def _verb(verbs, name: str, run, help: str, overrides: bool = False, description
 
 def _add_train(verbs) -> None:
     verb = _verb(
-        verbs, "train", _train, "train a model", True,
+        verbs,
+        "train",
+        _train,
+        "train a model",
+        True,
         "Train a model. Values are set by the recipe, then the TOML file, then section.key=value:\n"
-        "  stellarator train --recipe tiny data.train=runs/data/train data.tokenizer=runs/data/tokenizer\n"
+        "  stellarator train --recipe tiny data.train=D/train data.tokenizer=D/tokenizer\n"
         "  torchrun --nproc-per-node 2 -m stellarator.train --config run.toml optim.lr=1e-4",
     )
     add_train_options(verb)
@@ -82,7 +90,9 @@ def _add_train(verbs) -> None:
 def add_train_options(parser: argparse.ArgumentParser) -> None:
     """The options of `train`, also those of `python -m stellarator.train`."""
     parser.add_argument("--recipe", default="tiny", help="where the values start (default: tiny)")
-    parser.add_argument("--config", metavar="FILE", help="TOML file with values that win over the recipe")
+    parser.add_argument(
+        "--config", metavar="FILE", help="TOML file with values that win over the recipe"
+    )
     parser.add_argument("--print-config", action="store_true", help="print every value and stop")
 
 
@@ -91,21 +101,42 @@ def _add_data(verbs) -> None:
     data.set_defaults(run=lambda _: data.print_help() or 2)
     parts = data.add_subparsers(title="verbs", metavar="VERB")
     verb = _verb(parts, "prepare", _prepare, "source code -> tokenizer and token shards")
-    verb.add_argument("sources", nargs="+", metavar="SOURCE",
-                      help="folder, git checkout, .jsonl[.gz|.zst] or .parquet")
+    verb.add_argument(
+        "sources",
+        nargs="+",
+        metavar="SOURCE",
+        help="folder, git checkout, .jsonl[.gz|.zst] or .parquet",
+    )
     verb.add_argument("--output", required=True, metavar="FOLDER")
     verb.add_argument("--vocab-size", type=int, default=49152)
-    verb.add_argument("--generation", choices=("starcoder2", "starcoder"), default="starcoder2",
-                      help="special tokens and document format")
-    verb.add_argument("--tokenizer", metavar="FOLDER", help="use this tokenizer instead of training one")
-    verb.add_argument("--validation-fraction", type=float, default=0.05,
-                      help="share of the repositories that is held out (default: 0.05)")
+    verb.add_argument(
+        "--generation",
+        choices=("starcoder2", "starcoder"),
+        default="starcoder2",
+        help="special tokens and document format",
+    )
+    verb.add_argument(
+        "--tokenizer", metavar="FOLDER", help="use this tokenizer instead of training one"
+    )
+    verb.add_argument(
+        "--validation-fraction",
+        type=float,
+        default=0.05,
+        help="share of the repositories that is held out (default: 0.05)",
+    )
     verb.add_argument("--seed", type=int, default=1234)
-    verb = _verb(parts, "inspect", _inspect, "print documents of a token shard, or rows as training sees them")
+    verb = _verb(
+        parts,
+        "inspect",
+        _inspect,
+        "print documents of a token shard, or rows as training sees them",
+    )
     verb.add_argument("shard", metavar="PREFIX", help="of PREFIX.bin and PREFIX.idx")
     verb.add_argument("--tokenizer", required=True, metavar="FOLDER")
     verb.add_argument("--count", type=int, default=2)
-    verb.add_argument("--rows", type=int, metavar="T", help="show packed rows of T tokens, with FIM")
+    verb.add_argument(
+        "--rows", type=int, metavar="T", help="show packed rows of T tokens, with FIM"
+    )
 
 
 def _add_model(verbs) -> None:
@@ -123,14 +154,25 @@ def _add_generation(verbs) -> None:
         ("infill", _infill, "fill the hole at a line of a file"),
     ):
         verb = _verb(verbs, name, run, text)
-        verb.add_argument("--model", default="runs/demo/model", metavar="FOLDER",
-                          help="Hugging Face folder (default: runs/demo/model)")
+        verb.add_argument(
+            "--model",
+            default="runs/demo/model",
+            metavar="FOLDER",
+            help="Hugging Face folder (default: runs/demo/model)",
+        )
         if name == "generate":
-            verb.add_argument("prompts", nargs="+", metavar="PROMPT", help="text; - reads standard input")
-            verb.add_argument("--stop", action="append", default=[], help="stop at this text; may repeat")
+            verb.add_argument(
+                "prompts", nargs="+", metavar="PROMPT", help="text; - reads standard input"
+            )
+            verb.add_argument(
+                "--stop", action="append", default=[], help="stop at this text; may repeat"
+            )
         else:
-            verb.add_argument("location", metavar="FILE:LINE",
-                              help="the line is taken out and written again by the model")
+            verb.add_argument(
+                "location",
+                metavar="FILE:LINE",
+                help="the line is taken out and written again by the model",
+            )
             verb.add_argument("--mode", choices=("psm", "spm"), default="psm")
         verb.add_argument("--max-new-tokens", type=int, default=64)
         verb.add_argument("--temperature", type=float, default=0.0, help="0: greedy (default)")
@@ -140,14 +182,24 @@ def _add_generation(verbs) -> None:
 
 
 def _add_others(verbs) -> None:
-    _verb(verbs, "doctor", _doctor, "print machine, versions, extensions, and what each op would run")
+    _verb(
+        verbs, "doctor", _doctor, "print machine, versions, extensions, and what each op would run"
+    )
     verb = _verb(verbs, "report", _report, "write report.html of a run again")
     verb.add_argument("folder", help="run folder")
-    verb = _verb(verbs, "demo", _demo, "source code -> tokenizer -> training -> infilling -> report")
-    verb.add_argument("sources", nargs="*", metavar="SOURCE", help="default: this Python's standard library")
+    verb = _verb(
+        verbs, "demo", _demo, "source code -> tokenizer -> training -> infilling -> report"
+    )
+    verb.add_argument(
+        "sources", nargs="*", metavar="SOURCE", help="default: this Python's standard library"
+    )
     verb.add_argument("--output", default="runs/demo", metavar="FOLDER")
-    verb.add_argument("--minutes", type=float, default=4.0,
-                      help="of training; the number of steps is fitted to it (default: 4)")
+    verb.add_argument(
+        "--minutes",
+        type=float,
+        default=4.0,
+        help="of training; the number of steps is fitted to it (default: 4)",
+    )
 
 
 def _train(arguments) -> int:

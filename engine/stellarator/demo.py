@@ -3,8 +3,8 @@
 defines: run
 
 Sources -> filters -> held-out split by repository -> tokenizer -> shards -> training with
-fill-in-the-middle -> evaluation on held-out files -> export -> report. Every part is the one that real
-runs use; only the sizes are small. An interrupted demo goes on where it stopped.
+fill-in-the-middle -> evaluation on held-out files -> export -> report. Every part is the one that
+real runs use; only the sizes are small. An interrupted demo goes on where it stopped.
 """
 
 import dataclasses
@@ -61,7 +61,7 @@ def _say(text: str) -> None:
 
 
 def _prepare_data(sources: list[str], folder: Path) -> None:
-    """Tokenizer and shards in `folder/data`, unless an earlier demo with these sources made them."""
+    """Tokenizer and shards in `folder/data`, unless an earlier demo of these sources made them."""
     from stellarator.cli import manifest_lines
     from stellarator.data.prepare import prepare
     from stellarator.progress import Progress
@@ -95,7 +95,7 @@ def _prepare_data(sources: list[str], folder: Path) -> None:
 
 
 def _configure(folder: Path, minutes: float) -> RunConfig:
-    """The demo's recipe on the prepared data, with as many steps as fit; the same again on resume."""
+    """The demo's recipe on the prepared data, as many steps as fit; the same again on resume."""
     from stellarator import settings
     from stellarator.data.tokenizer import Tokenizer
 
@@ -123,9 +123,7 @@ def _configure(folder: Path, minutes: float) -> RunConfig:
     return dataclasses.replace(
         config,
         optim=dataclasses.replace(config.optim, warmup_steps=warmup),
-        train=dataclasses.replace(
-            config.train, steps=steps, eval_interval=max(1, steps // 8)
-        ),
+        train=dataclasses.replace(config.train, steps=steps, eval_interval=max(1, steps // 8)),
         checkpoint=dataclasses.replace(config.checkpoint, interval=max(1, steps // 4)),
     )
 
@@ -216,7 +214,7 @@ def _median_throughput(folder: Path) -> float:
 
 def _sample(holes, completions: list[str], kind: str) -> dict:
     """One hole for the report: the first that was filled exactly, else the first."""
-    pairs = list(zip(holes, completions))
+    pairs = list(zip(holes, completions, strict=True))
     right = [pair for pair in pairs if pair[0].middle.strip() == pair[1].strip()]
     hole, text = (right or pairs)[0]
     verdict = "Filled exactly." if right else "No hole of this kind was filled exactly."

@@ -155,7 +155,9 @@ def _extension() -> list[str]:
 
     root = Path(extension.__file__).resolve().parents[2]
     checkout = (root / "setup.py").is_file()
-    build = f"cd {shlex.quote(str(root))} && {shlex.quote(sys.executable)} setup.py build_ext --inplace"
+    build = (
+        f"cd {shlex.quote(str(root))} && {shlex.quote(sys.executable)} setup.py build_ext --inplace"
+    )
     if not checkout:
         build = f"{shlex.quote(sys.executable)} -m pip install -v --force-reinstall --no-deps PATH"
         build += "   (PATH: the source folder)"
@@ -189,8 +191,9 @@ def _is_older(built: Path, folder: Path) -> bool:
 
 def _implementations() -> list[str]:
     """`explain` of every op on the device that a run would use, for the two training dtypes."""
-    import stellarator_kernels
     import torch
+
+    import stellarator_kernels
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     questions = {"available", "explain"}

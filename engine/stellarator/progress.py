@@ -23,7 +23,7 @@ class Progress:
         self._width = 0
 
     def __call__(self, done: float, text: str = "") -> None:
-        """Show that the share `done` (0 to 1) of the work is finished; `text` says what runs now."""
+        """Show that the share `done` (0 to 1) is finished; `text` says what runs now."""
         now = time.monotonic()
         if now - self._written < (0.2 if self.on_terminal else 10.0) and done < 1.0:
             return

@@ -251,9 +251,7 @@ def _check_model(config: RunConfig) -> list[str]:
     learned = model.family == "gpt_bigcode"
     if (model.positions == "learned") != learned:
         expected = "learned" if learned else "rope"
-        problems.append(
-            f"model.positions: {model.family} has {expected}, got {model.positions}"
-        )
+        problems.append(f"model.positions: {model.family} has {expected}, got {model.positions}")
     for name in ("residual_dropout", "embedding_dropout", "attention_dropout"):
         if getattr(model, name) != 0.0:
             problems.append(
@@ -265,7 +263,7 @@ def _check_model(config: RunConfig) -> list[str]:
 
 def _check_data(config: RunConfig) -> list[str]:
     data, model = config.data, config.model
-    problems = _at_least("data.seq_length", data.seq_length, 8)
+    problems = _at_least("data.seq_length", data.seq_length, 16)
     for name in ("rate", "fragment_rate", "spm_rate"):
         problems += _within(f"data.fim.{name}", getattr(data.fim, name), 0.0, 1.0)
     problems += _at_least("data.fim.max_middle_tokens", data.fim.max_middle_tokens, 1)

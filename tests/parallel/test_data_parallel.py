@@ -25,7 +25,14 @@ def torchrun(config, tmp_path, processes: int) -> subprocess.CompletedProcess:
     path = tmp_path / f"run{processes}.toml"
     path.write_text(settings.to_toml(config))
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command += ["--nproc-per-node", str(processes), "-m", "stellarator.train", "--config", str(path)]
+    command += [
+        "--nproc-per-node",
+        str(processes),
+        "-m",
+        "stellarator.train",
+        "--config",
+        str(path),
+    ]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "STELLARATOR_TRACEBACK": "1"}
     return subprocess.run(command, capture_output=True, text=True, timeout=200, env=environment)
 

@@ -138,5 +138,7 @@ def test_rotation_keeps_the_newest_and_removes_leftovers(tmp_path):
 def test_saving_a_step_again_replaces_it(tmp_path):
     write(tmp_path, 1, seed=1)
     folder = write(tmp_path, 1, seed=2)
-    assert torch.equal(load_file(folder / "tensors.safetensors")["master.a"], tensors(2)["master.a"])
+    assert torch.equal(
+        load_file(folder / "tensors.safetensors")["master.a"], tensors(2)["master.a"]
+    )
     assert sorted(os.listdir(tmp_path)) == ["latest", "step_00000001"]

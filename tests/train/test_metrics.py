@@ -1,4 +1,4 @@
-"""The step line, the z-score, the files of a run. References: the statistics module and closed forms."""
+"""The step line, z-score and files of a run, against the statistics module and closed forms."""
 
 import json
 import math
@@ -84,7 +84,8 @@ def test_model_flops_match_a_count_of_every_product():
     model = ModelConfig(
         vocab_size=97, num_layers=2, width=48, num_heads=6, num_kv_heads=2, ffn_width=200, window=5
     )
-    # forward: 2 * rows * columns per token and matrix; attention 2 products of 2 * D per pair and head
+    # forward: 2 * rows * columns per token and matrix; attention 2 products of 2 * D per pair and
+    # head
     per_layer = 48 * (48 + 2 * 16) + 48 * 48 + 2 * 48 * 200
     pairs = sum(min(q + 1, 5) for q in range(9)) + sum(min(q + 1, 5) for q in range(3))
     forward = 2 * 12 * (2 * per_layer + 48 * 97) + 2 * 6 * 2 * 2 * 8 * pairs

@@ -1,7 +1,8 @@
-"""50 steps beside transformers + torch.optim.AdamW: same initial weights, same batches, same losses.
+"""50 steps beside transformers and torch.optim.AdamW: same weights, same batches, same losses.
 
-The peer computes its own logits, loss, gradients, clip and update in fp32. Batches have FIM on; documents of
-a row see each other here, because the peer has no packed attention. The bound is 1e-4 nats.
+The peer computes its own logits, loss, gradients, clip and update in fp32. Batches have FIM on;
+documents of a row see each other here, because the peer has no packed attention. The bound is 1e-4
+nats.
 """
 
 import dataclasses

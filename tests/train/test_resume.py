@@ -1,6 +1,7 @@
-"""A run that was stopped, or killed at any moment, ends with the losses and weights of one that was not.
+"""A run that was stopped, or killed at any moment, ends like one that was not.
 
-The reference is the unbroken run; equality is to the bit, with FIM on. Not covered: another number of ranks.
+The reference is the unbroken run; equality is to the bit, with FIM on. Not covered: another number
+of ranks.
 """
 
 import dataclasses
@@ -143,3 +144,29 @@ def test_a_longer_run_continues_with_the_same_batches(tiny_config, tmp_path):
     whole = dataclasses.replace(longer, folder=str(tmp_path / "long"))
     Trainer(whole).run()
     assert_same_run(longer.folder, whole.folder, 16)
+
+
+def test_a_run_starts_from_exported_weights_whatever_their_dropout(tiny_config, tmp_path):
+    from stellarator.model import build_model, save_pretrained
+
+    released = dataclasses.replace(tiny_config.model, residual_dropout=0.1, init_std=0.01)
+    source = build_model(released, dtype=torch.float32, seed=9)
+    save_pretrained(source, tmp_path / "released")
+    start = dataclasses.replace(
+        tiny_config.train, init_from=str(tmp_path / "released"), precision="fp32", steps=3
+    )
+    config = dataclasses.replace(tiny_config, train=start)
+    trainer = Trainer(config)
+    trainer.run()
+    afresh = dataclasses.replace(start, init_from=None)
+    other = dataclasses.replace(config, train=afresh, folder=str(tmp_path / "afresh"))
+    Trainer(other).run()
+    assert train_records(config.folder)[0][1] != train_records(other.folder)[0][1]
+    tokens = torch.arange(20)[None]
+    with torch.no_grad():  # the first evaluation of the run was made with the released weights
+        expected = source(tokens[:, :-1], tokens[:, 1:])
+        assert not torch.equal(expected, trainer.model(tokens[:, :-1], tokens[:, 1:]))
+    wrong = dataclasses.replace(tiny_config.model, window=8)
+    config = dataclasses.replace(config, model=wrong, folder=str(tmp_path / "wrong"))
+    with pytest.raises(TrainingError, match=r"Pass model\.window=24"):
+        Trainer(config).run()

@@ -1,4 +1,4 @@
-"""Learning rates against values worked out by hand from the formulas. Not covered: sample-based ramps."""
+"""Learning rates against values worked out by hand. Not covered: ramps by samples."""
 
 import math
 

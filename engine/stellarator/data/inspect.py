@@ -12,7 +12,7 @@ from stellarator.data.tokenizer import Tokenizer
 
 
 def documents(prefix: str, tokenizer_folder: str, count: int) -> Iterator[str]:
-    """The first documents as text, special tokens as their strings, each after a line of figures."""
+    """The first documents as text, special tokens as strings, each after a line of figures."""
     shard, tokenizer = Shard(prefix), Tokenizer.load(tokenizer_folder)
     yield f"# {prefix}: {len(shard):,} documents, {shard.num_tokens:,} tokens, {shard.dtype}"
     for index in range(min(count, len(shard))):
@@ -21,7 +21,7 @@ def documents(prefix: str, tokenizer_folder: str, count: int) -> Iterator[str]:
 
 
 def rows(prefix: str, tokenizer_folder: str, seq_length: int, count: int) -> Iterator[str]:
-    """The first training rows of T tokens, shuffled and with fill-in-the-middle at its default rates."""
+    """The first training rows of T tokens, shuffled, with fill-in-the-middle at default rates."""
     tokenizer = Tokenizer.load(tokenizer_folder)
     dataset = PackedDataset([Shard(prefix)], (), tokenizer, seq_length, FimConfig())
     yield f"# {prefix}: {dataset.rows_per_epoch:,} rows of {seq_length} tokens an epoch"

@@ -235,7 +235,7 @@ class _Corpus:
         """
         order, places, _ = self._epoch(epoch)
         start = window * self.window
-        end = min(start + self.window, int(places[-1]))
+        end = start + self.window
         at = int(np.searchsorted(places, start, side="right")) - 1
         found = []
         while at < len(order) and places[at] < end:

@@ -1,4 +1,4 @@
-"""The loss of a model that knows only how often each token occurs: the bar that training must clear.
+"""The loss of a model that knows only how often each token occurs: the bar to clear.
 
 defines: unigram_loss
 """

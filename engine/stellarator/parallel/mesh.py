@@ -55,8 +55,10 @@ def start(device: str = "auto", timeout_seconds: float = 600.0) -> Mesh:
             "train.device: expected a usable NVIDIA GPU for cuda, got none. "
             "Pass train.device=cpu, or see `stellarator doctor`."
         )
-    place = torch.device(device, int(os.environ.get("LOCAL_RANK", 0))) if device == "cuda" else (
-        torch.device("cpu")
+    place = (
+        torch.device(device, int(os.environ.get("LOCAL_RANK", 0)))
+        if device == "cuda"
+        else (torch.device("cpu"))
     )
     if device == "cuda":
         torch.cuda.set_device(place)

@@ -1,4 +1,4 @@
-"""Checkpoints: logical tensors in safetensors and a JSON manifest with hashes, committed by one rename.
+"""Checkpoints: tensors in safetensors and a JSON manifest with hashes, put there by one rename.
 
 defines: save, load, find, rotate, Checkpoint, CheckpointError
 
@@ -82,8 +82,8 @@ def save(folder: Path, step: int, tensors: dict[str, torch.Tensor], state: dict)
     Returns:
         the committed folder.
     Raises:
-        CheckpointError: it could not be written (full disk, no permission). What was there before is
-            untouched and nothing half-written is left.
+        CheckpointError: it could not be written (full disk, no permission). What was there before
+            is untouched and nothing half-written is left.
     Cost: writes every byte once, SHA-256 of it at about 2 GB/s a core.
     """
     final = folder / f"step_{step:08d}"
@@ -101,7 +101,8 @@ def save(folder: Path, step: int, tensors: dict[str, torch.Tensor], state: dict)
         _write_text(aside / _MANIFEST, json.dumps(_sealed(manifest), indent=1))
         _sync_folder(aside)
         if final.exists():
-            # The same step was saved before (a resumed run): keep the old folder until the new one is there.
+            # The same step was saved before (a resumed run): keep the old folder until the new one
+            # is there.
             old = folder / f".tmp-old-{uuid.uuid4().hex[:8]}"
             final.rename(old)
             aside.rename(final)
@@ -113,8 +114,8 @@ def save(folder: Path, step: int, tensors: dict[str, torch.Tensor], state: dict)
     except OSError as error:
         shutil.rmtree(aside, ignore_errors=True)
         raise CheckpointError(
-            f"{final}: cannot be saved: {error.strerror or error}. Free some space or change `folder`;"
-            " older checkpoints are untouched."
+            f"{final}: cannot be saved: {error.strerror or error}. Free some space or change "
+            "`folder`; older checkpoints are untouched."
         ) from error
     return final
 

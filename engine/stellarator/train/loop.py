@@ -2,10 +2,10 @@
 
 defines: Trainer, DTYPES
 
-A step: micro-batches forward and backward on the SUM of token losses; gradients summed in fp32, over
-micro-batches and then over ranks; one division by the number of target tokens of the whole batch;
-clip; AdamW. The state of a run is its step number, the weights and the moments: everything else
-(batches, FIM cuts, learning rate) is a function of the step.
+A step: micro-batches forward and backward on the SUM of token losses; gradients summed in fp32,
+over micro-batches and then over ranks; one division by the number of target tokens of the whole
+batch; clip; AdamW. The state of a run is its step number, the weights and the moments: everything
+else (batches, FIM cuts, learning rate) is a function of the step.
 """
 
 import dataclasses
@@ -174,7 +174,10 @@ class Trainer:
         self.log.rewind(self.step if found is not None else -1)
 
     def _save(self, required: bool = True) -> None:
-        """Write a checkpoint (rank 0), unless this step has one; without `required` a failure is told."""
+        """Write a checkpoint (rank 0), unless this step has one.
+
+        A failure is raised if `required`, else told.
+        """
         folder = self.folder / "checkpoints"
         failed: checkpoint.CheckpointError | None = None
         if self.mesh.dp_rank == 0 and not (folder / f"step_{self.step:08d}").exists():

@@ -89,7 +89,7 @@ class ZScore:
         self.values: deque[float] = deque(values, maxlen=128)
 
     def __call__(self, value: float) -> float:
-        """The z-score of `value` among its predecessors (0 for the first few), which it then joins."""
+        """The z-score of `value` among its predecessors (0 at first), which it then joins."""
         score = 0.0
         if len(self.values) >= 8:
             mean = sum(self.values) / len(self.values)
@@ -144,7 +144,7 @@ class RunLog:
         self.record("train", asdict(metrics))
 
     def rewind(self, step: int) -> None:
-        """Drop the records after `step`, which a resumed run writes again, and a half-written line."""
+        """Drop the records after `step`, which will be written again, and a half-written line."""
         if not self.enabled:
             return
         self._metrics.close()

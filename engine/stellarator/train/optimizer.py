@@ -2,10 +2,10 @@
 
 defines: FlatOptimizer
 
-The parameters of the model become views of one buffer per group, so that the norm is one pass and the
-update one launch. In bf16 the buffers are: bf16 parameters, fp32 masters, fp32 gradients (summed over
-micro-batches in fp32), two fp32 moments: 18 bytes a parameter. In fp32 the parameters are the masters:
-16 bytes.
+The parameters of the model become views of one buffer per group, so that the norm is one pass and
+the update one launch. In bf16 the buffers are: bf16 parameters, fp32 masters, fp32 gradients
+(summed over micro-batches in fp32), two fp32 moments: 18 bytes a parameter. In fp32 the parameters
+are the masters: 16 bytes.
 """
 
 import math
@@ -13,8 +13,8 @@ from collections.abc import Iterator
 
 import torch
 
-from stellarator_kernels import adamw_, grad_norm
 from stellarator.config import OptimConfig
+from stellarator_kernels import adamw_, grad_norm
 
 # Added to the norm before dividing, as Megatron-LM and torch's clip_grad_norm_ do.
 _CLIP_EPS = 1e-6
@@ -53,8 +53,8 @@ class _Group:
 class FlatOptimizer:
     """AdamW over the flat buffers of a model.
 
-    Gradients are those of the SUM of the token losses; `step` divides by the number of target tokens
-    of the whole batch and clips in the same factor, inside the AdamW launch.
+    Gradients are those of the SUM of the token losses; `step` divides by the number of target
+    tokens of the whole batch and clips in the same factor, inside the AdamW launch.
 
     Args:
         model: all of its parameters, of one dtype; they become views of the flat buffers.
@@ -130,7 +130,7 @@ class FlatOptimizer:
         )
 
     def state(self) -> dict[str, torch.Tensor]:
-        """Views of everything a checkpoint needs: master.*, exp_avg.*, exp_avg_sq.* by logical name."""
+        """Views of what a checkpoint needs: master.*, exp_avg.*, exp_avg_sq.* by logical name."""
         found = {}
         for group in self.groups:
             master = group.params if group.master is None else group.master

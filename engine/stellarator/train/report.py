@@ -2,8 +2,8 @@
 
 defines: write_report
 
-Everything comes from the files of the run folder (metrics.jsonl, summary.json, config.toml), so it can
-be written again at any time. The plots also lie beside it as PNG files in plots/.
+Everything comes from the files of the run folder (metrics.jsonl, summary.json, config.toml), so it
+can be written again at any time. The plots also lie beside it as PNG files in plots/.
 """
 
 import base64
@@ -67,8 +67,13 @@ def write_report(folder: str | Path) -> Path:
         plt.close(figure)
         data = base64.b64encode(path.read_bytes()).decode()
         images.append(f'<img alt="{html.escape(title)}" src="data:image/png;base64,{data}">')
-    page = _page(folder.resolve().name, _steps_table(train, evals), _summary_parts(summary), images,
-                 folder / "config.toml")
+    page = _page(
+        folder.resolve().name,
+        _steps_table(train, evals),
+        _summary_parts(summary),
+        images,
+        folder / "config.toml",
+    )
     target = folder / "report.html"
     target.write_text(page, encoding="utf-8")
     return target
@@ -94,8 +99,15 @@ def _plots(train: list[dict], evals: list[dict], summary: dict):
     def loss(axes) -> None:
         axes.plot(steps, [r["loss"] for r in train], color=_BLUE, lw=1, label="training (with FIM)")
         if evals:
-            axes.plot([r["step"] for r in evals], [r["loss"] for r in evals], "o-", color=_ORANGE,
-                      ms=3, lw=1, label="held out")
+            axes.plot(
+                [r["step"] for r in evals],
+                [r["loss"] for r in evals],
+                "o-",
+                color=_ORANGE,
+                ms=3,
+                lw=1,
+                label="held out",
+            )
         for key, label in (("untrained_loss", "untrained"), ("unigram_loss", "unigram model")):
             if key in summary:
                 axes.axhline(summary[key], color=_GREY, lw=0.8, ls="--")
@@ -115,7 +127,7 @@ def _plots(train: list[dict], evals: list[dict], summary: dict):
         bottoms = [0.0] * len(train)
         for phase, color in _PHASES.items():
             values = [r["time_ms"].get(phase, 0.0) for r in train]
-            tops = [b + v for b, v in zip(bottoms, values)]
+            tops = [b + v for b, v in zip(bottoms, values, strict=True)]
             axes.fill_between(steps, bottoms, tops, color=color, lw=0, label=phase)
             bottoms = tops
         axes.set(xlabel="step", ylabel="ms per step")
@@ -150,12 +162,17 @@ def _summary_parts(summary: dict) -> str:
     """Figures and samples that an evaluation left in summary.json."""
     if not summary:
         return ""
-    rows = [(k.replace("_", " "), _value(v)) for k, v in summary.items() if not isinstance(v, (list, dict))]
+    rows = [
+        (k.replace("_", " "), _value(v))
+        for k, v in summary.items()
+        if not isinstance(v, (list, dict))
+    ]
     parts = ["<h2>Evaluation</h2>", _table(rows)]
     for kind, result in summary.get("infilling", {}).items():
+        exact, count = result["exact"], result["count"]
         parts.append(
-            f"<p>Infilling, {html.escape(kind)}: exact match {result['exact']} of {result['count']} "
-            f"({100 * result['exact'] / max(1, result['count']):.1f} %), "
+            f"<p>Infilling, {html.escape(kind)}: exact match {exact} of {count} "
+            f"({100 * exact / max(1, count):.1f} %), "
             f"edit similarity {result['edit_similarity']:.3f}</p>"
         )
     for sample in summary.get("samples", []):
@@ -168,7 +185,13 @@ def _summary_parts(summary: dict) -> str:
 
 
 def _value(value) -> str:
-    return f"{value:,.4f}" if isinstance(value, float) else f"{value:,}" if isinstance(value, int) else str(value)
+    return (
+        f"{value:,.4f}"
+        if isinstance(value, float)
+        else f"{value:,}"
+        if isinstance(value, int)
+        else str(value)
+    )
 
 
 def _table(rows: list[tuple[str, str]]) -> str:

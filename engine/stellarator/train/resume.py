@@ -22,6 +22,7 @@ _MUST_MATCH = (
     "train.global_batch_size",
     "train.precision",
 )
+_OF_THE_RUN = ("init_std", "residual_dropout", "embedding_dropout", "attention_dropout")
 _MAY_DIFFER_SILENTLY = ("name", "folder", "data.train", "data.validation", "data.tokenizer")
 
 
@@ -97,10 +98,18 @@ def compare(found: checkpoint.Checkpoint, config: RunConfig, data_fingerprint: s
 
 
 def model_difference(folder: str, there: ModelConfig, here: ModelConfig) -> str:
-    """What to pass so that the configuration is that of the model in `folder`; empty if it is."""
+    """What to pass so that the configuration is that of the model in `folder`; empty if it is.
+
+    Dropout rates and the spread of initial weights belong to a training run, not to the weights:
+    those of the folder are not asked for.
+    """
     a, b = dataclasses.asdict(there), dataclasses.asdict(here)
+    for name in _OF_THE_RUN:
+        del a[name], b[name]
     differences = " ".join(f"model.{k}={a[k]}" for k in a if a[k] != b[k])
-    return f"{folder}: holds another model than configured. Pass {differences}" if differences else ""
+    return (
+        f"{folder}: holds another model than configured. Pass {differences}" if differences else ""
+    )
 
 
 def _flat(tree: dict, prefix: str = "") -> dict:

@@ -45,7 +45,7 @@ class StopRequest:
 
 @contextlib.contextmanager
 def folder_lock(folder: Path):
-    """Hold the run folder for this process; the system lets go when the process ends, however it ends.
+    """Hold the run folder for this process; the system lets go of it when the process ends.
 
     Raises:
         RuntimeError: another process holds it.

@@ -4,12 +4,13 @@ defines: Stopwatch
 """
 
 import time
+from itertools import pairwise
 
 import torch
 
 
 class Stopwatch:
-    """Marks between the phases of a step; on a GPU they are events, so that marking costs no wait."""
+    """Marks between the phases of a step; on a GPU they are events, so marking costs no wait."""
 
     def __init__(self, device: torch.device):
         self.on_gpu = device.type == "cuda"
@@ -28,7 +29,7 @@ class Stopwatch:
         if self.on_gpu:
             self._marks[-1][1].synchronize()
         split: dict[str, float] = {}
-        for (_, before), (phase, after) in zip(self._marks, self._marks[1:]):
+        for (_, before), (phase, after) in pairwise(self._marks):
             ms = before.elapsed_time(after) if self.on_gpu else 1e3 * (after - before)
             split[phase] = split.get(phase, 0.0) + ms
         return split
