@@ -7,6 +7,7 @@ import json
 
 import numpy as np
 import pytest
+
 from stellarator.data.documents import LANGUAGES, Document, Report, language_of, printable
 from stellarator.data.filters import (
     Filters,

@@ -5,6 +5,7 @@ Not covered: formats of issues, notebooks and commits, which are elsewhere.
 
 import numpy as np
 import pytest
+
 from stellarator.data.documents import Document
 from stellarator.data.formats import Special, star_bucket, starcoder, starcoder2_repository
 

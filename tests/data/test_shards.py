@@ -13,6 +13,7 @@ import sys
 
 import numpy as np
 import pytest
+
 from stellarator.data.shards import Shard, ShardError, ShardWriter, best_dtype
 
 CODES = {"uint8": 1, "int8": 2, "int16": 3, "int32": 4, "int64": 5, "uint16": 8}
@@ -260,6 +261,25 @@ def test_an_exception_leaves_the_old_shard(tmp_path):
         raise KeyError
     assert Shard(tmp_path / "s")[0].tolist() == [1]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["s.bin", "s.idx"]
+
+
+def test_stopped_between_the_two_files_there_is_no_index(tmp_path, monkeypatch):
+    """An old index beside new tokens of the same size would read as a whole shard."""
+    write(tmp_path / "s", [[1, 2], [3]])
+    writer = ShardWriter(tmp_path / "s", "uint16")
+    writer.add_document([4, 5, 6])
+
+    def replace(source, target, calls=[]):  # noqa: B006
+        calls.append(target)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        os.rename(source, target)
+
+    monkeypatch.setattr(os, "replace", replace)
+    with pytest.raises(KeyboardInterrupt):
+        writer.close()
+    with pytest.raises(ShardError, match=r"s\.idx: cannot be read"):
+        Shard(tmp_path / "s")
 
 
 def test_a_full_disk_is_an_error_with_the_file_name(tmp_path):

@@ -15,6 +15,7 @@ import time
 
 import numpy as np
 import pytest
+
 from stellarator.data import tokenizer as module
 from stellarator.data.formats import Special
 from stellarator.data.tokenizer import (
@@ -236,6 +237,7 @@ def test_one_endless_line_costs_little_and_decodes_exactly(tokenizer, monkeypatc
         return encode_many(texts, **arguments)
 
     monkeypatch.setattr(tokenizer, "_encode_many", watched)
+    monkeypatch.setattr(module, "BATCH_CHARACTERS", 1 << 16)
     text = unit * (200_000 // len(unit))
     began = time.monotonic()
     ids = tokenizer.encode(text)
@@ -427,6 +429,6 @@ def test_settings_of_a_released_file_that_would_change_ids_are_switched_off(toke
     path.write_text(changed(tokenizer, old), encoding="utf-8")
     loaded = Tokenizer.load(path)
     assert loaded.generation == tokenizer.generation
-    for text in corpus(9, 20):
+    for text in [*corpus(9, 20), "x", ""]:
         assert loaded.encode(text) == tokenizer.encode(text)
         assert loaded.encode_batch([text]) == [tokenizer.encode(text)]

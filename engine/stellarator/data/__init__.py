@@ -11,7 +11,7 @@ Writing
     prepare        prepare: all of the above, from source code to shards and a held-out set
 Training
     fim            fill-in-the-middle
-    permutation    shuffles computed one index at a time
+    permutation    shuffles, random streams and blending, by key
     packing        PackedDataset: rows as a pure function of (seed, index)
     batches        Batches: rows of one rank as tensors; the only module here that needs torch
 

@@ -10,10 +10,11 @@ defines: prepare
     output/timings.json       seconds per stage; apart, so that all else is the same in every run
 
 All of it is a function of the sources, the arguments and the versions in the manifest. It is made
-in a folder inside `output` and moved out of it at the end, the manifest last: a folder with a
-manifest is complete, and a run that fails or is killed changes nothing.
+in a folder inside `output` and moved out of it at the end, the manifest last. So a folder with a
+manifest is complete. A run that fails or is killed before the moving leaves the old result as it
+was; one that is killed during the moving leaves no manifest.
 
-Memory: the largest repository (up to MAX_EXAMPLE_BYTES of it), 16 bytes per distinct text, and
+Memory: the largest repository (up to MAX_EXAMPLE_BYTES of it), 130 bytes per document, and
 the distinct words of the texts that the tokenizer is trained on. The rest waits on disk.
 """
 
@@ -36,7 +37,7 @@ from stellarator.data.filters import Filters
 from stellarator.data.shards import ShardWriter, best_dtype
 from stellarator.data.sources import SourceError, read_sources
 from stellarator.data.spool import Spool, hold_out, seed_of, units_of
-from stellarator.data.tokenizer import SPECIAL_TOKENS, Tokenizer
+from stellarator.data.tokenizer import Tokenizer, check_vocab_size
 
 MAX_EXAMPLE_BYTES = 32 << 20  # a larger repository becomes several examples
 TOKENIZER_BYTES = 512 << 20  # text that the tokenizer is trained on, at most
@@ -77,16 +78,18 @@ def prepare(
         ValueError: arguments, sources without documents, a split that is not possible; one line.
         RuntimeError: another run is writing to `output`.
         OSError: the disk is full; the message names the file.
-    Cost: 31 MB of Python, vocabulary of 16,384, two cores: 20 s.
+    Cost: 31 MB of Python, vocabulary of 16,384: 10 s on two free cores, 230 MB of memory.
     """
     limits, filters = limits or Limits(), filters or Filters()
     progress = progress or (lambda done, text: None)
     if tokenizer is not None and not isinstance(tokenizer, Tokenizer):
         tokenizer = Tokenizer.load(tokenizer)
     if tokenizer is not None:
-        generation, vocab_size = tokenizer.generation, tokenizer.vocab_size
+        generation = tokenizer.generation
+    else:
+        check_vocab_size(vocab_size, generation)
     format = format or generation
-    _check_arguments(format, generation, vocab_size, validation_fraction)
+    _check_arguments(format, generation, validation_fraction)
     output = Path(output)
     with _work_folder(output) as work, contextlib.closing(Spool(work / "spool")) as spool:
         clock = _Clock()
@@ -129,11 +132,7 @@ def prepare(
     return manifest
 
 
-def _check_arguments(format: str, generation: str, vocab_size: int, fraction: float) -> None:
-    if generation not in SPECIAL_TOKENS:
-        raise ValueError(
-            f"prepare: expected generation in {sorted(SPECIAL_TOKENS)}, got {generation!r}."
-        )
+def _check_arguments(format: str, generation: str, fraction: float) -> None:
     if format != generation:
         raise ValueError(
             f"prepare: expected the format of the tokenizer, {generation!r}, got {format!r}. "
@@ -301,6 +300,12 @@ def _work_folder(output: Path) -> Iterator[Path]:
         work.mkdir()
         try:
             yield work
+        except OSError as error:
+            if error.filename is not None:
+                raise
+            raise OSError(  # as raised by `write`, which knows no name
+                error.errno, f"prepare: cannot be written: {error.strerror}", str(output)
+            ) from None
         finally:
             shutil.rmtree(work, ignore_errors=True)
 

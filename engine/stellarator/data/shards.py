@@ -58,7 +58,7 @@ class ShardWriter:
         dtype: of the tokens, one of uint8, int8, int16, uint16, int32, int64.
     Raises:
         ValueError: another dtype.
-    Cost: 12 bytes of memory per document.
+    Cost: 4 bytes of memory per document, 28 while closing.
     """
 
     def __init__(self, prefix: str | os.PathLike, dtype: np.dtype | type | str):

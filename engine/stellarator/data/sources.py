@@ -53,7 +53,7 @@ def read_sources(
         paths: folders, git checkouts, files of source code, .jsonl[.gz|.zst], .parquet.
         report: counts every file and row; read it when the iterator has ended.
         limits: sizes; `Limits()` if not given.
-        deduplicate: leave out a text that was seen before, by its hash (16 bytes of memory each).
+        deduplicate: leave out a text that was seen before, by its hash (100 bytes of memory).
     Raises:
         SourceError: a path that does not exist, or no document in all of them.
     """
@@ -242,9 +242,14 @@ def _git(root: Path, *arguments: str) -> bytes | None:
     overrides = ["-c", "core.fsmonitor=false", "-c", "core.hooksPath=/dev/null"]
     try:
         found = subprocess.run(
-            ["git", "-C", str(root), *overrides, *arguments], env=environment, check=False,
-            stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, timeout=120,
-        )  # fmt: skip
+            ["git", "-C", str(root), *overrides, *arguments],
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            timeout=120,
+            check=False,
+        )
     except (OSError, subprocess.TimeoutExpired):
         return None
     return found.stdout if found.returncode == 0 else None

@@ -1,6 +1,7 @@
 """Byte-level BPE as StarCoder and StarCoder2 use it, trained or loaded.
 
-defines: Tokenizer, TokenizerError, SPECIAL_TOKENS_STARCODER, SPECIAL_TOKENS_STARCODER2
+defines: Tokenizer, TokenizerError, check_vocab_size, SPECIAL_TOKENS_STARCODER,
+    SPECIAL_TOKENS_STARCODER2
 
 Digits are split singly, then the regular expression of GPT-2 cuts words, then bytes are merged. All
 256 bytes are in the vocabulary, so any text and any slice of a text decode exactly. Special
@@ -109,20 +110,14 @@ class Tokenizer:
         Args:
             texts: read once, in order.
             vocab_size: with the special tokens, from 256 plus those to 49,152. A small corpus may
-            not
-                have that many merges: then `Tokenizer.vocab_size` is smaller.
+                not have that many merges: then `Tokenizer.vocab_size` is smaller.
             generation: "starcoder" or "starcoder2".
         Raises:
             ValueError: unknown generation, or a size out of range.
         Cost: 5 MB/s on two cores; memory for the distinct words of the corpus.
         """
-        special = _special_tokens(generation)
-        smallest = 256 + len(special)
-        if not smallest <= vocab_size <= MAX_VOCAB_SIZE:
-            raise ValueError(
-                f"tokenizer: expected vocab_size in [{smallest}, {MAX_VOCAB_SIZE}] (256 bytes and "
-                f"{len(special)} special tokens of {generation}), got {vocab_size}."
-            )
+        check_vocab_size(vocab_size, generation)
+        special = SPECIAL_TOKENS[generation]
         backend = tokenizers.Tokenizer(models.BPE())
         backend.pre_tokenizer = pre_tokenizers.Sequence(
             [
@@ -289,8 +284,8 @@ class Tokenizer:
         except (TypeError, UnicodeEncodeError):  # which one depends on the version of the library
             at = re.search("[\ud800-\udfff]", text)
             raise ValueError(
-                f"tokenizer: expected text that has UTF-8 bytes, got a lone surrogate {at}. "
-                "Drop the text or replace the surrogate."
+                f"tokenizer: expected text that has UTF-8 bytes, got a lone surrogate at character "
+                f"{at.start()}. Drop the text or replace the surrogate."
             ) from None
 
     def _encode_chunks(self, texts: Sequence[str]) -> Iterator[tuple[int, list[int]]]:
@@ -311,12 +306,19 @@ class Tokenizer:
                 yield index, encoding.ids
 
 
-def _special_tokens(generation: str) -> tuple[str, ...]:
+def check_vocab_size(vocab_size: int, generation: str) -> None:
+    """Raises ValueError for what `Tokenizer.train` would refuse."""
     if generation not in SPECIAL_TOKENS:
         raise ValueError(
             f"tokenizer: expected generation in {sorted(SPECIAL_TOKENS)}, got {generation!r}."
         )
-    return SPECIAL_TOKENS[generation]
+    num_special = len(SPECIAL_TOKENS[generation])
+    smallest = 256 + num_special
+    if not smallest <= vocab_size <= MAX_VOCAB_SIZE:
+        raise ValueError(
+            f"tokenizer: expected vocab_size in [{smallest}, {MAX_VOCAB_SIZE}] (256 bytes and "
+            f"{num_special} special tokens of {generation}), got {vocab_size}."
+        )
 
 
 def _cut(text: str) -> Iterator[str]:

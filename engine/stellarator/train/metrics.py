@@ -6,7 +6,6 @@ defines: StepMetrics, step_line, ZScore, RunLog, write_status, peak_memory_bytes
 import json
 import math
 import os
-import resource
 import sys
 import time
 from collections import deque
@@ -193,4 +192,8 @@ def peak_memory_bytes(device: torch.device) -> int:
     """Largest memory in use so far: of the GPU's allocator, or of the whole process on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    # Not getrusage: its ru_maxrss starts at the peak of the process that started this one.
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith("VmHWM"):
+            return int(line.split()[1]) * 1024
+    return 0
