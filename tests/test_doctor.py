@@ -1,6 +1,6 @@
 """`stellarator doctor` on this machine, without the extension, and beside faked other machines.
 
-The independent check is what torch, the process and the files say. Not covered: a machine with a GPU.
+The independent check is what torch, the process and the files say. Not covered: a real GPU.
 """
 
 import importlib.metadata
@@ -56,7 +56,7 @@ def test_main_prints_the_report(capsys):
 
 
 def test_every_op_is_explained(text):
-    """With the reason of every refusal; on this device the C++ kernels are chosen if they are built."""
+    """On this device the C++ kernels are chosen if they are built."""
     choices = chosen(text)
     assert sorted(choices) == sorted(OPS)
     if not torch.cuda.is_available():
@@ -78,7 +78,7 @@ def test_with_the_extension(text, monkeypatch):
 
 
 def test_without_the_extension():
-    """In a process where the module cannot be imported: the report says so, and the ops still run."""
+    """In a process where the module cannot be imported: it is said, and the ops still run."""
     code = """
 import sys
 sys.modules["stellarator_kernels._cpu"] = None
@@ -122,7 +122,8 @@ def test_stale_extension(tmp_path):
 
 def test_no_compiler(monkeypatch):
     monkeypatch.setenv("CXX", "/no/such/compiler")
-    assert "/no/such/compiler does not run; on Debian and Ubuntu: apt install g++" in doctor.report()
+    text = doctor.report()
+    assert "/no/such/compiler does not run; on Debian and Ubuntu: apt install g++" in text
 
 
 @without

@@ -1,4 +1,4 @@
-"""`stellarator doctor`: the machine, the versions, what is built, what each op would run, and what to do.
+"""`stellarator doctor`: machine, versions, what is built, what each op would run, what to do.
 
 defines: report, main
 

@@ -76,7 +76,7 @@ def same_bits(a, b):
 
 
 def torch_run(weight, grads, dtype, weight_decay=0.1):
-    """The same steps by torch.optim.AdamW in `dtype`; returns the weight and its optimizer state."""
+    """The same steps by torch.optim.AdamW in `dtype`; returns the weight and its state."""
     parameter = torch.nn.Parameter(weight.to(dtype).clone())
     optimizer = torch.optim.AdamW(
         [parameter], lr=LR, betas=BETAS, eps=EPS, weight_decay=weight_decay, foreach=False
@@ -127,9 +127,9 @@ def test_bfloat16_is_the_rounded_float32_run(impl, grad_dtype):
 
 @pytest.mark.parametrize("impl", IMPLS)
 def test_rounding_of_special_values(impl):
-    """Both ties, the neighbours of ties, infinities, overflow, signed zero, subnormal bfloat16."""
+    """Ties, their neighbours, infinities, overflow, zero, NaN whose rounding would carry over."""
     patterns = [0x3F808000, 0x3F818000, 0x3F807FFF, 0x3F808001, 0x7F800000, 0xFF800000, 0x7F7FFFFF]
-    patterns += [0x80000000, 0x7FC00000, 0xBF808000, 0x00808000]
+    patterns += [0x80000000, 0x7FC00000, 0xBF808000, 0x00808000, 0x7FFFFFFF, 0xFFFFFFFF]
     bits = torch.tensor([p - (1 << 32) if p >= 1 << 31 else p for p in patterns * 16])
     weight = bits.to(torch.int32).view(torch.float32)
     n = weight.numel()
@@ -346,7 +346,8 @@ def operator_arguments(param_dtype, clip):
 
 @pytest.mark.parametrize("param_dtype, clip", [(torch.float32, False), (torch.bfloat16, True)])
 def test_opcheck(param_dtype, clip):
-    torch.library.opcheck(torch.ops.stellarator.adamw.default, operator_arguments(param_dtype, clip))
+    arguments = operator_arguments(param_dtype, clip)
+    torch.library.opcheck(torch.ops.stellarator.adamw.default, arguments)
 
 
 def test_compiles_in_one_graph():
@@ -370,7 +371,7 @@ def test_compiles_in_one_graph():
 @pytest.mark.parametrize(
     "change, message",
     [
-        ({"params": [torch.zeros(2, 2)]}, r"adamw_: expected params\[0\] flat, \(n,\) with stride 1"),
+        ({"params": [torch.zeros(2, 2)]}, r"adamw_: expected params\[0\] flat, \(n,\) with"),
         ({"params": [torch.zeros(8)[::2]]}, "with stride 1, got shape .4,. and strides .2,."),
         ({"params": [torch.zeros(4).half()]}, r"params\[0\] with dtype in"),
         ({"params": [torch.zeros(4).bfloat16()]}, "a float32 master for bfloat16 params"),
@@ -437,7 +438,8 @@ from stellarator_kernels.testing import compile_kernel
 pointers = {f"{n}_ptr": "*fp32" for n in ("weight", "exp_avg", "exp_avg_sq", "clip", "factors")}
 scalars = "decay step_size root_correction beta1_rest beta2 beta2_rest eps".split()
 signature = pointers | {"n": "i64"} | dict.fromkeys(scalars, "fp32")
-for capability, grad, master in itertools.product([(8, 0), (9, 0)], ["*fp32", "*bf16"], [False, True]):
+grads = ["*fp32", "*bf16"]
+for capability, grad, master in itertools.product([(8, 0), (9, 0)], grads, [False, True]):
     param = "*bf16" if master else "*fp32"
     built = compile_kernel(
         _adamw_kernel,
@@ -450,5 +452,5 @@ for capability, grad, master in itertools.product([(8, 0), (9, 0)], ["*fp32", "*
 
 
 def test_compiles_for_gpus():
-    environment = os.environ | {"TRITON_INTERPRET": "0"}
+    environment = os.environ | {"TRITON_INTERPRET": "0", "PYTHONPATH": os.pathsep.join(sys.path)}
     subprocess.run([sys.executable, "-c", COMPILE], env=environment, check=True, timeout=120)

@@ -10,8 +10,9 @@ the loader is one integer, the step, and a run resumes at any data-parallel size
 
 Targets are the next tokens, and -100 where there is none to learn: before padding and, unless
 `attend_across_documents`, before the first token of another document. Documents restart their
-positions and are bounded by `cu_seqlens`, so attention never crosses them; the padding of a row is
-a document of its own.
+positions and are bounded by `cu_seqlens`, so attention never crosses them. Padding continues the
+last document of its row: being causal, attention lets nothing see it, and rows of one document
+stay of one length, which attention computes in one call.
 """
 
 import time
@@ -210,7 +211,6 @@ def collate(rows: list[Row], attend_across_documents: bool) -> Batch:
         if not attend_across_documents:
             targets[b, row.starts[1:] - 1] = IGNORED
             bounds[b, row.starts[row.starts < T]] = True
-            bounds[b, row.length : row.length + 1] = True
         targets[b, max(row.length - 1, 0) :] = IGNORED
     flat = np.flatnonzero(bounds)
     lengths = np.diff(flat, append=B * T)
