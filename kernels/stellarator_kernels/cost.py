@@ -3,7 +3,8 @@
 Docstrings, benchmarks and the MFU figure of a run all use these functions.
 A multiply-add counts as two operations. Bytes are what must cross memory once; caches are ignored.
 
-defines: Cost, visible_pairs, flash_attention, adamw, grad_norm
+defines: Cost, visible_pairs, flash_attention, rope, layer_norm, bias_gelu, cross_entropy,
+    linear_cross_entropy, adamw, grad_norm
 """
 
 from dataclasses import dataclass
@@ -44,6 +45,52 @@ def flash_attention(
         10 * D * H * pairs,
         2 * q + kv + 4 * N_q * H,
         4 * q + 2 * kv + 8 * N_q * H,
+    )
+
+
+def rope(M: int, H: int, G: int, D: int, itemsize: int) -> Cost:
+    """M tokens: q and k are read and written, the fp32 table (M, D/2) of cos and sin is read."""
+    flops = 3 * M * (H + G) * D
+    size = 2 * M * (H + G) * D * itemsize + 4 * M * D
+    return Cost(flops, flops, size, size)
+
+
+def layer_norm(N: int, C: int, itemsize: int, *, residual: bool = False) -> Cost:
+    """N rows of C: x (and residual) to y (and summed); back dy, summed (and dsummed) to dx.
+
+    The parameters and the statistics, a row and two columns, are left out.
+    """
+    tensor = N * C * itemsize
+    forward, backward = (4, 4) if residual else (2, 3)
+    flops = N * C
+    return Cost(8 * flops, 14 * flops, forward * tensor, backward * tensor)
+
+
+def bias_gelu(N: int, F: int, itemsize: int) -> Cost:
+    """N rows of F: x to y; back dy and x to dx. A sigmoid or erf counts as one operation."""
+    tensor = N * F * itemsize
+    return Cost(8 * N * F, 15 * N * F, 2 * tensor, 3 * tensor)
+
+
+def cross_entropy(N: int, V: int, itemsize: int) -> Cost:
+    """N rows of V logits: read once, back read and their gradient written."""
+    logits = N * V * itemsize
+    return Cost(4 * N * V, 4 * N * V, logits, 2 * logits)
+
+
+def linear_cross_entropy(N: int, C: int, V: int, itemsize: int, *, chunks: int = 1) -> Cost:
+    """N tokens that count: 2*N*C*V operations forward, 4*N*C*V for the two gradients.
+
+    The gradients belong to the backward here even where they are computed in the forward pass. The
+    logits of a chunk are written, read and overwritten by their gradient, which is read twice;
+    every chunk reads the weight twice and adds to the fp32 gradient of the weight.
+    """
+    hidden, logits, weight = N * C * itemsize, N * V * itemsize, V * C
+    return Cost(
+        2 * N * C * V,
+        4 * N * C * V,
+        hidden + chunks * weight * itemsize + 2 * logits,
+        2 * hidden + chunks * weight * (itemsize + 8) + weight * itemsize + 3 * logits,
     )
 
 

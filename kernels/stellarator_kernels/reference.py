@@ -16,7 +16,7 @@ def compute_dtype(x: torch.Tensor) -> torch.dtype:
 
 
 def visible_keys(T, S, *, causal=True, window=None, cu_seqlens=None, device=None) -> torch.Tensor:
-    """(T, S) bool: query i may see key j. Aligned at the bottom right: the last query is at key S-1.
+    """(T, S) bool: query i may see key j. The last query is at the last key, S - 1.
 
     Causal: j <= i + S - T. Window: i + S - T - j < W. Packed: the same document.
     """
@@ -148,7 +148,7 @@ def layer_norm_backward_ref(dy, summed, weight, mean, rstd, dsummed=None):
 
 
 def bias_gelu_ref(x, bias, approximate="tanh"):
-    """gelu(u), u = x + bias: u * Phi(u) ("none"), or with Phi by its tanh approximation ("tanh")."""
+    """gelu(u), u = x + bias: u * Phi(u) ("none"), or with its tanh approximation ("tanh")."""
     dtype = compute_dtype(x)
     u = x.to(dtype) if bias is None else x.to(dtype) + bias.to(dtype)
     if approximate == "none":
@@ -177,7 +177,7 @@ def bias_gelu_backward_ref(dy, x, bias, approximate="tanh"):
 
 
 def cross_entropy_ref(logits, targets, ignore_index=-100, z_loss=0.0):
-    """lse - logits[target] + z_loss * lse^2 per row, 0 where ignored; returns losses and lse (N,)."""
+    """lse - logits[target] + z_loss * lse^2, 0 where ignored; returns losses and lse (N,)."""
     x = logits.to(compute_dtype(logits))
     largest = x.amax(-1, keepdim=True)
     shifted = x - largest
@@ -198,7 +198,7 @@ def cross_entropy_backward_ref(dloss, logits, targets, lse, ignore_index=-100, z
 
 
 def linear_cross_entropy_ref(hidden, weight, targets, bias=None, ignore_index=-100, z_loss=0.0):
-    """Cross entropy of logits = hidden @ weight^T + bias; returns losses, lse (N,), logits (N, V)."""
+    """Cross entropy of logits = hidden @ weight^T + bias; returns losses, lse and the logits."""
     dtype = compute_dtype(hidden)
     logits = hidden.to(dtype) @ weight.to(dtype).t()
     logits = logits if bias is None else logits + bias.to(dtype)
@@ -208,7 +208,7 @@ def linear_cross_entropy_ref(hidden, weight, targets, bias=None, ignore_index=-1
 def linear_cross_entropy_backward_ref(
     dloss, hidden, weight, targets, lse, logits, bias=None, ignore_index=-100, z_loss=0.0
 ):
-    """dhidden = dlogits @ weight, dweight = dlogits^T @ hidden, dbias = sum(dlogits); dloss is (N,)."""
+    """dhidden = dlogits @ weight, dweight = dlogits^T @ hidden, dbias = sum(dlogits)."""
     dlogits = cross_entropy_backward_ref(dloss, logits, targets, lse, ignore_index, z_loss)
     dhidden = (dlogits @ weight.to(dlogits.dtype)).to(hidden.dtype)
     dweight = (dlogits.t() @ hidden.to(dlogits.dtype)).to(weight.dtype)

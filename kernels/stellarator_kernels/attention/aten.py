@@ -2,8 +2,8 @@
 
 ATen's kernels know "causal from the top left" and a dense mask, not documents, windows or T != S.
 So the work is cut up: documents become slices (equal neighbours one batch), rows under a window
-become blocks of 256 that get just the keys they may see and a small mask. The forward keeps lse, and
-the backward kernel starts from it: nothing is computed again.
+become blocks of 256 that get just the keys they may see and a small mask. The forward keeps lse,
+from which the backward kernel starts: nothing is computed again.
 
 Two facts about the 16-bit backward kernel of torch 2.13 (measured on a Xeon with AMX):
 - it adds dk and dv of all heads of a group in the input dtype, so their error grows with the group:
@@ -12,7 +12,7 @@ Two facts about the 16-bit backward kernel of torch 2.13 (measured on a Xeon wit
 - each of its small products costs about 20 us, so that a document of 64 tokens takes 0.9 ms. In
   fp32 it takes 0.2 ms: short pieces are computed in fp32.
 
-On other devices each document is computed by the formulas of `reference.py`.
+On other devices (where `auto` takes Triton) the formulas of `reference.py` compute each document.
 """
 
 import itertools
@@ -101,9 +101,7 @@ def backward(dout, dlse, q, k, v, out, lse, cu_seqlens, causal, window, scale):
     for run in document_runs(cu_seqlens.tolist()):
         dout_, q_, k_, v_, out_ = (_batch(x, run) for x in (dout, q, k, v, out))
         dlse_, lse_ = (None if x is None else _batch(x.mT, run).mT for x in (dlse, lse))
-        run_gradients = _dense_backward(
-            dout_, dlse_, q_, k_, v_, out_, lse_, causal, window, scale
-        )
+        run_gradients = _dense_backward(dout_, dlse_, q_, k_, v_, out_, lse_, causal, window, scale)
         gradients.append([x.flatten(0, 1) for x in run_gradients])
     return tuple(_join(parts, 0)[None] for parts in zip(*gradients, strict=True))
 
@@ -117,6 +115,11 @@ def _batch(x: torch.Tensor, run: tuple[int, int, int]) -> torch.Tensor:
 def _join(parts: list[torch.Tensor], dim: int) -> torch.Tensor:
     """Concatenate; a single part is not copied unless it is strided."""
     return parts[0].contiguous() if len(parts) == 1 else torch.cat(parts, dim)
+
+
+def _has_kernels(x: torch.Tensor) -> bool:
+    """Whether ATen's CPU kernels can be called; other devices take the formulas."""
+    return x.device.type == "cpu"
 
 
 def _heads_first(x: torch.Tensor) -> torch.Tensor:
@@ -151,7 +154,7 @@ def _dense_forward(q, k, v, causal, window, scale):
     """One batch without documents."""
     B, T, H, _ = q.shape
     S = k.shape[1]
-    if q.device.type != "cpu":
+    if not _has_kernels(q):
         visible = reference.visible_keys(T, S, causal=causal, window=window, device=q.device)
         return reference.flash_attention_ref(q, k, v, visible, scale)
     q_BHTD, k_BGSD, v_BGSD = (_heads_first(x) for x in (q, k, v))
@@ -180,11 +183,9 @@ def _dense_forward(q, k, v, causal, window, scale):
 def _dense_backward(dout, dlse, q, k, v, out, lse, causal, window, scale):
     """One batch without documents."""
     T, S = q.shape[1], k.shape[1]
-    if q.device.type != "cpu":
+    if not _has_kernels(q):
         visible = reference.visible_keys(T, S, causal=causal, window=window, device=q.device)
-        return reference.flash_attention_backward_ref(
-            dout, dlse, q, k, v, out, lse, visible, scale
-        )
+        return reference.flash_attention_backward_ref(dout, dlse, q, k, v, out, lse, visible, scale)
     parts = pieces(T, S, causal, window)
     masks = _Masks(T, S, window, q.dtype)
     dout_BHTD, q_BHTD, out_BHTD, k_BGSD, v_BGSD = (_heads_first(x) for x in (dout, q, out, k, v))
@@ -251,14 +252,10 @@ def _group_calls(group: int) -> int:
 def _fold_dlse(dlse, dout, q, k, v, out):
     """Widen the heads so that rowsum(dout * out), which the kernel subtracts, becomes that - dlse.
 
-    New columns: dout -dlse and out 1, so that the row sum changes; q, k and v 0, so that nothing
-    else does. In 16 bits dlse takes two columns, the rounded value and the remainder.
+    One new column is -dlse in dout and 1 in out, which changes the row sum; it is 0 in q, k and v,
+    so that nothing else changes.
     """
-    dtype = q.dtype
-    high = (-dlse).to(dtype)
-    low = (-dlse - high.to(dlse.dtype)).to(dtype)
     width = 8  # keeps rows aligned
     dout, q, k, v, out = (torch.nn.functional.pad(x, (0, width)) for x in (dout, q, k, v, out))
-    dout[..., -2], dout[..., -1] = high, low
-    out[..., -2:] = 1.0
+    dout[..., -1], out[..., -1] = -dlse, 1.0
     return dout, q, k, v, out

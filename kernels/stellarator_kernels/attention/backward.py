@@ -21,41 +21,13 @@ import torch
 from stellarator_kernels._triton import tl, triton
 from stellarator_kernels.attention import tiles as shared
 from stellarator_kernels.attention.tiles import (
-    block_ranges,
     dot,
-    edge_block,
     key_interval,
     load_tile,
-    loop_bounds,
+    mask_scores,
     query_interval,
+    walk,
 )
-
-
-@triton.jit
-def _dq_blocks(
-    acc, q, dout, lse_log2, delta, k_ptr, v_ptr, k_stride_row, v_stride_row,
-    first, last, ranges, S, cols, scale_log2,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, STEP: tl.constexpr,
-    UPCAST: tl.constexpr, EDGES: tl.constexpr,
-):  # fmt: skip
-    """acc += dS k over the inner blocks of keys, or over both edges."""
-    start, stop = loop_bounds(ranges, EDGES)
-    for block in range(start, stop, STEP):
-        if EDGES:
-            block = edge_block(block, ranges)
-        keys = block + tl.arange(0, STEP)
-        k = load_tile(k_ptr, keys, k_stride_row, S, cols, D, BLOCK_D, EDGES)
-        v = load_tile(v_ptr, keys, v_stride_row, S, cols, D, BLOCK_D, EDGES)
-        scores = dot(q, tl.trans(k), UPCAST) * scale_log2
-        if EDGES:
-            visible = (keys[None, :] >= first[:, None]) & (keys[None, :] < last[:, None])
-            scores = tl.where(visible, scores, float("-inf"))
-        weights = tl.exp2(scores - lse_log2[:, None])
-        dscores = weights * (dot(dout, tl.trans(v), UPCAST) - delta[:, None])
-        if not UPCAST:
-            dscores = dscores.to(k.dtype)
-        acc += dot(dscores, k, UPCAST)
-    return acc
 
 
 @triton.jit
@@ -82,73 +54,42 @@ def _dq_kernel(
     q_ptr += batch * q_stride_batch + head * q_stride_head
     out_ptr += batch * out_stride_batch + head * out_stride_head
     dout_ptr += batch * dout_stride_batch + head * dout_stride_head
-    dout = load_tile(dout_ptr, rows, dout_stride_row, T, cols, D, BLOCK_D, True)
-    out = load_tile(out_ptr, rows, out_stride_row, T, cols, D, BLOCK_D, True)
+    dout = load_tile(dout_ptr, rows, dout_stride_row, T, cols, D, BLOCK_D)
+    out = load_tile(out_ptr, rows, out_stride_row, T, cols, D, BLOCK_D)
     statistics = (batch * H + head) * T + rows
     delta = tl.sum(out.to(tl.float32) * dout.to(tl.float32), 1)
     if HAS_DLSE:
         delta -= tl.load(dlse_ptr + statistics, mask=in_rows, other=0.0)
     tl.store(delta_ptr + statistics, delta, mask=in_rows)
 
-    q = load_tile(q_ptr, rows, q_stride_row, T, cols, D, BLOCK_D, True)
+    q = load_tile(q_ptr, rows, q_stride_row, T, cols, D, BLOCK_D)
     # A row that sees no key has lse -inf; every score of it is masked, and exp2(-inf - 0) is 0.
     lse = tl.load(lse_ptr + statistics, mask=in_rows, other=0.0)
     lse_log2 = tl.where(lse == float("-inf"), 0.0, lse * 1.4426950408889634)
     k_ptr += batch * k_stride_batch + kv_head * k_stride_head
     v_ptr += batch * v_stride_batch + kv_head * v_stride_head
     first, last = key_interval(rows, T, S, window, bounds_ptr, CAUSAL, WINDOW, PACKED)
-    ranges = block_ranges(first, last, STEP)
+    begin, end, inner, inner_end = walk(first, last, STEP)
     scale_log2 = scale * 1.4426950408889634
     acc = tl.zeros((OWN, BLOCK_D), tl.float32)
-    acc = _dq_blocks(
-        acc, q, dout, lse_log2, delta, k_ptr, v_ptr, k_stride_row, v_stride_row,
-        first, last, ranges, S, cols, scale_log2, D, BLOCK_D, STEP, UPCAST, False,
-    )  # fmt: skip
-    acc = _dq_blocks(
-        acc, q, dout, lse_log2, delta, k_ptr, v_ptr, k_stride_row, v_stride_row,
-        first, last, ranges, S, cols, scale_log2, D, BLOCK_D, STEP, UPCAST, True,
-    )  # fmt: skip
+    for block in range(begin, end, STEP):
+        keys = block + tl.arange(0, STEP)
+        k = load_tile(k_ptr, keys, k_stride_row, S, cols, D, BLOCK_D)
+        v = load_tile(v_ptr, keys, v_stride_row, S, cols, D, BLOCK_D)
+        scores = dot(q, tl.trans(k), UPCAST) * scale_log2
+        if (block < inner) | (block + STEP > inner_end):
+            scores = mask_scores(scores, first, last, keys)
+        weights = tl.exp2(scores - lse_log2[:, None])
+        dscores = weights * (dot(dout, tl.trans(v), UPCAST) - delta[:, None])
+        if not UPCAST:
+            dscores = dscores.to(k.dtype)
+        acc += dot(dscores, k, UPCAST)
     dq_rows = ((batch * T + rows[:, None]) * H + head) * D
     tl.store(
         dq_ptr + dq_rows + cols[None, :],
         (acc * scale).to(dq_ptr.dtype.element_ty),
         mask=in_rows[:, None] & (cols < D)[None, :],
     )
-
-
-@triton.jit
-def _dkdv_blocks(
-    dk, dv, k, v, q_ptr, dout_ptr, lse_ptr, delta_ptr, q_stride_row, dout_stride_row,
-    first, last, ranges, T, cols, scale_log2,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, STEP: tl.constexpr,
-    UPCAST: tl.constexpr, EDGES: tl.constexpr,
-):  # fmt: skip
-    """dk += dS^T q and dv += P^T dout over the inner rows of one head, or both edges."""
-    start, stop = loop_bounds(ranges, EDGES)
-    for block in range(start, stop, STEP):
-        if EDGES:
-            block = edge_block(block, ranges)
-        rows = block + tl.arange(0, STEP)
-        q = load_tile(q_ptr, rows, q_stride_row, T, cols, D, BLOCK_D, EDGES)
-        dout = load_tile(dout_ptr, rows, dout_stride_row, T, cols, D, BLOCK_D, EDGES)
-        if EDGES:
-            lse = tl.load(lse_ptr + rows, mask=rows < T, other=0.0)
-            delta = tl.load(delta_ptr + rows, mask=rows < T, other=0.0)
-            lse = tl.where(lse == float("-inf"), 0.0, lse)  # as in _dq_kernel
-        else:
-            lse = tl.load(lse_ptr + rows)
-            delta = tl.load(delta_ptr + rows)
-        scores = dot(k, tl.trans(q), UPCAST) * scale_log2  # (keys, rows): transposed
-        if EDGES:
-            visible = (rows[None, :] >= first[:, None]) & (rows[None, :] < last[:, None])
-            scores = tl.where(visible, scores, float("-inf"))
-        weights = tl.exp2(scores - (lse * 1.4426950408889634)[None, :])
-        dscores = weights * (dot(v, tl.trans(dout), UPCAST) - delta[None, :])
-        if not UPCAST:
-            weights, dscores = weights.to(dout.dtype), dscores.to(q.dtype)
-        dv += dot(weights, dout, UPCAST)
-        dk += dot(dscores, q, UPCAST)
-    return dk, dv
 
 
 @triton.jit
@@ -163,7 +104,7 @@ def _dkdv_kernel(
     D: tl.constexpr, BLOCK_D: tl.constexpr, OWN: tl.constexpr, STEP: tl.constexpr,
     UPCAST: tl.constexpr,
 ):  # fmt: skip
-    """Grid (key tiles, G, B); the first keys are seen by most rows when causal, so they go first."""
+    """Grid (key tiles, G, B). When causal, the first keys are seen by most rows: longest first."""
     tile = tl.program_id(0)
     kv_head = tl.program_id(1).to(tl.int64)
     batch = tl.program_id(2).to(tl.int64)
@@ -171,30 +112,36 @@ def _dkdv_kernel(
     cols = tl.arange(0, BLOCK_D)
     k_ptr += batch * k_stride_batch + kv_head * k_stride_head
     v_ptr += batch * v_stride_batch + kv_head * v_stride_head
-    k = load_tile(k_ptr, keys, k_stride_row, S, cols, D, BLOCK_D, True)
-    v = load_tile(v_ptr, keys, v_stride_row, S, cols, D, BLOCK_D, True)
+    k = load_tile(k_ptr, keys, k_stride_row, S, cols, D, BLOCK_D)
+    v = load_tile(v_ptr, keys, v_stride_row, S, cols, D, BLOCK_D)
 
     first, last = query_interval(keys, T, S, window, bounds_ptr, CAUSAL, WINDOW, PACKED)
-    ranges = block_ranges(first, last, STEP)
+    begin, end, inner, inner_end = walk(first, last, STEP)
+    num_blocks = tl.cdiv(end - begin, STEP)
     scale_log2 = scale * 1.4426950408889634
     dk = tl.zeros((OWN, BLOCK_D), tl.float32)
     dv = tl.zeros((OWN, BLOCK_D), tl.float32)
-    for member in range(0, group):
-        head = kv_head * group + member
+    for step in range(0, group * num_blocks):  # one loop: loads run ahead into the next head
+        head = kv_head * group + step // num_blocks
+        block = begin + step % num_blocks * STEP
+        rows = block + tl.arange(0, STEP)
         q_head = q_ptr + batch * q_stride_batch + head * q_stride_head
         dout_head = dout_ptr + batch * dout_stride_batch + head * dout_stride_head
-        lse_head = lse_ptr + (batch * H + head) * T
-        delta_head = delta_ptr + (batch * H + head) * T
-        dk, dv = _dkdv_blocks(
-            dk, dv, k, v, q_head, dout_head, lse_head, delta_head,
-            q_stride_row, dout_stride_row, first, last, ranges, T, cols, scale_log2,
-            D, BLOCK_D, STEP, UPCAST, False,
-        )  # fmt: skip
-        dk, dv = _dkdv_blocks(
-            dk, dv, k, v, q_head, dout_head, lse_head, delta_head,
-            q_stride_row, dout_stride_row, first, last, ranges, T, cols, scale_log2,
-            D, BLOCK_D, STEP, UPCAST, True,
-        )  # fmt: skip
+        q = load_tile(q_head, rows, q_stride_row, T, cols, D, BLOCK_D)
+        dout = load_tile(dout_head, rows, dout_stride_row, T, cols, D, BLOCK_D)
+        statistics = (batch * H + head) * T + rows
+        lse = tl.load(lse_ptr + statistics, mask=rows < T, other=0.0)
+        delta = tl.load(delta_ptr + statistics, mask=rows < T, other=0.0)
+        scores = dot(k, tl.trans(q), UPCAST) * scale_log2  # (keys, rows): transposed
+        if (block < inner) | (block + STEP > inner_end):
+            scores = mask_scores(scores, first, last, rows)
+        lse_log2 = tl.where(lse == float("-inf"), 0.0, lse * 1.4426950408889634)  # as above
+        weights = tl.exp2(scores - lse_log2[None, :])
+        dscores = weights * (dot(v, tl.trans(dout), UPCAST) - delta[None, :])
+        if not UPCAST:
+            weights, dscores = weights.to(dout.dtype), dscores.to(q.dtype)
+        dv += dot(weights, dout, UPCAST)
+        dk += dot(dscores, q, UPCAST)
     places = ((batch * S + keys[:, None]) * tl.num_programs(1) + kv_head) * D + cols[None, :]
     inside = (keys < S)[:, None] & (cols < D)[None, :]
     tl.store(dk_ptr + places, (dk * scale).to(dk_ptr.dtype.element_ty), mask=inside)

@@ -82,6 +82,10 @@ def _validate(q, k_cache, v_cache, lengths, window) -> None:
     checks.expect(
         window is None or window >= 1, op, "window >= 1 or None", window, "None means no window"
     )
+    if lengths.device.type == "cpu" and len(lengths):  # on a GPU looking would wait for it
+        S, longest = k_cache.shape[1], int(lengths.max())
+        todo = "Make the cache larger, or drop its oldest tokens"
+        checks.expect(longest <= S, op, f"lengths of at most S = {S} tokens", longest, todo)
 
 
 def _decode(q, k_cache, v_cache, lengths, window, scale):

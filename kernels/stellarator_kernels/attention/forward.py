@@ -2,10 +2,9 @@
 
 out = softmax(scale q k^T) v,  lse = log sum exp(scale q k^T), over the keys that each query sees.
 
-One program makes OWN rows of one head: it walks over the keys in blocks of STEP with a running
-maximum and sum (online softmax), first the blocks at the left edge of the visible keys with a mask,
-then those that all its rows see without one, then those at the right edge. Blocks that no row sees
-are skipped. A key/value head is read in place by every query head of its group.
+One program makes OWN rows of one head: it walks over the keys that its rows see in blocks of STEP
+with a running maximum and sum (online softmax). Only blocks at the edges are masked. A key/value
+head is read in place by every query head of its group.
 
 Reads q once and k, v once per tile of rows (mostly from L2), writes out and lse. Softmax in base 2
 and fp32; the products have fp32 accumulators; weights are rounded to the dtype of v before the
@@ -19,47 +18,7 @@ import torch
 
 from stellarator_kernels._triton import tl, triton
 from stellarator_kernels.attention import tiles as shared
-from stellarator_kernels.attention.tiles import (
-    block_ranges,
-    dot,
-    edge_block,
-    key_interval,
-    load_tile,
-    loop_bounds,
-)
-
-
-@triton.jit
-def _forward_blocks(
-    acc, maximum, total, q, k_ptr, v_ptr, k_stride_row, v_stride_row,
-    first, last, ranges, S, cols, scale_log2,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, STEP: tl.constexpr,
-    UPCAST: tl.constexpr, EDGES: tl.constexpr,
-):  # fmt: skip
-    """The online softmax over the inner blocks of keys, or over both edges."""
-    start, stop = loop_bounds(ranges, EDGES)
-    for block in range(start, stop, STEP):
-        if EDGES:
-            block = edge_block(block, ranges)
-        keys = block + tl.arange(0, STEP)
-        k = load_tile(k_ptr, keys, k_stride_row, S, cols, D, BLOCK_D, EDGES)
-        scores = dot(q, tl.trans(k), UPCAST) * scale_log2
-        if EDGES:
-            visible = (keys[None, :] >= first[:, None]) & (keys[None, :] < last[:, None])
-            scores = tl.where(visible, scores, float("-inf"))
-        new_maximum = tl.maximum(maximum, tl.max(scores, 1))
-        shift = new_maximum
-        if EDGES:  # a row may have seen nothing yet: -inf - -inf is NaN
-            shift = tl.where(new_maximum == float("-inf"), 0.0, new_maximum)
-        weights = tl.exp2(scores - shift[:, None])
-        correction = tl.exp2(maximum - shift)
-        total = total * correction + tl.sum(weights, 1)
-        v = load_tile(v_ptr, keys, v_stride_row, S, cols, D, BLOCK_D, EDGES)
-        if not UPCAST:
-            weights = weights.to(v.dtype)
-        acc = acc * correction[:, None] + dot(weights, v, UPCAST)
-        maximum = new_maximum
-    return acc, maximum, total
+from stellarator_kernels.attention.tiles import dot, key_interval, load_tile, mask_scores, walk
 
 
 @triton.jit
@@ -83,22 +42,31 @@ def _forward_kernel(
     k_ptr += batch * k_stride_batch + kv_head * k_stride_head
     v_ptr += batch * v_stride_batch + kv_head * v_stride_head
     q_ptr += batch * q_stride_batch + head * q_stride_head
-    q = load_tile(q_ptr, rows, q_stride_row, T, cols, D, BLOCK_D, True)
+    q = load_tile(q_ptr, rows, q_stride_row, T, cols, D, BLOCK_D)
 
     first, last = key_interval(rows, T, S, window, bounds_ptr, CAUSAL, WINDOW, PACKED)
-    ranges = block_ranges(first, last, STEP)
+    begin, end, inner, inner_end = walk(first, last, STEP)
     scale_log2 = scale * 1.4426950408889634
     acc = tl.zeros((OWN, BLOCK_D), tl.float32)
     maximum = tl.full((OWN,), float("-inf"), tl.float32)
     total = tl.zeros((OWN,), tl.float32)
-    acc, maximum, total = _forward_blocks(
-        acc, maximum, total, q, k_ptr, v_ptr, k_stride_row, v_stride_row,
-        first, last, ranges, S, cols, scale_log2, D, BLOCK_D, STEP, UPCAST, False,
-    )  # fmt: skip
-    acc, maximum, total = _forward_blocks(
-        acc, maximum, total, q, k_ptr, v_ptr, k_stride_row, v_stride_row,
-        first, last, ranges, S, cols, scale_log2, D, BLOCK_D, STEP, UPCAST, True,
-    )  # fmt: skip
+    for block in range(begin, end, STEP):
+        keys = block + tl.arange(0, STEP)
+        k = load_tile(k_ptr, keys, k_stride_row, S, cols, D, BLOCK_D)
+        scores = dot(q, tl.trans(k), UPCAST) * scale_log2
+        if (block < inner) | (block + STEP > inner_end):
+            scores = mask_scores(scores, first, last, keys)
+        new_maximum = tl.maximum(maximum, tl.max(scores, 1))
+        # A row may have seen nothing yet, and -inf - -inf is NaN.
+        shift = tl.where(new_maximum == float("-inf"), 0.0, new_maximum)
+        weights = tl.exp2(scores - shift[:, None])
+        correction = tl.exp2(maximum - shift)
+        total = total * correction + tl.sum(weights, 1)
+        v = load_tile(v_ptr, keys, v_stride_row, S, cols, D, BLOCK_D)
+        if not UPCAST:
+            weights = weights.to(v.dtype)
+        acc = acc * correction[:, None] + dot(weights, v, UPCAST)
+        maximum = new_maximum
 
     # maximum is -inf and total 0 where no key was seen: out is then 0, and lse -inf.
     total = tl.where(total == 0.0, 1.0, total)

@@ -2,11 +2,13 @@
 
 Causal order, a window, packed documents and T != S are all one thing: every query sees one interval
 of keys, and every key is seen by one interval of queries. A tile of rows takes the interval of each
-of its rows; blocks outside all of them are skipped, blocks inside all of them need no mask.
+of its rows: blocks outside all of them are skipped, and only blocks that are not inside all of them
+are masked. Each kernel is one loop with that branch in it. Separate loops for the edges and the
+inside, the usual form, make copies of the body and spill registers: 470 bytes for dk and dv of bf16
+heads of 128 on sm_90, where this form spills none.
 
 defines: Tiles, tile_sizes, shared_memory_limit, document_bounds, last_contiguous, constants,
-    on_device, key_interval, query_interval, block_ranges,
-    loop_bounds, edge_block, load_tile, dot
+    on_device, key_interval, query_interval, walk, load_tile, mask_scores, dot
 """
 
 import contextlib
@@ -28,14 +30,21 @@ class Tiles:
     num_stages: int
 
 
-# (own, step, num_warps, num_stages) by padded head width, for 16-bit types: large shared memory
-# (sm_80 163 KB, sm_90 and sm_100 227 KB), then small (sm_86, sm_89, sm_120 99 KB).
-_LARGE = {
-    "forward": {64: (128, 64, 4, 3), 128: (128, 64, 8, 2), 256: (64, 32, 4, 2)},
-    "dq": {64: (64, 64, 4, 2), 128: (64, 64, 8, 2), 256: (64, 32, 8, 1)},
-    "dkdv": {64: (64, 64, 4, 2), 128: (64, 64, 8, 2), 256: (64, 32, 8, 1)},
+# (own, step, num_warps, num_stages) by padded head width. Chosen by compiling: no spills, and
+# within shared memory. _HOPPER needs up to 160 KB (sm_90; sm_100 gets it too, untried). _AMPERE
+# fits the 99 KB of sm_86, sm_89 and sm_120. _FP32 has no tensor cores and spills: for tests.
+_HOPPER = {
+    "forward": {64: (128, 128, 8, 2), 128: (128, 128, 8, 2), 256: (128, 32, 8, 2)},
+    "dq": {64: (128, 64, 8, 2), 128: (128, 64, 8, 2), 256: (64, 32, 8, 2)},
+    "dkdv": {64: (128, 64, 8, 2), 128: (64, 64, 8, 2), 256: (32, 32, 8, 2)},
 }
-_INTERPRETER = Tiles(32, 16, 4, 1)
+_AMPERE = {
+    "forward": {64: (128, 64, 8, 2), 128: (128, 64, 8, 2), 256: (64, 32, 8, 2)},
+    "dq": {64: (64, 64, 4, 2), 128: (64, 64, 8, 2), 256: (64, 32, 8, 1)},
+    "dkdv": {64: (128, 32, 8, 2), 128: (64, 64, 8, 2), 256: (32, 32, 8, 1)},
+}
+_FP32 = {"forward": (32, 32, 4, 1), "dq": (16, 16, 4, 1), "dkdv": (16, 16, 4, 1)}
+_INTERPRETER = (32, 16, 4, 1)  # small, so that short sequences have edges and an inside
 
 
 def shared_memory_limit(capability: tuple[int, int]) -> int:
@@ -45,14 +54,14 @@ def shared_memory_limit(capability: tuple[int, int]) -> int:
     return 227 * 1024 if capability[0] in (9, 10, 11) else 99 * 1024
 
 
-def tile_sizes(
-    phase: str, D: int, dtype: torch.dtype, capability: tuple[int, int] | None
-) -> Tiles:
-    """Tiles for one kernel ("forward", "dq", "dkdv"); capability None: Triton's interpreter. Pure."""
+def tile_sizes(phase: str, D: int, dtype: torch.dtype, capability: tuple[int, int] | None) -> Tiles:
+    """Tiles of one kernel: "forward", "dq" or "dkdv". Capability None: the interpreter. Pure."""
     if capability is None:
-        return _INTERPRETER
-    own, step, num_warps, num_stages = _LARGE[phase][max(64, triton.next_power_of_2(D))]
-    return Tiles(own, step, num_warps, num_stages)
+        return Tiles(*_INTERPRETER)
+    if dtype == torch.float32:
+        return Tiles(*_FP32[phase])
+    table = _HOPPER if capability[0] in (9, 10, 11) else _AMPERE
+    return Tiles(*table[phase][max(64, triton.next_power_of_2(D))])
 
 
 def document_bounds(cu_seqlens: torch.Tensor, N: int) -> torch.Tensor:
@@ -129,54 +138,33 @@ def query_interval(
 
 
 @triton.jit
-def block_ranges(first, last, STEP: tl.constexpr):
-    """(begin, inner, inner_end, end): blocks in [inner, inner_end) lie inside every interval.
+def walk(first, last, STEP: tl.constexpr):
+    """begin, end, inner, inner_end: the blocks to visit, and where they need no mask.
 
-    [begin, inner) and [inner_end, end) are the edges: some rows see some of it, so it needs a mask.
+    The blocks start at `begin`, a multiple of STEP, and reach past `end`; one in [inner, inner_end)
+    is seen whole by every row of the tile.
     """
     begin = tl.min(first) // STEP * STEP
-    end = tl.max(last)
-    inner = tl.minimum(tl.cdiv(tl.max(first), STEP), tl.cdiv(end, STEP)) * STEP
-    inner = tl.maximum(inner, begin)
-    inner_end = tl.maximum(inner, tl.min(last) // STEP * STEP)
-    return begin, inner, inner_end, end
-
-
-@triton.jit
-def loop_bounds(ranges, EDGES: tl.constexpr):
-    """start, stop of one loop: over the inner blocks, or over both edges in one go.
-
-    One loop for both edges, since a third copy of the body costs registers that are not there.
-    """
-    begin, inner, inner_end, end = ranges
-    if EDGES:
-        return begin, end - (inner_end - inner)
-    return inner, inner_end
-
-
-@triton.jit
-def edge_block(block, ranges):
-    """The block for which an index of the loop over both edges stands: it leaps over the inner ones."""
-    begin, inner, inner_end, end = ranges
-    return block + tl.where(block >= inner, inner_end - inner, 0)
+    return begin, tl.max(last), tl.max(first), tl.min(last)
 
 
 @triton.jit
 def load_tile(
     x_ptr, rows, row_stride, num_rows, cols, D: tl.constexpr, BLOCK_D: tl.constexpr,
-    MASK_ROWS: tl.constexpr,
 ):  # fmt: skip
     """(len(rows), BLOCK_D) of a (num_rows, D) matrix; 0 outside."""
     pointers = x_ptr + rows[:, None].to(tl.int64) * row_stride + cols[None, :]
-    if MASK_ROWS:
-        if BLOCK_D == D:
-            return tl.load(pointers, mask=(rows < num_rows)[:, None], other=0.0)
-        return tl.load(
-            pointers, mask=(rows < num_rows)[:, None] & (cols < D)[None, :], other=0.0
-        )
-    if BLOCK_D == D:
-        return tl.load(pointers)
-    return tl.load(pointers, mask=(cols < D)[None, :], other=0.0)
+    inside = (rows < num_rows)[:, None]
+    if BLOCK_D != D:
+        inside &= (cols < D)[None, :]
+    return tl.load(pointers, mask=inside, other=0.0)
+
+
+@triton.jit
+def mask_scores(scores, first, last, others):
+    """-inf where the row of a score does not see its column; `others` are its columns."""
+    visible = (others[None, :] >= first[:, None]) & (others[None, :] < last[:, None])
+    return tl.where(visible, scores, float("-inf"))
 
 
 @triton.jit

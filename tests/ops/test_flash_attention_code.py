@@ -1,0 +1,159 @@
+"""The parts of flash attention that are not arithmetic: plans, tiles, and the code for GPUs.
+
+The Triton kernels are compiled here for GPUs that are not there, in a process without the
+interpreter: they must spill no register, fit in shared memory, and use the matrix instructions of
+the GPU. Not covered: that they are fast, or right on a GPU (test_flash_attention.py interprets
+them).
+"""
+
+import itertools
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from stellarator_kernels.attention import aten, tiles
+from stellarator_kernels.reference import visible_keys
+
+PROGRAM = """
+import json, sys
+import torch
+from stellarator_kernels.attention import backward, forward, tiles
+from stellarator_kernels.testing import compile_kernel
+
+KERNELS = {"forward": forward._forward_kernel, "dq": backward._dq_kernel,
+           "dkdv": backward._dkdv_kernel}
+FLOATS = ("lse", "dlse", "delta")
+H, G = 24, 2
+
+def describe(phase, D, capability, packed):
+    kernel = KERNELS[phase]
+    chosen = tiles.tile_sizes(phase, D, torch.bfloat16, capability)
+    values = tiles.constants(D, torch.bfloat16, chosen)
+    launch = {name: values.pop(name) for name in ("num_warps", "num_stages")}
+    values.update(CAUSAL=True, WINDOW=True, PACKED=packed)
+    types = {}
+    for name in kernel.arg_names:
+        stem = name.split("_")[0]
+        if name == "HAS_DLSE":
+            values[name] = False
+        elif name.endswith("_ptr"):
+            types[name] = "*i32" if stem == "bounds" else "*fp32" if stem in FLOATS else "*bf16"
+        elif "_stride_" in name:  # fixed, so that the compiler knows them to be multiples of 16
+            heads = G if stem in "kv" else H
+            values[name] = {"batch": 4096 * heads * D, "row": heads * D, "head": D}[
+                name.split("_")[-1]
+            ]
+        elif name not in values:
+            types[name] = "fp32" if name == "scale" else "i32"
+    built = compile_kernel(kernel, types, values, capability, **launch)
+    return {
+        "shared": built.shared_bytes,
+        "spills": built.spill_bytes,
+        "wgmma": built.ptx.count("wgmma.mma_async"),
+        "mma": built.ptx.count("mma.sync"),
+        "async": built.ptx.count("cp.async"),
+    }
+
+print(json.dumps([describe(p, D, tuple(c), packed) for p, D, c, packed in json.loads(sys.argv[1])]))
+"""
+BUILDS = [
+    (phase, D, capability, phase == "dkdv" and D == 64)
+    for capability in ((8, 0), (9, 0))
+    for D in (64, 128, 256)
+    if (D, capability) != (256, (9, 0))  # to save time: as sm_80, by hand
+    for phase in ("forward", "dq", "dkdv")
+]
+
+
+def test_code_for_gpus_that_are_not_here():
+    environment = {**os.environ, "TRITON_INTERPRET": "0", "PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run(
+        [sys.executable, "-c", PROGRAM, json.dumps(BUILDS)],
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    for build, found in zip(BUILDS, json.loads(done.stdout), strict=True):
+        capability = build[2]
+        assert found["spills"] == 0, (build, found)
+        # The tiles of sm_80 serve sm_86 too, which has less.
+        limit = tiles.shared_memory_limit((8, 6) if capability == (8, 0) else capability)
+        assert found["shared"] <= limit, (build, found)
+        if build[1] < 256:  # at 256, 99 KB hold one stage only
+            assert found["async"] > 0, (build, found)  # loads run ahead of the products
+        assert found["wgmma" if capability == (9, 0) else "mma"] > 0, (build, found)
+
+
+@pytest.mark.parametrize("phase", ["forward", "dq", "dkdv"])
+def test_every_width_has_tiles(phase):
+    capabilities = (None, (8, 0), (8, 6), (8, 9), (9, 0), (10, 0), (12, 0))
+    dtypes = (torch.bfloat16, torch.float16, torch.float32)
+    for D, capability, dtype in itertools.product(range(16, 257, 8), capabilities, dtypes):
+        found = tiles.tile_sizes(phase, D, dtype, capability)
+        assert found.own in (16, 32, 64, 128) and found.step in (16, 32, 64, 128)
+        assert found == tiles.tile_sizes(phase, D, dtype, capability)
+        if capability is None:
+            continue
+        # What a program cannot do without: its own rows (two operands in the backward kernels)
+        # and one step of the two operands that it walks over.
+        width = max(64, 2 ** (D - 1).bit_length()) * dtype.itemsize
+        rows = found.own * (1 if phase == "forward" else 2) + 2 * found.step
+        assert rows * width <= tiles.shared_memory_limit(capability), (D, capability, dtype)
+
+
+def test_shared_memory_limits():
+    """CUDA programming guide, table of compute capabilities: maximum shared memory of a block."""
+    limits = {(8, 0): 163, (8, 6): 99, (8, 7): 163, (8, 9): 99, (9, 0): 227, (10, 0): 227}
+    for capability, kilobytes in {**limits, (12, 0): 99}.items():
+        assert tiles.shared_memory_limit(capability) == kilobytes * 1024
+
+
+@pytest.mark.parametrize("T,S", [(1, 1), (1, 900), (7, 7), (256, 256), (257, 257), (900, 900)])
+@pytest.mark.parametrize("extra", [0, 300])
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("window", [None, 1, 2, 255, 300, 5000])
+def test_pieces_cover_what_is_visible_and_skip_the_rest(T, S, extra, causal, window):
+    if window is not None and not causal:
+        return
+    for queries, keys in {(T, S), (T + extra, S), (T, S + extra)}:
+        covered = torch.zeros(queries, keys, dtype=torch.bool)
+        masks = aten._Masks(queries, keys, window, torch.float32)
+        parts = aten.pieces(queries, keys, causal, window)
+        row = None
+        for part in parts:
+            rows, columns = part.q_stop - part.q_start, part.k_stop - part.k_start
+            assert row is None or part.q_start == row  # in order, without a hole
+            row = part.q_stop
+            seen = torch.ones(rows, columns, dtype=torch.bool)
+            if part.mask == "causal":
+                assert rows == columns or window is None
+                seen = seen.tril()
+            elif part.mask == "band":
+                seen = masks.of(part) == 0
+            assert seen.any(1).all()  # ATen gives NaN for a row that sees nothing
+            covered[part.q_start : part.q_stop, part.k_start : part.k_stop] = seen
+            if window is not None and part.mask == "band":
+                assert columns <= rows + window - 1
+        assert torch.equal(covered, visible_keys(queries, keys, causal=causal, window=window))
+
+
+def test_document_runs():
+    assert aten.document_runs([0, 3, 6, 6, 7, 9, 11]) == [(0, 3, 2), (6, 1, 1), (7, 2, 2)]
+    assert aten.document_runs([0, 0, 5]) == [(0, 5, 1)]
+
+
+@pytest.mark.parametrize("group,calls", [(1, 1), (9, 1), (12, 1), (13, 13), (24, 2), (48, 4)])
+def test_large_groups_are_split_evenly(group, calls):
+    assert aten._group_calls(group) == calls
+
+
+def test_document_bounds():
+    cu_seqlens = torch.tensor([0, 2, 2, 5], dtype=torch.int32)
+    found = tiles.document_bounds(cu_seqlens, 5)
+    assert found.tolist() == [[0, 0, 2, 2, 2], [2, 2, 5, 5, 5]]
+    assert found.dtype == torch.int32
