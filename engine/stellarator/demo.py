@@ -189,7 +189,7 @@ def _evaluate(config: RunConfig, result: dict) -> dict:
         "infilling": {},
         "samples": [],
     }
-    documents = [json.loads(line)["text"] for line in open(folder / "data" / "held_out.jsonl")]
+    documents = [json.loads(line)["content"] for line in open(folder / "data" / "held_out.jsonl")]
     for kind, count in _HOLES.items():
         holes = make_holes(documents, count, seed=1, kind=kind)
         _say(f"infilling {len(holes)} held-out holes of kind {kind}")

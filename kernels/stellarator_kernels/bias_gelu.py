@@ -58,7 +58,7 @@ def _bias_gelu_bwd_kernel(
     dy_ptr, dy_stride_row, x_ptr, x_stride_row, bias_ptr, dx_ptr, dbias_ptr, N, C,
     HAS_BIAS: tl.constexpr, TANH: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """BLOCK_C columns of row blocks program, program + num_programs, ...; one partial sum of dbias."""
+    """BLOCK_C columns of every num_programs-th block of rows; one partial sum of dbias."""
     program = tl.program_id(0).to(tl.int64)  # and so is each row
     cols = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)[None, :]
     if HAS_BIAS:

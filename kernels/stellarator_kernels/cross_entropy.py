@@ -4,10 +4,10 @@ forward:  loss[n] = lse[n] - logits[n, target[n]] + z_loss * lse[n]^2,  lse = lo
 backward: dlogits = ((1 + 2*z_loss*lse) * softmax - onehot(target)) * dloss
 
 Saved: the logits as they came and lse (N,), fp32; so the gradient has a relative error of about
-eps * |lse|, far below the rounding of 16-bit logits. Exponentials and sums are fp32 whatever the dtype
-of the logits. The Triton kernels read a row in blocks and keep the running maximum and sum of each
-lane ("online" softmax); ATen's path takes blocks of rows that stay in a CPU's cache, so that no
-fp32 copy of the logits is ever whole.
+eps * |lse|, far below the rounding of 16-bit logits. Exponentials and sums are fp32 whatever the
+dtype of the logits. The Triton kernels read a row in blocks and keep the running maximum and sum of
+each lane ("online" softmax); ATen's path takes blocks of rows that stay in a CPU's cache, so that
+no fp32 copy of the logits is ever whole.
 
 Bytes: forward reads the logits once, backward reads them and writes dlogits.
 Source: online softmax, Milakov & Gimelshein 2018, arXiv:1805.02867; z_loss: PaLM, arXiv:2204.02311.
@@ -140,11 +140,19 @@ def _backward_triton(dloss, logits, targets, lse, ignore_index, z_loss):
     return dlogits
 
 
-def row_blocks(logits: torch.Tensor):
-    """Slices of rows whose fp32 copy stays in the cache of a CPU; elsewhere all rows at once."""
+def _blocks_of_rows(logits, dtype, in_place):
+    """(rows, their values in `dtype`) over all rows: on a CPU blocks that stay in its cache.
+
+    The values lie in memory that the next block overwrites; with `in_place`, in the logits if
+    these have that dtype.
+    """
     N, V = logits.shape
-    rows = max(1, _BLOCK_ELEMENTS // V if logits.device.type == "cpu" else N)
-    return (slice(start, min(N, start + rows)) for start in range(0, N, rows))
+    rows = max(1, min(N, _BLOCK_ELEMENTS // V) if logits.device.type == "cpu" else N)
+    direct = in_place and logits.dtype == dtype
+    buffer = None if direct else logits.new_empty((rows, V), dtype=dtype)
+    for start in range(0, N, rows):
+        block = slice(start, min(N, start + rows))
+        yield block, logits[block] if direct else buffer[: block.stop - start].copy_(logits[block])
 
 
 def forward_torch(logits, targets, dloss, ignore_index, z_loss):
@@ -153,9 +161,7 @@ def forward_torch(logits, targets, dloss, ignore_index, z_loss):
     loss, lse = (logits.new_empty(logits.shape[0], dtype=dtype) for _ in range(2))
     ignored = targets == ignore_index
     index = targets.masked_fill(ignored, 0)[:, None]
-    for block in row_blocks(logits):
-        # A view of the logits if they are fp32; only their gradient may overwrite them.
-        x = logits[block].to(dtype, copy=dloss is None)
+    for block, x in _blocks_of_rows(logits, dtype, dloss is not None):
         x.sub_(largest := x.amax(1, keepdim=True))
         picked = x.gather(1, index[block])
         log_total = (total := x.exp_().sum(1, keepdim=True)).log()
@@ -180,8 +186,8 @@ def _backward_torch(dloss, logits, targets, lse, ignore_index, z_loss):
     index = targets[:, None].masked_fill(ignored, 0)
     dloss, lse = dloss.to(lse.dtype)[:, None], lse[:, None]
     factor = dloss * (1 + 2 * z_loss * lse)
-    for block in row_blocks(logits):
-        x = logits[block].to(lse.dtype, copy=True).sub_(lse[block]).exp_().mul_(factor[block])
+    for block, x in _blocks_of_rows(logits, lse.dtype, False):
+        x.sub_(lse[block]).exp_().mul_(factor[block])
         x.scatter_add_(1, index[block], -dloss[block])
         _zero_rows_(x, ignored[block, 0])
         dlogits[block] = x
@@ -286,8 +292,8 @@ def cross_entropy(
     Returns:
         loss: (N,) fp32 (fp64 for fp64), nats; 0 where ignored.
     Raises:
-        ValueError: shapes, dtypes or devices disagree; on a CPU also a target that is no class. On a
-            GPU such a target gives NaN (triton) or a device assertion (torch).
+        ValueError: shapes, dtypes or devices disagree; on a CPU also a target that is no class.
+            On a GPU such a target gives NaN (triton) or a device assertion (torch).
     Cost: `cost.cross_entropy`.
     """
     op = "cross_entropy"

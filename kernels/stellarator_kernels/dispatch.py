@@ -1,4 +1,4 @@
-"""Which implementation runs: a pure function of (op, impl, facts about the tensors), and its reasons.
+"""Which implementation runs: a pure function of (op, impl, facts), and its reasons.
 
 defines: Facts, choose, explain, available, IMPLEMENTATIONS
 

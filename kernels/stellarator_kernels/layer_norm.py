@@ -66,7 +66,7 @@ def _layer_norm_bwd_kernel(
     HAS_DSUMMED: tl.constexpr, HAS_BIAS: tl.constexpr, NEED_PARAMS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Rows program, program + num_programs, ...; one partial sum of dweight and dbias for them all."""
+    """Every num_programs-th row; one partial sum of dweight and dbias for them all."""
     program = tl.program_id(0).to(tl.int64)  # and so is each row
     cols = tl.arange(0, BLOCK)
     in_row = cols < C
@@ -98,7 +98,7 @@ def _layer_norm_bwd_kernel(
 
 
 def tiles(C: int) -> tuple[int, int]:
-    """(BLOCK, num_warps) of a row of C: at most 16 elements per thread from 2048 on, so no spills."""
+    """(BLOCK, num_warps) of a row of C: at most 16 elements per thread, so that none spills."""
     BLOCK = triton.next_power_of_2(C)
     return BLOCK, min(16, max(1, BLOCK // 512))
 
@@ -161,7 +161,7 @@ def _backward_triton(dy, dsummed, summed, weight, mean, rstd, has_bias, need_par
 
 
 def _atens_parameters(x, *parameters):
-    """fp32 parameters for 16-bit x on a CPU: with 16-bit ones ATen would round mean and rstd too."""
+    """fp32 for 16-bit x on a CPU: with 16-bit parameters ATen would round mean and rstd too."""
     if x.device.type != "cpu" or x.dtype not in (torch.bfloat16, torch.float16):
         return parameters
     return tuple(None if p is None else p.float() for p in parameters)
@@ -216,9 +216,7 @@ def _layer_norm_forward(
 
 @_layer_norm_forward.register_fake
 def _fake_forward(x, residual, weight, bias, eps, impl):
-    mean, rstd = (
-        x.new_empty((x.shape[0], 1), dtype=reference.compute_dtype(x)) for _ in range(2)
-    )
+    mean, rstd = (x.new_empty((x.shape[0], 1), dtype=reference.compute_dtype(x)) for _ in range(2))
     return x.new_empty(x.shape), x.new_empty(0 if residual is None else x.shape), mean, rstd
 
 

@@ -1,6 +1,6 @@
 """Cross entropy of logits = hidden @ weight^T + bias, whose (N, V) logits are never stored whole.
 
-forward:  losses as in cross_entropy.py; "mean" divides by the number of targets that count, "sum" adds
+forward:  losses as in cross_entropy.py; "mean" divides by the number of targets that count
 backward: dhidden = dlogits @ weight;  dweight = dlogits^T @ hidden;  dbias = sum(dlogits)
 
 Tokens whose target is ignored are left out before any product. The others are taken in chunks: one
@@ -12,7 +12,7 @@ which computes the logits of a chunk again (8*N*V*C).
 
 Precision: the logits of a chunk have the dtype of hidden, rounded once from an fp32 accumulator,
 and are overwritten in place. (fp32 logits out of a 16-bit product do not exist on a CPU, where the
-fp32 product takes 5 times as long; on a GPU they would triple the memory of a chunk.) Softmax and
+fp32 product takes 7 times as long; on a GPU they would triple the memory of a chunk.) Softmax and
 losses are fp32. dweight and dbias are added over the chunks in fp32 and cast once. With fp16 and
 "mean" the gradient of many tokens can underflow: use "sum".
 
@@ -65,7 +65,9 @@ def _add_product(total, product, left, right, last):
     return product.to(dtype) if total is None else total.add_(product), product
 
 
-def _chunked(hidden, weight, bias, targets, kept, dloss, z_loss, rows, need, chosen):
+def _chunked(
+    hidden, weight, bias, targets, kept, dloss, ignore_index, z_loss, rows, need, chosen
+):  # fmt: skip
     """Losses of all tokens and, unless `dloss` (N,) is None, the gradients that `need` asks for.
 
     kept: (K,) indices of the tokens that count.  need: for hidden, weight, bias.
@@ -73,9 +75,9 @@ def _chunked(hidden, weight, bias, targets, kept, dloss, z_loss, rows, need, cho
     N, K, V = hidden.shape[0], kept.numel(), weight.shape[0]
     dtype = reference.compute_dtype(hidden)
     losses = hidden.new_zeros(N, dtype=dtype)
-    dhidden = hidden.new_zeros(hidden.shape) if need[0] and K < N else None
-    dhidden = hidden.new_empty(hidden.shape) if need[0] and K == N else dhidden
-    dweight = product = dbias = None
+    dhidden = dweight = product = dbias = None
+    if need[0]:
+        dhidden = hidden.new_empty(hidden.shape) if K == N else hidden.new_zeros(hidden.shape)
     buffer = hidden.new_empty(min(rows, K), V)
     compute = launch_forward if chosen == "triton" else forward_torch
     for start in range(0, K, rows):
@@ -87,8 +89,7 @@ def _chunked(hidden, weight, bias, targets, kept, dloss, z_loss, rows, need, cho
         else:
             torch.addmm(bias, h, weight.t(), out=logits)
         scale = None if dloss is None else dloss[index].contiguous()
-        # -1 is no target here: what is ignored has been left out.
-        losses[index] = compute(logits, targets[index], scale, -1, z_loss)[0]
+        losses[index] = compute(logits, targets[index], scale, ignore_index, z_loss)[0]
         if dloss is None:
             continue
         if need[0] and K == N:
@@ -101,10 +102,11 @@ def _chunked(hidden, weight, bias, targets, kept, dloss, z_loss, rows, need, cho
         if need[2]:
             partial = logits.sum(0).to(dtype)
             dbias = partial if dbias is None else dbias.add_(partial)
-    return losses, dhidden, *(
-        g.to(x.dtype) if g is not None else torch.zeros_like(x) if x is not None and n else None
-        for g, x, n in ((dweight, weight, need[1]), (dbias, bias, need[2]))
-    )
+    if need[1]:
+        dweight = torch.zeros_like(weight) if dweight is None else dweight.to(weight.dtype)
+    if need[2]:
+        dbias = torch.zeros_like(bias) if dbias is None else dbias.to(bias.dtype)
+    return losses, dhidden, dweight, dbias
 
 
 def _whole(hidden, weight, bias, targets, dloss, ignore_index, z_loss):
@@ -120,13 +122,13 @@ def _whole(hidden, weight, bias, targets, dloss, ignore_index, z_loss):
 
 
 def _compute(hidden, weight, bias, targets, kept, dloss, ignore_index, z_loss, rows, need, impl):
-    """(losses, dhidden, dweight, dbias) by the chosen implementation; what is not needed is empty."""
+    """losses and the three gradients by the chosen implementation; what is not needed is empty."""
     chosen = choose("linear_cross_entropy", impl, facts(hidden))
     if chosen == "reference":
         results = _whole(hidden, weight, bias, targets, dloss, ignore_index, z_loss)
     else:
         results = _chunked(
-            hidden, weight, bias, targets, kept, dloss, z_loss, rows, need, chosen
+            hidden, weight, bias, targets, kept, dloss, ignore_index, z_loss, rows, need, chosen
         )  # fmt: skip
     losses, *gradients = results
     return losses, *(
@@ -215,8 +217,8 @@ def _fake_backward(
 
 
 def _setup_context(ctx, inputs, output):
-    hidden, weight, bias, targets, ctx.ignore_index, ctx.z_loss, ctx.reduction, ctx.rows = inputs[:8]
-    ctx.need, ctx.impl = inputs[8:11], inputs[11]
+    hidden, weight, bias, targets, *options = inputs
+    ctx.ignore_index, ctx.z_loss, ctx.reduction, ctx.rows, *ctx.need, ctx.impl = options
     if ctx.reduction == "none":
         ctx.need = ctx.needs_input_grad[:3]
         ctx.save_for_backward(hidden, weight, bias, targets)

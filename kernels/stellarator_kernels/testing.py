@@ -1,4 +1,4 @@
-"""Checks that embedders can run on their own machine; the tests and benchmarks of this project use them.
+"""Checks for embedders to run on their own machine; tests and benchmarks here use them too.
 
 defines: assert_close_to_reference, poison_empty, compile_kernel, Compiled
 """
@@ -24,12 +24,12 @@ def assert_close_to_reference(
     reduction_length: int = 1,
     name: str = "result",
 ) -> None:
-    """`actual` is as near to the float64 reference as same-dtype eager code is, within a factor of two.
+    """`actual` is at most twice as far from the float64 reference as same-dtype eager code.
 
     Two rules, both against float64:
     max|actual - ref| <= 2 * max|eager - ref| + floor, and the same for the root mean square, with
-    floor = eps(dtype) * sqrt(reduction_length) * max(1, rms(ref)) for the maximum (a quarter of it for
-    the root mean square).
+    floor = eps(dtype) * sqrt(reduction_length) * max(1, rms(ref)) for the maximum (a quarter of it
+    for the root mean square).
 
     Args:
         actual: the tensor under test, any float dtype.
@@ -73,7 +73,10 @@ def poison_empty():
 
     A kernel that reads what it did not write, or leaves a hole in its output, then shows it.
     """
-    before = torch.are_deterministic_algorithms_enabled(), torch.utils.deterministic.fill_uninitialized_memory
+    before = (
+        torch.are_deterministic_algorithms_enabled(),
+        torch.utils.deterministic.fill_uninitialized_memory,
+    )
     warn = torch.is_deterministic_algorithms_warn_only_enabled()
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = True
@@ -108,12 +111,14 @@ def compile_kernel(
 
     Args:
         kernel: a `triton.jit` function, decorated while TRITON_INTERPRET was not 1.
-        signature: type of each argument but the constexprs: "*bf16", "*fp32", "*i64", "i32", "fp32".
+        signature: type of each argument but the constexprs: "*bf16", "*fp32", "*i64", "i32",
+        "fp32".
             Pointers are taken as 16-byte aligned, as torch allocates them.
         constexprs: value of each constexpr argument.
         capability: compute capability, for example (9, 0); 8.0 or newer.
     Raises:
-        ValueError: the kernel was made for the interpreter, or an argument has no type and no value.
+        ValueError: the kernel was made for the interpreter, or an argument has no type and no
+        value.
         RuntimeError: the compiler's own errors, unchanged.
     """
     import triton
@@ -130,8 +135,8 @@ def compile_kernel(
     unknown = [n for n in (*signature, *constexprs) if n not in kernel.arg_names]
     if missing or unknown:
         raise ValueError(
-            f"compile_kernel: expected the arguments {kernel.arg_names} of {kernel.__name__}, got none "
-            f"for {missing} and unknown ones {unknown}. Give each a type or a value."
+            f"compile_kernel: expected the arguments {kernel.arg_names} of {kernel.__name__}, "
+            f"got none for {missing} and unknown ones {unknown}. Give each a type or a value."
         )
     arch = capability[0] * 10 + capability[1]
     types = {n: "constexpr" if n in constexprs else signature[n] for n in kernel.arg_names}

@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from stellarator_kernels import bias_gelu
+from stellarator_kernels import bias_gelu, cost
 from stellarator_kernels.bias_gelu import (
     _bias_gelu_backward,
     _bias_gelu_forward,
@@ -178,6 +178,13 @@ def test_compiled_in_one_graph(impl):
 def test_tiles_and_partials():
     assert [tiles(C) for C in (1, 384, 12288)] == [(4, 1, 1), (4, 512, 4), (4, 512, 4)]
     assert [num_partials(N) for N in (0, 1, 65, 4096, 10**6)] == [1, 1, 2, 64, 64]
+
+
+def test_cost():
+    # StarCoder2-3B, 8192 tokens, bf16, at 4.3 TB/s.
+    found = cost.bias_gelu(8192, 12288, 2)
+    assert abs(found.forward_bytes / 4.3e6 - 93.6) < 0.1
+    assert abs(found.backward_bytes / 4.3e6 - 140.5) < 0.1
 
 
 @pytest.mark.parametrize(

@@ -1,8 +1,8 @@
 """cross_entropy against F.cross_entropy and autograd in float64, on float64 copies of the logits.
 
-Tolerance: testing.assert_close_to_reference; the peer is F.cross_entropy of fp32 copies, as trainers
-write it. Triton runs in its interpreter in fp32 and fp16 (bf16 casts truncate there).
-Not covered: a GPU, where a target that is no class gives NaN (triton) or a device assertion (torch).
+Tolerance: testing.assert_close_to_reference; the peer is F.cross_entropy of fp32 copies, as
+trainers write it. Triton runs in its interpreter in fp32 and fp16 (bf16 casts truncate there).
+Not covered: a GPU, where a target that is no class gives NaN (triton) or an assertion (torch).
 """
 
 import sys
@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from stellarator_kernels import cross_entropy
+from stellarator_kernels import cost, cross_entropy
 from stellarator_kernels.cross_entropy import (
     _cross_entropy_backward,
     _cross_entropy_forward,
@@ -99,9 +99,7 @@ def test_without_z_loss_and_with_a_class_as_ignore_index(impl):
 def test_ignored_rows_are_zero_whatever_they_hold(impl):
     logits, targets, dloss = make(4, 30, torch.float32)
     logits[1] = torch.tensor([float("nan"), float("inf"), -float("inf")] * 10)
-    loss, dlogits = run(
-        lambda x: cross_entropy(x, targets, z_loss=0.1, impl=impl), logits, dloss
-    )
+    loss, dlogits = run(lambda x: cross_entropy(x, targets, z_loss=0.1, impl=impl), logits, dloss)
     assert targets[1] == -100 and loss[1] == 0 and not dlogits[1].any()
     assert torch.isfinite(loss).all() and torch.isfinite(dlogits).all()
 
@@ -212,10 +210,17 @@ def test_the_kernel_gives_nan_for_a_target_that_is_no_class():
     assert torch.isnan(loss).tolist() == [False, True, True, False]
 
 
+def test_cost():
+    # StarCoder2, 8192 tokens, bf16 logits, at 4.3 TB/s.
+    found = cost.cross_entropy(8192, 49152, 2)
+    assert abs(found.forward_bytes / 4.3e6 - 187) < 1
+    assert abs(found.backward_bytes / 4.3e6 - 375) < 1
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"logits": torch.zeros(2, 3, 8)}, r"expected logits \(N, V\) with V >= 1, got \(2, 3, 8\)"),
+        ({"logits": torch.zeros(2, 3, 8)}, r"logits \(N, V\) with V >= 1, got \(2, 3, 8\)"),
         ({"logits": torch.zeros(3, 0)}, r"expected logits \(N, V\) with V >= 1, got \(3, 0\)"),
         ({"logits": torch.zeros(3, 8, dtype=torch.int64)}, "expected logits with dtype in"),
         ({"targets": torch.zeros(4, dtype=torch.int64)}, r"targets \(N,\) = \(3,\), got \(4,\)"),

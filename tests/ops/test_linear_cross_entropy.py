@@ -1,17 +1,19 @@
 """linear_cross_entropy against F.linear + F.cross_entropy and autograd in float64.
 
-Tolerance: testing.assert_close_to_reference; the peer is the eager code in the tested dtype with fp32
-losses. Triton runs in its interpreter in fp32 and fp16. Memory is measured with torch's profiler,
-which sees every allocation of ATen.
+Tolerance: testing.assert_close_to_reference; the peer is the eager code in the tested dtype with
+fp32 losses. Triton runs in its interpreter in fp32 and fp16. Memory is measured with torch's
+profiler, which sees every allocation of ATen.
 Not covered: a GPU, so neither its fp32 products of 16-bit matrices nor the waiting for the count.
 """
+
+import sys
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch.profiler import ProfilerActivity, profile
 
-from stellarator_kernels import linear_cross_entropy
+from stellarator_kernels import cost, linear_cross_entropy
 from stellarator_kernels.linear_cross_entropy import (
     _linear_cross_entropy_backward,
     _linear_cross_entropy_forward,
@@ -141,7 +143,7 @@ def test_no_tokens(impl):
         assert dhidden.shape == (0, 8) and not dweight.any() and loss.sum() == 0
 
 
-@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("impl", ["torch", "triton"])  # the formula multiplies by zero
 def test_ignored_tokens_may_hold_anything(impl):
     hidden, weight, bias, targets, dloss = make(6, 8, 10, torch.float32)
     hidden[1] = float("nan")
@@ -150,8 +152,6 @@ def test_ignored_tokens_may_hold_anything(impl):
     def function(*leaves):
         return linear_cross_entropy(leaves[0], leaves[1], targets, leaves[2], impl=impl)
 
-    if impl == "reference":
-        pytest.skip("the formula multiplies by 0, as plain torch code does")
     results = run(function, hidden, weight, bias, dloss)
     assert all(torch.isfinite(r).all() for r in results)
 
@@ -215,8 +215,11 @@ def test_the_logits_are_never_whole(impl, reduction):
     def plain(*leaves):
         return eager(*leaves, targets, reduction, 0.0)
 
-    largest = [max(record(lambda: run(f, hidden, weight, bias, dloss))[1]) for f in (function, plain)]
-    assert largest == [rows * V * 4, N * V * 4]
+    def largest_bytes(f):
+        return max(record(lambda: run(f, hidden, weight, bias, dloss))[1])
+
+    assert largest_bytes(function) == rows * V * 4
+    assert largest_bytes(plain) == N * V * 4
 
 
 def peak_bytes(function) -> int:
@@ -238,8 +241,8 @@ def test_peak_memory_is_a_chunk_of_logits_and_the_gradients(dtype):
     step()
     allowed = rows * V * size + (N + V) * C * size  # logits of a chunk, dhidden, dweight
     if dtype == torch.bfloat16:
-        # The fp32 sum of dweight, and the fp32 copy of a block of logits, two while it is made.
-        allowed += V * C * 4 + 2 * rows * V * 4
+        # The fp32 sum of dweight, and the fp32 copy of a block of logits.
+        allowed += V * C * 4 + rows * V * 4
     assert peak_bytes(step) <= allowed + N * 64
     assert peak_bytes(lambda: eager(hidden, weight, None, targets, "mean", 0.0)) > 2 * allowed
 
@@ -259,11 +262,21 @@ def test_the_weight_gradient_is_summed_in_fp32():
     assert total != 150
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_the_incoming_gradient_is_not_rounded(dtype):
-    gradient = torch.full((4, 4), 3.0, dtype=dtype)
+def test_the_incoming_gradient_is_not_rounded_to_16_bits():
+    gradient = torch.linspace(1, 2, 129).bfloat16()
     dloss = torch.tensor(1 / 3)
-    assert torch.equal(_times(gradient, dloss), torch.ones(4, 4, dtype=dtype))
+    wanted = (gradient.float() * dloss).bfloat16()
+    assert torch.equal(_times(gradient, dloss), wanted)
+    assert not torch.equal((gradient.float() * dloss.bfloat16()).bfloat16(), wanted)
+
+
+def test_the_backward_allocates_the_gradients_and_nothing_else():
+    hidden, weight, _, targets, _ = make(16, 32, 200, torch.float32)
+    hidden, weight = hidden.requires_grad_(), weight.requires_grad_()
+    loss = linear_cross_entropy(hidden, weight, targets)
+    _, sizes = record(lambda: torch.autograd.grad(loss, (hidden, weight), retain_graph=True))
+    # Autograd would also make zeros like dhidden and dweight, which are outputs of the operator.
+    assert sum(size for size in sizes if size > 0) <= (16 + 200) * 32 * 4 + 1024
 
 
 def test_twice_through_the_same_graph():
@@ -364,6 +377,26 @@ def test_a_target_that_is_no_class(impl):
         linear_cross_entropy(hidden, weight, targets, impl=impl)
 
 
+def test_the_kernel_gives_nan_for_a_target_that_is_no_class(monkeypatch):
+    # As on a GPU, where the check of the values is left out; -1 is a usual mistake for -100.
+    module = sys.modules["stellarator_kernels.linear_cross_entropy"]
+    monkeypatch.setattr(module, "check_targets", lambda *_: None)
+    targets = torch.tensor([0, -1, -100, 8])
+    for reduction, wanted in (("none", [False, True, False, True]), ("mean", True)):
+        loss = linear_cross_entropy(
+            torch.ones(4, 2), torch.ones(8, 2), targets, reduction=reduction, impl="triton"
+        )
+        assert torch.isnan(loss).tolist() == wanted
+
+
+def test_cost():
+    # StarCoder2-3B, 8192 tokens, at 790 TFLOP/s: 3.13 ms forward, 9.40 ms in all.
+    found = cost.linear_cross_entropy(8192, 3072, 49152, 2, chunks=3)
+    assert abs(found.forward_flops / 790e9 - 3.13) < 0.01
+    assert abs((found.forward_flops + found.backward_flops) / 790e9 - 9.40) < 0.01
+    assert found.forward_bytes == 2 * (8192 * 3072 + 3 * 49152 * 3072 + 2 * 8192 * 49152)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -377,7 +410,7 @@ def test_a_target_that_is_no_class(impl):
         ({"bias": torch.zeros(4)}, r"expected bias \(V,\) = \(8,\), got \(4,\)"),
         ({"bias": torch.zeros(8).half()}, "expected bias with dtype in"),
         ({"weight": torch.zeros(8, 4, device="meta")}, "expected all tensors on one device"),
-        ({"reduction": "average"}, r"expected reduction in \('mean', 'sum', 'none'\), got 'average'"),
+        ({"reduction": "average"}, r"reduction in \('mean', 'sum', 'none'\), got 'average'"),
         ({"chunk_size": 0}, "expected chunk_size >= 1 or None, got 0"),
     ],
     ids=str,

@@ -1,4 +1,4 @@
-"""rope against transformers' Starcoder2RotaryEmbedding (the table, to the bit) and float64 rotations.
+"""rope against transformers' Starcoder2RotaryEmbedding (table, to the bit) and float64 rotations.
 
 The reference of the rotation is a product of complex numbers in float64, with the fp32 table.
 Tolerance: testing.assert_close_to_reference, with transformers' rotate-half code as the peer.
@@ -10,7 +10,7 @@ import sys
 import pytest
 import torch
 
-from stellarator_kernels import rope
+from stellarator_kernels import cost, rope
 from stellarator_kernels.rope import _rope_backward, _rope_forward, rope_table, tiles
 from stellarator_kernels.testing import assert_close_to_reference, poison_empty
 
@@ -216,6 +216,13 @@ def test_tiles():
     assert [tiles(H, D) for H, D in ((1, 2), (4, 80), (24, 128), (48, 128))] == [
         (1, 1, 1), (4, 64, 1), (16, 64, 4), (16, 64, 4)
     ]  # fmt: skip
+
+
+def test_cost():
+    # StarCoder2-3B, 8192 tokens, bf16: 25.4 us at 4.3 TB/s without the table.
+    found = cost.rope(8192, 24, 2, 128, 2)
+    assert found.forward_bytes == 2 * 8192 * 26 * 128 * 2 + 8192 * 64 * 4 * 2
+    assert abs(found.backward_bytes / 4.3e12 * 1e6 - 26.4) < 0.1
 
 
 @pytest.mark.parametrize(

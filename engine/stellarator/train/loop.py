@@ -100,6 +100,7 @@ class Trainer:
                 from stellarator.train.report import write_report  # matplotlib only when needed
 
                 write_report(self.folder)
+        self.mesh.barrier()  # a rank that leaves early closes connections that others still use
         return {
             "status": status,
             "step": self.step,
