@@ -2,7 +2,6 @@
 
 import subprocess
 import sys
-import time
 
 import pytest
 
@@ -21,10 +20,8 @@ def test_help_lists_every_verb_and_needs_no_torch():
         "heavy = {'torch', 'numpy', 'tokenizers', 'pyarrow', 'matplotlib'} & set(sys.modules)\n"
         "assert not heavy, heavy"
     )
-    started = time.perf_counter()
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert time.perf_counter() - started < 2.0  # generous: 0.1 s on a quiet machine
     for verb in ("train", "data", "export", "generate", "infill", "doctor", "report", "demo"):
         assert verb in done.stdout
 

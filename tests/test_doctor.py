@@ -32,8 +32,14 @@ def section(text, title):
 
 def chosen(text):
     """{op: implementation} of the lines with an arrow, for bfloat16."""
-    return dict(re.findall(r"^  (\w+) of bfloat16.*?\n(?:    +\w+: [^\n]*\n|     [^\n]*\n)*?"
-                           r"    -> (\w+)$", text, re.MULTILINE))
+    return dict(
+        re.findall(
+            r"^  (\w+) of bfloat16.*?\n(?:    +\w+: [^\n]*\n|     [^\n]*\n)*?"
+            r"    -> (\w+)$",
+            text,
+            re.MULTILINE,
+        )
+    )
 
 
 @pytest.fixture(scope="module")
@@ -104,9 +110,42 @@ except RuntimeError as error:
     assert f"{sys.executable} setup.py build_ext --inplace" in lines
     if not torch.cuda.is_available():
         assert chosen(done.stdout)["adamw_"] == "torch"
-        assert "the C++ extension is not built (see `stellarator doctor`)" in done.stdout
+        assert "the C++ extension does not load: import of stellarator_kernels._cpu" in done.stdout
     assert "updated [0.5, 0.5, 0.5]" in done.stdout
-    assert "grad_norm: impl='cpu' cannot run: the C++ extension is not built" in done.stdout
+    assert "grad_norm: impl='cpu' cannot run: the C++ extension does not load" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("module", "error", "sections"),
+    [
+        ("torch", "OSError: libcudart.so: cannot open", {"GPU", "C++ extension", "What each op"}),
+        ("triton", "RuntimeError: two lines", set()),  # everything but its kernels still runs
+        ("stellarator_kernels", "NameError: x", {"C++ extension", "What each op"}),
+    ],
+)
+def test_a_broken_package_costs_its_sections_one_line_each(tmp_path, module, error, sections):
+    """The report is read when an install is broken: the sound sections must still be there."""
+    folder = tmp_path / module
+    folder.mkdir()
+    name, words = error.split(": ", 1)
+    (folder / "__init__.py").write_text(f"raise {name}({words!r} + chr(10) + 'and more')\n")
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(tmp_path), *CONTAINERS])}
+    done = subprocess.run(
+        [sys.executable, "-c", "from stellarator import doctor; doctor.main()"],
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    blocks = [block.splitlines() for block in done.stdout.split("\n\n")]
+    assert len(blocks) == 9
+    for title, *lines in blocks:
+        if any(title.startswith(known) for known in sections):
+            assert lines == [f"  FAILED: {error} and more"]
+        else:
+            assert lines and not any("FAILED" in line for line in lines)
+    if module == "triton":
+        assert f"triton cannot be imported: {error}" in done.stdout
 
 
 def test_stale_extension(tmp_path):

@@ -51,6 +51,15 @@ def test_requirements():
     assert all(version[0].isdigit() for version in pins().values())
 
 
+def test_floors_are_versions_that_have_what_is_used():
+    """`torch.mm(out_dtype=)` and the interpreter's fixes: older ones install and then fail."""
+    floors = [r.split(";")[0].split(">=") for r in PROJECT["project"]["dependencies"]]
+    floors = {name: tuple(map(int, version.split("."))) for name, version in floors}
+    assert floors["torch"] >= (2, 11) and floors["triton"] >= (3, 6)
+    for name, floor in floors.items():
+        assert tuple(map(int, pins()[name].split(".")))[: len(floor)] >= floor, name
+
+
 def test_every_folder_with_code_is_a_package():
     """Discovery takes packages only: a folder without __init__.py would be missing from a wheel."""
     for package, container in SOURCES.items():
@@ -211,7 +220,9 @@ print(len(units))
 """
     done = subprocess.run(
         [sys.executable, "-c", "import setuptools" + code],
-        cwd=ROOT, capture_output=True, text=True,
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
     )
     assert done.returncode == 0, done.stderr
     assert int(done.stdout) >= 3

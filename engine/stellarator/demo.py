@@ -22,8 +22,8 @@ _CALIBRATION_STEPS = 6
 _MIN_STEPS, _MAX_STEPS = 40, 20_000
 _HOLES = {"token": 200, "span": 100, "line": 100}
 _NOTE = (
-    "The part in colour was written by the model, given everything before and after it. What stood "
-    "there: {expected!r}."
+    "The part in colour was written by the model, given what stands before and after it, and cut "
+    "where it began to repeat the text after it. What stood there: {expected!r}."
 )
 
 
@@ -101,6 +101,7 @@ def _configure(folder: Path, minutes: float) -> RunConfig:
 
     written = folder / "config.toml"
     if written.exists():
+        _say(f"going on with the steps of {written}")
         return settings.resolve(recipes.demo(), str(written))
     base, data = recipes.demo(), folder / "data"
     config = dataclasses.replace(
@@ -125,6 +126,7 @@ def _configure(folder: Path, minutes: float) -> RunConfig:
         optim=dataclasses.replace(config.optim, warmup_steps=warmup),
         train=dataclasses.replace(config.train, steps=steps, eval_interval=max(1, steps // 8)),
         checkpoint=dataclasses.replace(config.checkpoint, interval=max(1, steps // 4)),
+        metrics=dataclasses.replace(config.metrics, log_interval=max(1, steps // 500)),
     )
 
 
@@ -132,6 +134,7 @@ def _steps_that_fit(config: RunConfig, minutes: float) -> int:
     """Steps that take about `minutes` on this machine, from the time of a few."""
     import tempfile
 
+    from stellarator.cli import EXIT_CODES
     from stellarator.train.loop import Trainer
 
     _say(f"timing {_CALIBRATION_STEPS} steps")
@@ -148,7 +151,7 @@ def _steps_that_fit(config: RunConfig, minutes: float) -> int:
         )
         result = Trainer(trial).run()
         if result["status"] != "done":
-            raise KeyboardInterrupt
+            raise SystemExit(EXIT_CODES[result["status"]])
         lines = (Path(scratch) / "metrics.jsonl").read_text().splitlines()
     times = sorted(json.loads(line)["step_ms"] for line in lines[1:])
     steps = int(60e3 * minutes / times[len(times) // 2])
@@ -159,10 +162,8 @@ def _evaluate(config: RunConfig, result: dict) -> dict:
     """Figures of the trained model beside an untrained one and a unigram model; export."""
     import torch
 
-    from stellarator.data.shards import Shard
     from stellarator.data.tokenizer import Tokenizer
-    from stellarator.evaluate.infilling import exact_match, make_holes
-    from stellarator.evaluate.unigram import unigram_loss
+    from stellarator.evaluate.infilling import exact_match
     from stellarator.train.export import export, model_from_checkpoint
 
     folder = Path(config.folder)
@@ -171,27 +172,29 @@ def _evaluate(config: RunConfig, result: dict) -> dict:
     dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[config.train.precision]
     model, _ = model_from_checkpoint(folder, dtype, device)
     model.eval()
-    evals = [r for r in map(json.loads, open(folder / "metrics.jsonl")) if r["kind"] == "eval"]
+    export(folder, folder / "model")
+    records = [json.loads(line) for line in open(folder / "metrics.jsonl")]
+    evals = [r for r in records if r["kind"] == "eval"]
+    steps = [r for r in records if r["kind"] == "train"]
+    speeds = sorted(r["tokens_per_second"] for r in steps)
     summary = {
         "parameters": sum(p.numel() for p in model.parameters()),
         "steps": result["step"],
         "tokens": result["tokens"],
-        "training_seconds": round(result["seconds"], 1),
-        "tokens_per_second": round(_median_throughput(folder), 1),
-        "peak_memory_gib": round(result["memory_bytes"] / 2**30, 3),
+        "training_seconds": round(sum(r["step_ms"] for r in steps) / 1e3, 1),
+        "tokens_per_second": round(speeds[len(speeds) // 2], 1),
+        "peak_memory_gib": round(max(r["memory_bytes"] for r in steps) / 2**30, 3),
         "validation_loss": evals[-1]["loss"],
         "untrained_loss": evals[0]["loss"],
-        "unigram_loss": unigram_loss(
-            [Shard(p) for p in config.data.train],
-            [Shard(p) for p in config.data.validation],
-            tokenizer.vocab_size,
-        ),
+        "unigram_loss": _unigram_loss(config, tokenizer),
         "infilling": {},
         "samples": [],
     }
     documents = [json.loads(line)["content"] for line in open(folder / "data" / "held_out.jsonl")]
     for kind, count in _HOLES.items():
-        holes = make_holes(documents, count, seed=1, kind=kind)
+        if not (holes := _holes(documents, count, kind)):
+            _say(f"the held-out files have no hole of kind {kind}")
+            continue
         _say(f"infilling {len(holes)} held-out holes of kind {kind}")
         found = exact_match(
             model, tokenizer, holes, max_new_tokens=32, context=config.data.seq_length
@@ -199,24 +202,49 @@ def _evaluate(config: RunConfig, result: dict) -> dict:
         summary["infilling"][kind] = {
             "count": found["count"],
             "exact": round(found["exact_match"] * found["count"]),
+            "exact_trimmed": round(found["trimmed_match"] * found["count"]),
             "edit_similarity": found["edit_similarity"],
         }
         summary["samples"].append(_sample(holes, found["predictions"], kind))
-    export(folder, folder / "model")
     return summary
 
 
-def _median_throughput(folder: Path) -> float:
-    records = [json.loads(line) for line in open(folder / "metrics.jsonl")]
-    values = sorted(r["tokens_per_second"] for r in records if r["kind"] == "train")
-    return values[len(values) // 2]
+def _unigram_loss(config: RunConfig, tokenizer) -> float:
+    """The loss of a unigram model on the very tokens of the evaluations during training."""
+    from stellarator.data.batches import IGNORED, Batches
+    from stellarator.data.packing import PackedDataset
+    from stellarator.data.shards import Shard
+    from stellarator.evaluate.unigram import unigram_loss
+
+    shards = [Shard(prefix) for prefix in config.data.validation]
+    dataset = PackedDataset.from_config(config.data, shards, tokenizer, validation=True, fim=False)
+    rows, train = config.train.global_batch_size, config.train
+    batches = Batches(dataset, rows, train.micro_batch_size).evaluation(train.eval_batches * rows)
+    targets = [batch.targets[batch.targets != IGNORED].numpy() for batch in batches]
+    return unigram_loss(
+        [Shard(prefix) for prefix in config.data.train], targets, tokenizer.vocab_size
+    )
 
 
-def _sample(holes, completions: list[str], kind: str) -> dict:
+def _holes(documents: list[str], count: int, kind: str) -> list:
+    """`count` holes, or as many (by halving) as small data has."""
+    from stellarator.evaluate.infilling import make_holes
+
+    while count:
+        try:
+            return make_holes(documents, count, seed=1, kind=kind)
+        except ValueError:
+            count //= 2
+    return []
+
+
+def _sample(holes, predictions: list[str], kind: str) -> dict:
     """One hole for the report: the first that was filled exactly, else the first."""
-    pairs = list(zip(holes, completions, strict=True))
-    right = [pair for pair in pairs if pair[0].middle.strip() == pair[1].strip()]
-    hole, text = (right or pairs)[0]
+    from stellarator.evaluate.infilling import trim_at_suffix
+
+    cut = [(h, trim_at_suffix(p, h.suffix)) for h, p in zip(holes, predictions, strict=True)]
+    right = [pair for pair in cut if pair[0].middle.strip() == pair[1].strip()]
+    hole, text = (right or cut)[0]
     verdict = "Filled exactly." if right else "No hole of this kind was filled exactly."
     return {
         "title": f"A held-out hole ({kind})",
@@ -243,6 +271,7 @@ def _print_summary(summary: dict, folder: Path, report: Path) -> None:
     for kind, found in summary["infilling"].items():
         _say(
             f"infilling {kind}: {found['exact']} of {found['count']} exact, "
+            f"{found['exact_trimmed']} when cut where the suffix begins, "
             f"edit similarity {found['edit_similarity']:.3f}"
         )
     _say(f"done in {summary['total_seconds']:.0f} s. Look at {report}; model in {folder / 'model'}")

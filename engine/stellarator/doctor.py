@@ -1,7 +1,8 @@
-"""`stellarator doctor`: machine, versions, what is built, what each op would run, what to do.
+"""`stellarator doctor`: machine, versions, what is built, what each op runs, what to do.
 
 defines: report, main
 
+Each section is made on its own: one that fails, say over a broken torch, says so in one line.
 Made to be pasted into an issue: no secrets, no paths but those of the interpreter and the package.
 """
 
@@ -13,7 +14,7 @@ import shlex
 import shutil
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 _PACKAGES = ("torch", "triton", "numpy", "safetensors", "tokenizers", "pyarrow", "zstandard")
@@ -29,6 +30,7 @@ _VARIABLES = {
     "CXX": "C++ compiler of the build",
     "CXXFLAGS": "more flags for it",
 }
+_WIDTH = 128  # of a head, for which ops with limits are asked
 _TORCHRUN = (
     "torchrun --signals-to-handle SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1 --nproc-per-node N "
     "-m stellarator.train ..."
@@ -44,23 +46,29 @@ def main(argv: Sequence[str] = ()) -> int:
 def report() -> str:
     """The whole report as text, one section after another."""
     sections = {
-        "Machine": _machine(),
-        "Packages": _packages(),
-        "GPU": _gpu(),
-        "Compilers": _compilers(),
-        "C++ extension": _extension(),
-        "What each op runs (-> is chosen by impl='auto')": _implementations(),
-        "Environment": _environment(),
-        "NVIDIA apex": _apex(),
-        "Signals": [
-            "Under torchrun a batch system's SIGUSR1 kills torchrun and leaves its workers behind.",
-            f"Start it so: {_TORCHRUN}",
-        ],
+        "Machine": _machine,
+        "Packages": _packages,
+        "GPU": _gpu,
+        "Compilers": _compilers,
+        "C++ extension": _extension,
+        "What each op runs (-> is chosen by impl='auto')": _implementations,
+        "Environment": _environment,
+        "NVIDIA apex": _apex,
+        "Signals": _signals,
     }
     blocks = [
-        "\n".join([title, *(f"  {line}" for line in lines)]) for title, lines in sections.items()
+        "\n".join([title, *(f"  {line}" for line in _lines(section))])
+        for title, section in sections.items()
     ]
     return "\n\n".join(blocks)
+
+
+def _lines(section: Callable[[], list[str]]) -> list[str]:
+    """What a section says, or its error: a broken install is what this report is read for."""
+    try:
+        return section()
+    except Exception as error:
+        return [f"FAILED: {' '.join(f'{type(error).__name__}: {error}'.split())[:300]}"]
 
 
 def _row(label: str, value: object) -> str:
@@ -201,7 +209,7 @@ def _implementations() -> list[str]:
     for op in (name for name in stellarator_kernels.__all__ if name not in questions):
         answers = {
             str(dtype).removeprefix("torch."): stellarator_kernels.explain(
-                op, torch.empty(0, device=device, dtype=dtype)
+                op, torch.empty((0, _WIDTH), device=device, dtype=dtype)
             )
             for dtype in (torch.bfloat16, torch.float32)
         }
@@ -236,3 +244,11 @@ def _apex() -> list[str]:
     if version is not None:
         return [f"{version} without its CUDA kernels (amp_C): not used"]
     return ["not installed; it is never needed, only compared with"]
+
+
+def _signals() -> list[str]:
+    """How to start torchrun under a batch system."""
+    return [
+        "Under torchrun a batch system's SIGUSR1 kills torchrun and leaves its workers behind.",
+        f"Start it so: {_TORCHRUN}",
+    ]

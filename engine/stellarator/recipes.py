@@ -60,7 +60,7 @@ def demo() -> RunConfig:
     Hardware: 2 CPU cores. Result: see the report of the run.
     """
     model = ModelConfig(
-        vocab_size=8192,
+        vocab_size=4096,
         num_layers=6,
         width=256,
         num_heads=4,
@@ -73,9 +73,11 @@ def demo() -> RunConfig:
         name="demo",
         folder="runs/demo",
         model=model,
-        data=DataConfig(seq_length=512),
-        optim=OptimConfig(lr=2e-3, min_lr=2e-4, warmup_steps=40),
-        train=TrainConfig(steps=400, global_batch_size=8, micro_batch_size=8),
+        data=DataConfig(
+            seq_length=256, fim=FimConfig(rate=0.9, fragment_rate=0.9, max_middle_tokens=8)
+        ),
+        optim=OptimConfig(lr=3e-3, min_lr=3e-4, warmup_steps=40),
+        train=TrainConfig(steps=400, global_batch_size=16, micro_batch_size=16, eval_batches=16),
     )
 
 

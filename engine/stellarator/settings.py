@@ -47,7 +47,7 @@ def resolve(
     config = base
     for name, value, where in values:
         config = _set(config, name.split("."), value, where, name, problems)
-    problems += check(config) if not problems else []
+    problems += check(config)
     if problems:
         raise ConfigError(problems)
     return config
@@ -291,7 +291,7 @@ def _check_optim(config: RunConfig) -> list[str]:
     problems += _within("optim.beta1", optim.beta1, 0.0, 0.999999)
     problems += _within("optim.beta2", optim.beta2, 0.0, 0.99999999)
     problems += _at_least("optim.decay_steps", optim.decay_steps, 1)
-    if optim.eps <= 0:
+    if not optim.eps > 0:
         problems.append(f"optim.eps: expected a positive number, got {optim.eps}")
     if optim.min_lr > optim.lr:
         problems.append(f"optim.min_lr: expected at most lr = {optim.lr}, got {optim.min_lr}")

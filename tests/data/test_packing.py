@@ -13,6 +13,7 @@ import subprocess
 import sys
 import textwrap
 from collections import Counter
+from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
 
@@ -27,6 +28,7 @@ from stellarator.data.shards import Shard, ShardWriter
 from stellarator.data.tokenizer import Tokenizer
 
 ALWAYS = FimConfig(rate=1.0, fragment_rate=1.0)
+OPEN = replace(ALWAYS, end_cut_middles=False)
 MIXED = "\u65e5\u672c\u8a9e \U0001f642\u00e9\u00e9\u00e9\u03b1\u03b2 = 1  # \u2014 caf\u00e9\n"
 
 
@@ -104,6 +106,11 @@ def epoch_in_order(dataset: PackedDataset, epoch: int) -> list[int]:
     return [k for _, k in found]
 
 
+def unended(piece, ids, t):
+    """A piece without the `<|endoftext|>` that ends a middle where the row cuts a document."""
+    return piece[:-1] if piece[-1] == t.eod != ids[-1] else piece
+
+
 def split_documents(stream, eod: int) -> Counter:
     """How often each document occurs in a stream that ends with one."""
     ends = np.flatnonzero(np.array(stream) == eod) + 1
@@ -131,7 +138,7 @@ def test_every_token_once_per_epoch(words, make, fim, seq_length):
             pieces = [row.tokens[a:b] for a, b in zip(bounds[:-1], bounds[1:])]
             assert bounds[0] == 0 and len(pieces) == len(raw)
             for piece, ids in zip(pieces, raw):
-                restored = inverse(piece, words, split_at_files=split)
+                restored = inverse(unended(piece, ids, words), words, split_at_files=split)
                 assert restored == words.decode_bytes(ids)
             if fim is None:
                 assert row.tokens[: row.length].tolist() == stream[len(stream) - row.length :]
@@ -139,6 +146,18 @@ def test_every_token_once_per_epoch(words, make, fim, seq_length):
         orders.append(stream)
     assert orders[0] != orders[1]
     assert dataset.num_tokens == len(orders[0])
+
+
+def test_cut_middles_are_left_open_on_request(words):
+    documents = [*functions(words), *repositories(words, 20)]
+    both = [
+        PackedDataset([Listed(documents)], (), words, 64, replace(ALWAYS, end_cut_middles=end))
+        for end in (False, True)
+    ]
+    ends = [[d.row(k).tokens[d.row(k).length - 1] for k in range(200)] for d in both]
+    raw = sum(d == words.eod for d in (both[0].raw_pieces(k)[-1][-1] for k in range(200)))
+    assert sum(end == words.eod for end in ends[0]) == raw < 100
+    assert sum(end == words.eod for end in ends[1]) > 180
 
 
 def test_the_target_is_never_cut(words):
@@ -153,9 +172,14 @@ def test_the_target_is_never_cut(words):
             assert row.length <= seq_length + 1
             bounds = [*row.starts, row.length]
             for piece, ids in zip((row.tokens[a:b] for a, b in zip(bounds, bounds[1:])), raw):
+                last = piece[np.flatnonzero(piece == words.special["<file_sep>"])[-1:].sum() :]
+                transformed = words.fim_prefix in last[:2]
+                assert (piece[-1] == words.eod) == (ids[-1] == words.eod or transformed)
+                checked["ended"] += piece[-1] == words.eod != ids[-1]
+                piece = unended(piece, ids, words)
                 assert inverse(piece, words) == words.decode_bytes(ids)
-                assert (piece[-1] == words.eod) == (ids[-1] == words.eod)
                 checked[_texts_transformed(piece, ids, words)] += 1
+    assert checked["ended"] > 500
     assert checked["left alone"] == 0 and checked["all"] > 3000 and checked["metadata"] > 50
 
 
@@ -368,7 +392,7 @@ def test_weights_give_each_shard_its_own_epochs(words):
     assert split_documents(stream, words.eod) == Counter(map(tuple, documents[:20]))
 
 
-@pytest.mark.parametrize("fim", [None, ALWAYS])
+@pytest.mark.parametrize("fim", [None, OPEN])
 @pytest.mark.parametrize(
     "documents", [[[100]], [[100, 0]], [[0]], [[0]] * 5, [[]] * 40 + [[100, 101, 0]]]
 )
@@ -397,7 +421,7 @@ def test_a_document_longer_than_many_rows(words):
 def test_documents_with_ends_inside(words):
     """A foreign shard can hold several texts in one document: they are told apart in rows."""
     one = [*words.encode("x = 1\n"), words.eod]
-    dataset = PackedDataset([Listed([one * 30])], (), words, 64, ALWAYS)
+    dataset = PackedDataset([Listed([one * 30])], (), words, 64, OPEN)
     for k in range(dataset.rows_per_epoch):
         row = dataset.row(k)
         raw = dataset.raw_pieces(k)

@@ -22,6 +22,7 @@ from stellarator.evaluate.infilling import (
     infill,
     make_holes,
     parse_location,
+    trim_at_suffix,
 )
 from stellarator.model import build_model
 
@@ -279,3 +280,18 @@ def test_location_errors(tmp_path):
     path.write_bytes(b"ok\n\xff\n")
     with pytest.raises(ValueError, match="expected UTF-8 text, got other bytes at 3"):
         parse_location(f"{path}:1")
+
+
+@pytest.mark.parametrize(
+    ("text", "suffix", "expected"),
+    [
+        ("self, data):", ", n):", "self"),
+        ("size = 3\n", "\n    return", "size = 3\n"),
+        ("name)", ")", "name"),
+        ("value", "", "value"),
+        ("x + total y", " total", "x +"),
+        ("abc", "  ", "abc"),
+    ],
+)
+def test_trimming_stops_where_the_suffix_begins(text, suffix, expected):
+    assert trim_at_suffix(text, suffix) == expected

@@ -8,6 +8,7 @@ import json
 import os
 import random
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -246,6 +247,30 @@ def test_failed_export_leaves_the_old_one(folder, monkeypatch):
     with pytest.raises(OSError, match="No space left"):
         save_pretrained(build_model(CONFIG, seed=9), folder.parent / "new")
     assert [p.name for p in folder.parent.iterdir()] == [folder.name]
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), OSError(5, "Input/output error")])
+def test_export_stopped_between_its_two_renames_leaves_the_old_one(folder, monkeypatch, error):
+    """The earlier export is aside and the new one not yet in its place."""
+    before = {p.name: p.read_bytes() for p in folder.iterdir()}
+    rename, refused = Path.rename, [".writing-"]
+
+    def stopped(path, target):
+        if any(part in path.name for part in refused):
+            raise error
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", stopped)
+    with pytest.raises(type(error)):
+        save_pretrained(build_model(CONFIG, seed=9), folder)
+    assert {p.name: p.read_bytes() for p in folder.iterdir()} == before
+    assert [p.name for p in folder.parent.iterdir()] == [folder.name]
+    refused.append(".before-")  # not even back: it stays whole where it is
+    with pytest.raises(type(error)):
+        save_pretrained(build_model(CONFIG, seed=9), folder)
+    (left,) = folder.parent.iterdir()
+    assert left.name == f".{folder.name}.before-{os.getpid()}"
+    assert {p.name: p.read_bytes() for p in left.iterdir()} == before
 
 
 def test_export_replaces_an_export_and_nothing_else(folder):

@@ -1,6 +1,6 @@
 """Two processes train the same model as one: gloo, float64, started by torchrun's own module.
 
-The reference is the run of one process. Not covered: NCCL.
+The reference is the unbroken run of one process: its losses and its weights. Not covered: NCCL.
 """
 
 import dataclasses
@@ -11,6 +11,8 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from stellarator import settings
 from stellarator.train.loop import Trainer
@@ -21,26 +23,36 @@ def losses(folder) -> list[float]:
     return [r["loss"] for r in records if r["kind"] in ("train", "eval")]
 
 
-def torchrun(config, tmp_path, processes: int) -> subprocess.CompletedProcess:
+def assert_same_state(one, other, step: int) -> None:
+    """Weights and moments of a step, whose gradients were summed in another order."""
+    name = Path("checkpoints", f"step_{step:08d}", "tensors.safetensors")
+    a, b = load_file(Path(one, name)), load_file(Path(other, name))
+    assert a.keys() == b.keys() and {t.dtype for t in b.values()} == {torch.float64}
+    for key in a:
+        torch.testing.assert_close(b[key], a[key], rtol=1e-10, atol=1e-14)
+
+
+def torchrun(
+    config, tmp_path, processes: int, program=("-m", "stellarator.train")
+) -> subprocess.CompletedProcess:
     path = tmp_path / f"run{processes}.toml"
     path.write_text(settings.to_toml(config))
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command += [
-        "--nproc-per-node",
-        str(processes),
-        "-m",
-        "stellarator.train",
-        "--config",
-        str(path),
-    ]
+    command += ["--nproc-per-node", str(processes), *program, "--config", str(path)]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "STELLARATOR_TRACEBACK": "1"}
     return subprocess.run(command, capture_output=True, text=True, timeout=200, env=environment)
 
 
-def test_two_ranks_follow_one(tiny_config, tmp_path):
+@pytest.fixture
+def one(tiny_config, tmp_path):
+    """The configuration of a run of one process, which is done."""
     train = dataclasses.replace(tiny_config.train, precision="fp64", steps=6, micro_batch_size=2)
-    one = dataclasses.replace(tiny_config, train=train, folder=str(tmp_path / "one"))
-    Trainer(one).run()
+    config = dataclasses.replace(tiny_config, train=train, folder=str(tmp_path / "one"))
+    Trainer(config).run()
+    return config
+
+
+def test_two_ranks_follow_one(one, tmp_path):
     two = dataclasses.replace(one, folder=str(tmp_path / "two"))
     done = torchrun(two, tmp_path, 2)
     assert done.returncode == 0, done.stderr[-6000:]
@@ -48,6 +60,41 @@ def test_two_ranks_follow_one(tiny_config, tmp_path):
     assert len(expected) == 8 and len(got) == 8  # 6 steps and 2 evaluations
     for a, b in zip(expected, got, strict=True):
         assert b == pytest.approx(a, rel=1e-12)
+    assert_same_state(one.folder, two.folder, 6)
+
+
+# Rank 1 alone is told to stop, after step 3; then rank 0 must stop and save there, too.
+STOPPED = """
+import os, signal, sys, time
+from stellarator import settings
+from stellarator.config import RunConfig
+from stellarator.train.loop import Trainer
+
+class Stopped(Trainer):
+    def _one_step(self):
+        done = super()._one_step()
+        if done.step == 3 and self.mesh.dp_rank == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(0.01)
+        return done
+
+result = Stopped(settings.resolve(RunConfig(), sys.argv[2])).run()
+assert (result["status"], result["step"]) == ("preempted", 3), result
+"""
+
+
+def test_two_ranks_stopped_and_resumed_by_one(one, tmp_path):
+    two = dataclasses.replace(one, folder=str(tmp_path / "two"))
+    program = tmp_path / "stopped.py"
+    program.write_text(STOPPED)
+    done = torchrun(two, tmp_path, 2, [str(program)])
+    assert done.returncode == 0, done.stderr[-6000:]
+    assert json.loads(Path(two.folder, "status.json").read_text())["status"] == "preempted"
+    assert len(losses(two.folder)) == 4  # an evaluation and 3 steps
+    assert Trainer(two).run()["status"] == "done"
+    expected, got = losses(one.folder), losses(two.folder)
+    assert got == pytest.approx(expected, rel=1e-12, abs=0)
+    assert_same_state(one.folder, two.folder, 6)
 
 
 def test_a_batch_that_two_ranks_cannot_share_is_refused(tiny_config, tmp_path):

@@ -170,3 +170,92 @@ def test_a_run_starts_from_exported_weights_whatever_their_dropout(tiny_config, 
     config = dataclasses.replace(config, model=wrong, folder=str(tmp_path / "wrong"))
     with pytest.raises(TrainingError, match=r"Pass model\.window=24"):
         Trainer(config).run()
+
+
+def test_a_step_that_was_saved_before_is_saved_again(tiny_config, unbroken, tmp_path):
+    """The last checkpoint is damaged; the run that repairs it ends with a good one."""
+    config = dataclasses.replace(
+        tiny_config,
+        folder=str(tmp_path / "repaired"),
+        checkpoint=dataclasses.replace(tiny_config.checkpoint, interval=4),
+    )
+    Trainer(config).run()
+    newest = Path(config.folder, "checkpoints", "step_00000012", "tensors.safetensors")
+    newest.write_bytes(newest.read_bytes()[:-5])
+    Trainer(config).run()
+    assert_same_run(unbroken, config.folder, 12)
+    assert len(list(newest.parent.parent.glob("damaged-*"))) == 1
+
+
+def test_an_older_checkpoint_is_not_continued_beside_newer_ones(tiny_config, tmp_path):
+    config = dataclasses.replace(
+        tiny_config, checkpoint=dataclasses.replace(tiny_config.checkpoint, interval=4)
+    )
+    Trainer(config).run()
+    older = str(Path(config.folder, "checkpoints", "step_00000004"))
+    again = dataclasses.replace(config.checkpoint, resume=older)
+    with pytest.raises(TrainingError, match="expected no checkpoints after step_00000004"):
+        Trainer(dataclasses.replace(config, checkpoint=again)).run()
+    elsewhere = dataclasses.replace(config, checkpoint=again, folder=str(tmp_path / "other"))
+    Trainer(elsewhere).run()
+    assert_weights(config.folder, elsewhere.folder, 12)
+
+
+def assert_weights(one, other, step: int) -> None:
+    a, b = weights(one, step), weights(other, step)
+    assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+def test_unreadable_checkpoints_do_not_start_the_run_again(tiny_config):
+    Trainer(tiny_config).run()
+    before = train_records(tiny_config.folder)
+    manifest = Path(tiny_config.folder, "checkpoints", "step_00000012", "manifest.json")
+    manifest.write_text("{")
+    with pytest.raises(TrainingError, match="expected a checkpoint that can be read"):
+        Trainer(tiny_config).run()
+    assert train_records(tiny_config.folder) == before
+
+
+def test_training_goes_on_when_the_disk_is_full(tiny_config, tmp_path, capfd, monkeypatch):
+    from stellarator.train import checkpoint
+
+    save, failures = checkpoint.save, []
+
+    def full(folder, step, tensors, state):
+        if step == 4:
+            failures.append(step)
+            raise CheckpointError(f"{folder}: cannot be saved: No space left on device.")
+        return save(folder, step, tensors, state)
+
+    class FullDisk(Trainer):
+        def _build(self):
+            super()._build()
+            self.log._text.close()
+            self.log._text = open("/dev/full", "w", buffering=1)
+
+    monkeypatch.setattr(checkpoint, "save", full)
+    config = dataclasses.replace(
+        tiny_config, checkpoint=dataclasses.replace(tiny_config.checkpoint, interval=4)
+    )
+    assert FullDisk(config).run()["status"] == "done"
+    errors = capfd.readouterr().err
+    assert failures == [4] and "Training goes on" in errors
+    assert "/dev/full: No space left on device" in errors
+    assert weights(config.folder, 12)
+
+
+def test_other_tokens_of_equal_lengths_are_another_data_set(tiny_config, tiny_corpus, tmp_path):
+    import shutil
+
+    for name in ("train.bin", "train.idx"):
+        shutil.copy(tiny_corpus / name, tmp_path / name)
+    data = dataclasses.replace(tiny_config.data, train=(str(tmp_path / "train"),))
+    train = dataclasses.replace(tiny_config.train, steps=3)
+    config = dataclasses.replace(tiny_config, data=data, train=train)
+    Trainer(config).run()
+    tokens = bytearray((tmp_path / "train.bin").read_bytes())
+    tokens[100] ^= 1
+    (tmp_path / "train.bin").write_bytes(tokens)
+    longer = dataclasses.replace(config, train=dataclasses.replace(train, steps=4))
+    with pytest.raises(TrainingError, match=r"data\.train or data\.tokenizer: other content"):
+        Trainer(longer).run()

@@ -122,7 +122,7 @@ class Batches:
         Add up the losses and `num_targets` over all batches and ranks, then divide.
 
         Args:
-            max_rows: use only the first ones.
+            max_rows: use only this many, spread evenly: neighbours are of one repository.
         Raises:
             ValueError: the dataset has weights, so that an epoch of it is not defined.
         """
@@ -134,8 +134,10 @@ class Batches:
         rows = self.dataset.rows_per_epoch
         rows = rows if max_rows is None else min(rows, max_rows)
         width = self.micro_batch_size
+        total = self.dataset.rows_per_epoch
         for first in range(rank * width, -(-rows // (size * width)) * size * width, size * width):
-            found = [self.dataset.row(k) for k in range(first, min(first + width, rows))]
+            numbers = range(first, min(first + width, rows))
+            found = [self.dataset.row(k * total // rows) for k in numbers]
             found += [self._empty_row()] * (width - len(found))
             yield collate(found, self.dataset.attend_across_documents)
 

@@ -147,6 +147,13 @@ class Fim:
             result.append(np.concatenate(parts))
         return result
 
+    def ends_in_middle(self, ids: np.ndarray) -> bool:
+        """Whether a transformed piece ends with a middle, and nothing says where that ends."""
+        stops = np.flatnonzero(ids == self.file_sep) if self.file_sep is not None else []
+        start = int(stops[-1]) + 1 if len(stops) else 0
+        open_end = len(ids) > start and ids[-1] != self.tokenizer.eod
+        return bool(open_end and ids[start] == self.tokenizer.fim_prefix)
+
     def _choose(self, ids, rng, starts_in_metadata: bool) -> list[tuple[np.ndarray, bool]]:
         """A piece as consecutive texts, and whether each is to be transformed."""
         size = len(ids) - int(len(ids) > 0 and ids[-1] == self.tokenizer.eod)
@@ -271,9 +278,7 @@ class _Text:
             return None
         return np.concatenate(prefix), np.concatenate(middle), np.concatenate(suffix)
 
-    def split_at_tokens(
-        self, first: int, second: int, limit: int | None
-    ) -> tuple[np.ndarray, ...]:
+    def split_at_tokens(self, first: int, second: int, limit: int | None) -> tuple[np.ndarray, ...]:
         """The same with each cut moved left to a boundary of tokens and of characters."""
         a = self._character_start(self.locate(first)[0])
         b = self._character_start(self.locate(second)[0])

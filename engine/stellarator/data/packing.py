@@ -16,6 +16,11 @@ the row. What one text leaves unused, another can use, so with the margins of `_
 cuts in 100 has to be repeated. Positions left over are `<fim_pad>` without a target: 0.8% of
 T = 1024 for documents of 7,500 tokens, 1.8% for documents of 150. Without FIM margins are 0.
 
+Where a row ends inside a document and the last text is transformed, its middle would end in
+padding, and a model trained on long documents would never see where one ends. So one more position
+is kept for `<|endoftext|>` after such a middle (`end_cut_middles`; the public loaders have nothing
+there): the end of the target belongs to the target.
+
 Every token of the corpus is in exactly one row of an epoch. Rows do not overlap, so the first
 token of a row is nobody's target. The last window of an epoch is shorter, and its row has padding.
 
@@ -94,10 +99,12 @@ class PackedDataset:
         self.attend_across_documents = attend_across_documents
         self._fim = Fim(tokenizer, fim) if fim is not None and fim.rate != 0 else None
         row_margin, margin = _margins(fim, seq_length) if self._fim else (0, 0)
+        self._end_margin = int(bool(self._fim and fim.end_cut_middles))
         separator = self._fim.file_sep if self._fim else None
         groups = [[shard] for shard in shards] if weights else [shards]
+        window = seq_length + 1 - row_margin - self._end_margin
         self._corpora = [
-            _Corpus(group, seq_length + 1 - row_margin, margin, separator, seed, k, shuffle)
+            _Corpus(group, window, margin, separator, seed, k, shuffle)
             for k, group in enumerate(groups)
         ]
         self._blend = Blend(weights or [1.0])
@@ -160,8 +167,10 @@ class PackedDataset:
         if self._fim is None:
             pieces = [ids for ids, _ in pieces]
         else:
-            room = self.seq_length + 1 - sum(len(ids) for ids, _ in pieces)
+            room = self.seq_length + 1 - sum(len(ids) for ids, _ in pieces) - self._end_margin
             pieces = self._fim.transform_all(pieces, generator(self.seed, FIM, index), room)
+            if self._end_margin and self._fim.ends_in_middle(pieces[-1]):
+                pieces[-1] = np.append(pieces[-1], self.tokenizer.eod)
         lengths = np.array([len(ids) for ids in pieces], dtype=np.int64)
         length = int(lengths.sum())
         tokens = np.full(self.seq_length + 1, self.tokenizer.fim_pad, dtype=np.int64)

@@ -5,6 +5,7 @@ defines:
     Hole, make_holes        holes cut into documents: a line, a span within a line, a word
     exact_match             share of holes that come back exactly, and edit similarity
     edit_similarity         2 * longest common subsequence / both lengths
+    trim_at_suffix          cut where the text begins to repeat the suffix
     parse_location          "FILE:LINE" as a hole, for the command line
 
 The rule of exact match is that of the SantaCoder FIM task: the text up to the first special token,
@@ -24,6 +25,7 @@ from stellarator.model.transformer import Transformer
 
 KINDS = ("line", "span", "token")
 _WORD = re.compile(r"[^\W\d]\w{2,}")  # names and keywords of three characters or more
+_BEGIN = re.compile(r"\s*(\w+|[^\w\s])")  # a word or a sign, with the white space before it
 _LONGEST_SPAN = 24  # characters
 _ATTEMPTS = 200  # draws for one hole before a document is given up
 _CHARACTERS_PER_TOKEN = 16  # at most this much text is tokenized per token of room
@@ -217,8 +219,10 @@ def exact_match(
         batch_size: holes at a time.
         mode, max_new_tokens, context: see `infill`.
     Returns:
-        {"count", "exact_match", "first_line_match", "edit_similarity"} with means over the holes,
+        {"count", "exact_match", "trimmed_match", "first_line_match", "edit_similarity"} with means
+        over the holes,
         "by_kind": the same for each kind, and "predictions": the texts, in the order of `holes`.
+        trimmed_match: exact after `trim_at_suffix`.
         first_line_match compares the first lines that are not blank.
     Raises:
         ValueError: no holes, or see `infill`.
@@ -237,7 +241,7 @@ def exact_match(
         batch_size=batch_size,
     )
     predictions = [answer.text for answer in answers]
-    scores = [_score(p, h.middle) for p, h in zip(predictions, holes, strict=True)]
+    scores = [_score(p, h.middle, h.suffix) for p, h in zip(predictions, holes, strict=True)]
     kinds = dict.fromkeys(h.kind for h in holes)
     by_kind = {
         k: _mean([s for s, h in zip(scores, holes, strict=True) if h.kind == k]) for k in kinds
@@ -245,10 +249,22 @@ def exact_match(
     return {**_mean(scores), "by_kind": by_kind, "predictions": predictions}
 
 
-def _score(prediction: str, truth: str) -> dict[str, float]:
-    """The three figures of one hole."""
+def trim_at_suffix(text: str, suffix: str) -> str:
+    """`text` up to where it goes on as the suffix begins: with its first word or sign.
+
+    What an editor does with a model that does not know where to stop, and wrong where the hole
+    itself holds that word or sign.
+    """
+    begin = _BEGIN.match(suffix)
+    at = text.find(begin[0]) if begin else -1
+    return text if at < 0 else text[:at]
+
+
+def _score(prediction: str, truth: str, suffix: str) -> dict[str, float]:
+    """The figures of one hole."""
     return {
         "exact_match": float(prediction.strip() == truth.strip()),
+        "trimmed_match": float(trim_at_suffix(prediction, suffix).strip() == truth.strip()),
         "first_line_match": float(_first_line(prediction) == _first_line(truth)),
         "edit_similarity": edit_similarity(prediction.strip(), truth.strip()),
     }

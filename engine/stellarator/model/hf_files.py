@@ -181,8 +181,8 @@ def replaced_folder(folder: Path, is_ours):
     """A new folder to write into, which takes the place of `folder` at the end of the block.
 
     If the block fails nothing is left of it and `folder` is as it was.
-    If the machine stops between the two renames at the end, the earlier export is whole beside it,
-    under the name `.<folder>.before-<pid>`.
+    If the machine stops between the two renames at the end, or the second one fails and the first
+    cannot be undone, the earlier export is whole beside it, as `.<folder>.before-<pid>`.
 
     Args:
         folder: absent, empty, or an earlier export.
@@ -208,15 +208,12 @@ def replaced_folder(folder: Path, is_ours):
         sync(aside)
         if folder.exists():
             folder.rename(before)
-        try:
-            aside.rename(folder)
-        except OSError:
-            if before.exists():
-                before.rename(folder)
-            raise
+        aside.rename(folder)
         sync(folder.parent)
     finally:
         shutil.rmtree(aside, ignore_errors=True)
+        if before.exists() and not folder.exists():  # stopped between the two renames
+            before.rename(folder)
         shutil.rmtree(before, ignore_errors=True)
 
 

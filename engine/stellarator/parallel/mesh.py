@@ -35,7 +35,13 @@ class Mesh:
 
     def barrier(self) -> None:
         """Wait until every rank is here."""
-        self.sum_(torch.zeros(1, device=self.device))
+        # Reading the result makes the host wait too; on a GPU the collective alone does not.
+        self.sum_(torch.zeros(1, device=self.device)).item()
+
+    def agrees_on(self, value: int) -> bool:
+        """Whether every rank passed the same number, below 2**62; all ranks get the same answer."""
+        both = self.max_(torch.tensor([value, -value], dtype=torch.int64, device=self.device))
+        return int(both[0]) == -int(both[1])
 
 
 def start(device: str = "auto", timeout_seconds: float = 600.0) -> Mesh:

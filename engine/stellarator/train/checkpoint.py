@@ -1,6 +1,6 @@
 """Checkpoints: tensors in safetensors and a JSON manifest with hashes, put there by one rename.
 
-defines: save, load, find, rotate, Checkpoint, CheckpointError
+defines: save, load, find, set_aside_newer, rotate, Checkpoint, CheckpointError
 
     checkpoints/step_00000100/tensors.safetensors   names like master.layers.0.mlp.up.weight
     checkpoints/step_00000100/manifest.json         step, state, sizes, SHA-256 of files and tensors
@@ -11,6 +11,7 @@ written, synced, and renamed: a reader sees all of it or nothing. Names and shap
 how the run was laid out over processes. Nothing is pickled.
 """
 
+import contextlib
 import hashlib
 import json
 import os
@@ -110,13 +111,14 @@ def save(folder: Path, step: int, tensors: dict[str, torch.Tensor], state: dict)
         else:
             aside.rename(final)
         _sync_folder(folder)
-        _replace_text(folder / "latest", final.name + "\n")
     except OSError as error:
         shutil.rmtree(aside, ignore_errors=True)
         raise CheckpointError(
             f"{final}: cannot be saved: {error.strerror or error}. Free some space or change "
             "`folder`; older checkpoints are untouched."
         ) from error
+    with contextlib.suppress(OSError):  # for people and scripts; `find` does not depend on it
+        _replace_text(folder / "latest", final.name + "\n")
     return final
 
 
@@ -246,6 +248,14 @@ def find(folder: Path, warn: Callable[[str], None]) -> Checkpoint | None:
         except CheckpointError as error:
             warn(f"passed over a damaged checkpoint: {error}")
     return None
+
+
+def set_aside_newer(folder: Path, step: int) -> list[str]:
+    """Rename checkpoints after `step`, which could not be trusted, to damaged-*; their names."""
+    newer = [f for f in sorted(folder.glob("step_*")) if f.name > f"step_{step:08d}"]
+    for old in newer:
+        old.rename(folder / f"damaged-{uuid.uuid4().hex[:8]}-{old.name}")
+    return [old.name for old in newer]
 
 
 def rotate(folder: Path, keep: int | None) -> None:

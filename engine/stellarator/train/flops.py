@@ -3,8 +3,9 @@
 defines: FORMULA, batch_flops, matmul_parameters, peak_flops, device_name
 
 MFU counts what the model needs, not what is recomputed: 6 FLOPs per token and parameter of a matrix
-product, and for attention 12 * D * H * L per visible (query, key) pair (forward 4, backward 8); pairs
-are counted exactly from causality, window and document boundaries.
+product, and for attention 12 * D * H * L per visible (query, key) pair (forward 4, backward 8);
+pairs are counted exactly from causality, window and document boundaries. Padding (about 1% of a
+row with FIM) is computed like any token and counted as such.
 """
 
 import time

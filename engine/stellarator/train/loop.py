@@ -8,9 +8,13 @@ batch; clip; AdamW. The state of a run is its step number, the weights and the m
 else (batches, FIM cuts, learning rate) is a function of the step.
 """
 
+import contextlib
 import dataclasses
+import hashlib
+import json
 import math
 import signal
+import sys
 import time
 from pathlib import Path
 
@@ -66,19 +70,25 @@ class Trainer:
             TrainingError, CheckpointError, ShardError, ...: with one line that says what to do.
         """
         self.mesh = meshes.start(self.config.train.device)
-        try:
-            with StopRequest() as self.stop:
-                if self.mesh.dp_rank > 0:
-                    return self._run()
+        with StopRequest() as self.stop:
+            if self.mesh.dp_rank > 0:
+                summary = self._run()
+            else:
                 with folder_lock(self.folder):
-                    try:
-                        return self._run()
-                    except BaseException as error:
-                        reason = (str(error) or type(error).__name__).splitlines()[0]
-                        write_status(self.folder, "failed", self.step, reason)
-                        raise
-        finally:
-            meshes.stop()
+                    summary = self._run_and_tell()
+        # Not after an error: other ranks may be inside a collective that leaving would wait for.
+        meshes.stop()
+        return summary
+
+    def _run_and_tell(self) -> dict:
+        """`_run` of rank 0: what went wrong also goes into status.json."""
+        try:
+            return self._run()
+        except BaseException as error:
+            reason = (str(error) or type(error).__name__).splitlines()[0]
+            with contextlib.suppress(OSError):  # a full disk may be why
+                write_status(self.folder, "failed", self.step, reason)
+            raise
 
     def _run(self) -> dict:
         config, main = self.config, self.mesh.dp_rank == 0
@@ -97,9 +107,7 @@ class Trainer:
         if main:
             write_status(self.folder, status, self.step)
             if config.metrics.report and self.step:
-                from stellarator.train.report import write_report  # matplotlib only when needed
-
-                write_report(self.folder)
+                self._report()
         self.mesh.barrier()  # a rank that leaves early closes connections that others still use
         return {
             "status": status,
@@ -110,6 +118,15 @@ class Trainer:
             "seconds": time.monotonic() - started,
             "memory_bytes": metrics.peak_memory_bytes(self.mesh.device),
         }
+
+    def _report(self) -> None:
+        """Write report.html; a trained model is not lost because a plot cannot be drawn."""
+        from stellarator.train.report import write_report  # matplotlib only when needed
+
+        try:
+            write_report(self.folder)
+        except Exception as error:
+            print(f"warning: report.html was not written: {error}", file=sys.stderr)
 
     # Making everything, and going on from a checkpoint.
 
@@ -124,12 +141,14 @@ class Trainer:
                 f"got {config.model.vocab_size}. Pass model.vocab_size={self.tokenizer.vocab_size}."
             )
         self.batches = self._batches(config.data.train)
+        self.batches.num_micro_batches(self.mesh.dp_size)  # said now, not after the model is made
         self.validation = None
         if config.data.validation:
             self.validation = self._batches(config.data.validation, validation=True)
         options = {
             "device": device,
-            "dtype": self.dtype,
+            # bf16 is rounded from masters that keep all digits of the initial or loaded weights.
+            "dtype": torch.float32 if self.dtype == torch.bfloat16 else self.dtype,
             "kernels": config.train.kernels,
             "recompute": config.train.recompute,
         }
@@ -141,7 +160,7 @@ class Trainer:
                 raise TrainingError(wrong)
         else:
             self.model = build_model(config.model, seed=config.train.seed, **options)
-        self.optimizer = FlatOptimizer(self.model, config.optim, config.train.kernels)
+        self.optimizer = FlatOptimizer(self.model, config.optim, config.train.kernels, self.dtype)
         self.clock = Stopwatch(device)
         self.peak, self.peak_source = flops.peak_flops(
             device, self.dtype, config.metrics.peak_tflops
@@ -164,6 +183,14 @@ class Trainer:
         config = self.config
         self.fingerprint = resume.fingerprint(config.data.train, self.tokenizer.sha256)
         found = resume.find(config, self.log.warn)
+        seal = hashlib.sha256(json.dumps(found.manifest).encode() if found else b"").digest()
+        if not self.mesh.agrees_on(int.from_bytes(seal[:7])):
+            raise TrainingError(
+                f"{self.folder}: expected the same newest checkpoint on every rank, got different "
+                f"ones (rank {self.mesh.dp_rank}: {found and found.folder}). Put `folder` on a "
+                "file system that all machines share."
+            )
+        self._saved_step = None
         if found is not None:
             for line in resume.compare(found, config, self.fingerprint):
                 self.log.say(line)
@@ -171,6 +198,11 @@ class Trainer:
             self.optimizer.after_load()
             self.progress = resume.Progress(**found.manifest["state"]["progress"])
             self.log.say(f"resumed {found.folder} at step {self.step}")
+            folder = self.folder / "checkpoints"
+            if found.folder.resolve().parent == folder.resolve():
+                self._saved_step = self.step
+                if self.mesh.dp_rank == 0:
+                    checkpoint.set_aside_newer(folder, self.step)
         self.zscore = ZScore(self.progress.recent_losses)
         self.log.rewind(self.step if found is not None else -1)
 
@@ -181,7 +213,7 @@ class Trainer:
         """
         folder = self.folder / "checkpoints"
         failed: checkpoint.CheckpointError | None = None
-        if self.mesh.dp_rank == 0 and not (folder / f"step_{self.step:08d}").exists():
+        if self.mesh.dp_rank == 0 and self.step != self._saved_step:
             self.progress.recent_losses = list(self.zscore.values)
             state = {
                 "config": dataclasses.asdict(self.config),
@@ -192,13 +224,15 @@ class Trainer:
             try:
                 checkpoint.save(folder, self.step, self.optimizer.state(), state)
                 checkpoint.rotate(folder, self.config.checkpoint.keep)
+                self._saved_step = self.step
             except checkpoint.CheckpointError as error:
                 failed = error
-        self.mesh.barrier()
-        if failed and required:
-            raise failed
-        if failed:
-            self.log.warn(f"{failed} Training goes on.")
+        told = torch.tensor([int(failed is not None)], device=self.mesh.device)
+        if not self.mesh.max_(told).item():  # also a barrier: nobody goes on before rank 0 has saved
+            return
+        if required:
+            raise failed or TrainingError("rank 0 could not save the last checkpoint.")
+        self.log.warn(f"{failed} Training goes on.")
 
     # Steps.
 

@@ -3,6 +3,7 @@
 defines: StepMetrics, step_line, ZScore, RunLog, write_status, peak_memory_bytes
 """
 
+import contextlib
 import json
 import math
 import os
@@ -105,32 +106,45 @@ class RunLog:
     def __init__(self, folder: Path, enabled: bool = True, tensorboard: bool = False):
         self.enabled = enabled
         self._metrics = self._text = self._board = None
+        self._told = False
         if not enabled:
             return
         folder.mkdir(parents=True, exist_ok=True)
         self._path = folder / "metrics.jsonl"
         self._metrics = open(self._path, "a", encoding="utf-8", buffering=1)
         self._text = open(folder / "log.txt", "a", encoding="utf-8", buffering=1)
-        if tensorboard:
-            self._board = _tensorboard(folder / "tensorboard")
+        self._board_folder = folder / "tensorboard" if tensorboard else None
 
     def say(self, text: str) -> None:
         """One line to the terminal and log.txt."""
         if self.enabled:
             print(text, flush=True)
-            self._text.write(text + "\n")
+            self._write(self._text, text + "\n")
 
     def warn(self, text: str) -> None:
         """One warning to the error stream and log.txt."""
         if self.enabled:
             print(f"warning: {text}", file=sys.stderr, flush=True)
-            self._text.write(f"warning: {text}\n")
+            self._write(self._text, f"warning: {text}\n")
+
+    def _write(self, stream, text: str) -> None:
+        """Write to a file of the run; a full disk costs the line, not the run."""
+        try:
+            stream.write(text)
+        except OSError as error:
+            if not self._told:
+                print(f"warning: {stream.name}: {error.strerror}", file=sys.stderr, flush=True)
+            self._told = True
 
     def record(self, kind: str, values: dict) -> None:
         """One JSON line, and scalars to TensorBoard."""
         if not self.enabled:
             return
-        self._metrics.write(json.dumps({"kind": kind} | values) + "\n")
+        finite = {
+            k: None if isinstance(v, float) and not math.isfinite(v) else v
+            for k, v in values.items()
+        }
+        self._write(self._metrics, json.dumps({"kind": kind} | finite, allow_nan=False) + "\n")
         if self._board is not None:
             for name, value in values.items():
                 if kind == "eval" and name == "loss":
@@ -158,6 +172,8 @@ class RunLog:
         aside.write_text("".join(kept), encoding="utf-8")
         os.replace(aside, self._path)
         self._metrics = open(self._path, "a", encoding="utf-8", buffering=1)
+        if self._board_folder is not None:
+            self._board = _tensorboard(self._board_folder, step + 1)
 
     def __enter__(self) -> "RunLog":
         return self
@@ -165,16 +181,17 @@ class RunLog:
     def __exit__(self, *exception) -> None:
         for stream in (self._metrics, self._text, self._board):
             if stream is not None:
-                stream.close()
+                with contextlib.suppress(OSError):  # what a full disk did not take was told before
+                    stream.close()
 
 
-def _tensorboard(folder: Path):
-    """A TensorBoard writer, or None where it is not installed."""
+def _tensorboard(folder: Path, first_step: int):
+    """A TensorBoard writer that hides older records from `first_step` on; None if not installed."""
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
         return None
-    return SummaryWriter(str(folder))
+    return SummaryWriter(str(folder), purge_step=max(0, first_step))
 
 
 def write_status(folder: Path, status: str, step: int, reason: str = "") -> None:

@@ -23,17 +23,17 @@ _CLIP_EPS = 1e-6
 class _Group:
     """The flat buffers of the parameters that share one weight decay."""
 
-    def __init__(self, named: list[tuple[str, torch.nn.Parameter]], weight_decay: float):
+    def __init__(self, named: list[tuple[str, torch.nn.Parameter]], weight_decay: float, dtype):
         self.weight_decay = weight_decay
         self.spans: dict[str, tuple[int, int, torch.Size]] = {}
         first = named[0][1]
         total = sum(p.numel() for _, p in named)
-        self.params = torch.empty(total, dtype=first.dtype, device=first.device)
-        state_dtype = torch.float64 if first.dtype == torch.float64 else torch.float32
+        self.params = torch.empty(total, dtype=dtype, device=first.device)
+        state_dtype = torch.float64 if dtype == torch.float64 else torch.float32
         self.grads = torch.zeros(total, dtype=state_dtype, device=first.device)
         self.exp_avg = torch.zeros_like(self.grads)
         self.exp_avg_sq = torch.zeros_like(self.grads)
-        self.master = None if first.dtype == state_dtype else torch.empty_like(self.grads)
+        self.master = None if dtype == state_dtype else torch.empty_like(self.grads)
         start = 0
         for name, parameter in named:
             end = start + parameter.numel()
@@ -58,17 +58,26 @@ class FlatOptimizer:
 
     Args:
         model: all of its parameters, of one dtype; they become views of the flat buffers.
+        dtype: of the parameters from now on; None: as they are. With bf16 given to a model in fp32
+            the masters keep all its digits.
         config: betas, eps, weight_decay (for tensors of two or more dimensions), clip_norm.
         kernels: `impl` of the ops.
     Cost: memory 18 bytes a parameter (bf16) or 16 (fp32).
     """
 
-    def __init__(self, model: torch.nn.Module, config: OptimConfig, kernels: str = "auto"):
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        config: OptimConfig,
+        kernels: str = "auto",
+        dtype: torch.dtype | None = None,
+    ):
         self.config, self.kernels = config, kernels
         named = list(model.named_parameters())
+        dtype = dtype or named[0][1].dtype
         self.groups = [
-            _Group([(n, p) for n, p in named if p.dim() >= 2], config.weight_decay),
-            _Group([(n, p) for n, p in named if p.dim() < 2], 0.0),
+            _Group([(n, p) for n, p in named if p.dim() >= 2], config.weight_decay, dtype),
+            _Group([(n, p) for n, p in named if p.dim() < 2], 0.0, dtype),
         ]
         self._hooks = [h for group in self.groups for h in self._attach(group, dict(named))]
 

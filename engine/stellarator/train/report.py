@@ -9,6 +9,7 @@ can be written again at any time. The plots also lie beside it as PNG files in p
 import base64
 import html
 import json
+import math
 from pathlib import Path
 
 import matplotlib
@@ -88,6 +89,8 @@ def _read(path: Path) -> tuple[list[dict], list[dict]]:
                 record = json.loads(line)
             except ValueError:
                 continue
+            # A value that was not finite is stored as null.
+            record = {k: math.nan if v is None else v for k, v in record.items()}
             {"train": train, "eval": evals}.get(record.get("kind"), []).append(record)
     return train, evals
 
@@ -172,7 +175,8 @@ def _summary_parts(summary: dict) -> str:
         exact, count = result["exact"], result["count"]
         parts.append(
             f"<p>Infilling, {html.escape(kind)}: exact match {exact} of {count} "
-            f"({100 * exact / max(1, count):.1f} %), "
+            f"({100 * exact / max(1, count):.1f} %), {result['exact_trimmed']} when the answer is "
+            f"cut where the suffix begins, "
             f"edit similarity {result['edit_similarity']:.3f}</p>"
         )
     for sample in summary.get("samples", []):

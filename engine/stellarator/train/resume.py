@@ -41,11 +41,18 @@ class Progress:
 
 
 def fingerprint(shards: Sequence[str], tokenizer_sha256: str) -> str:
-    """A hash of what the rows of a run are made of: index files, sizes of the data, tokenizer."""
+    """A hash of what the rows of a run are made of: index files, tokenizer, and of each file of
+    tokens its size and 256 blocks spread over it (a corpus is too large to be read at every start).
+    """
     whole = hashlib.sha256(tokenizer_sha256.encode())
     for prefix in shards:
         whole.update(Path(prefix + ".idx").read_bytes())
-        whole.update(str(Path(prefix + ".bin").stat().st_size).encode())
+        with open(prefix + ".bin", "rb") as file:
+            size = file.seek(0, 2)
+            whole.update(str(size).encode())
+            for block in range(256):
+                file.seek(block * size // 256)
+                whole.update(file.read(4096))
     return whole.hexdigest()
 
 
@@ -58,9 +65,22 @@ def find(config: RunConfig, warn: Callable[[str], None]) -> checkpoint.Checkpoin
     """
     folder, resume = Path(config.folder) / "checkpoints", config.checkpoint.resume
     if resume == "auto":
-        return checkpoint.find(folder, warn)
+        found = checkpoint.find(folder, warn)
+        if found is None and any(folder.glob("step_*")):
+            raise TrainingError(
+                f"{folder}: expected a checkpoint that can be read, got none among those there. "
+                "Repair or remove them, or choose another `folder`; nothing was changed."
+            )
+        return found
     if resume != "none":
-        return checkpoint.load(Path(resume))
+        found = checkpoint.load(Path(resume))
+        newer = [f.name for f in folder.glob("step_*") if f.name > found.folder.name]
+        if newer and found.folder.resolve().parent == folder.resolve():
+            raise TrainingError(
+                f"{folder}: expected no checkpoints after {found.folder.name}, got {max(newer)}. "
+                "Choose another `folder` for a second continuation, or remove the newer ones."
+            )
+        return found
     if any(folder.glob("step_*")):
         raise TrainingError(
             f"{folder}: expected no checkpoints with checkpoint.resume=none, got some. "

@@ -14,7 +14,9 @@ _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
 
 
 class StopRequest:
-    """Within the block, the first signal only sets `received`; a second one acts as it always did.
+    """Within the block, signals only set `received`; a second Ctrl-C interrupts at once.
+
+    Batch systems and torchrun can deliver the same signal twice; that must not cut a save short.
 
     SIGTERM, SIGUSR1 and SIGUSR2 are what schedulers send before they take a machine away; SIGINT is
     Ctrl-C. Outside the main thread, where Python allows no handlers, nothing is changed.
@@ -31,16 +33,13 @@ class StopRequest:
         return self
 
     def __exit__(self, *exception) -> None:
-        self._restore()
-
-    def _note(self, number: int, frame) -> None:
-        self.received = signal.Signals(number)
-        self._restore()
-
-    def _restore(self) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
-        self._before = {}
+
+    def _note(self, number: int, frame) -> None:
+        if self.received == signal.SIGINT == number:
+            raise KeyboardInterrupt
+        self.received = self.received or signal.Signals(number)
 
 
 @contextlib.contextmanager

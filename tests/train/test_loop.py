@@ -1,0 +1,335 @@
+"""The loop's promises: signals, the lock, steps that are not finite, accumulation, recomputation.
+
+References: the healthy run of the same configuration, torch.optim.AdamW, TensorBoard's own reader,
+learning rates worked out by hand. Not covered: several ranks (test_data_parallel.py), kills
+(test_resume.py), CUDA.
+"""
+
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from stellarator.config import OptimConfig
+from stellarator.data.shards import Shard
+from stellarator.model import build_model
+from stellarator.train.loop import Trainer
+from stellarator.train.optimizer import FlatOptimizer
+from stellarator.train.resume import TrainingError
+from stellarator.train.signals import folder_lock
+
+POISONED = "layers.1.mlp.up.weight"
+
+
+def with_(config, section: str, **changes):
+    """The configuration with values of one section changed."""
+    return dataclasses.replace(
+        config, **{section: dataclasses.replace(getattr(config, section), **changes)}
+    )
+
+
+def records(folder, kind: str = "train") -> list[dict]:
+    """What metrics.jsonl holds, read strictly: NaN is not JSON."""
+
+    def refuse(constant):
+        raise ValueError(f"{constant} is not JSON")
+
+    lines = Path(folder, "metrics.jsonl").read_text().splitlines()
+    found = [json.loads(line, parse_constant=refuse) for line in lines]
+    return [r for r in found if r["kind"] == kind]
+
+
+def values(folder, key: str) -> list[float]:
+    return [r[key] for r in records(folder)]
+
+
+def saved(folder, step: int) -> dict[str, torch.Tensor]:
+    return load_file(Path(folder, "checkpoints", f"step_{step:08d}", "tensors.safetensors"))
+
+
+def assert_equal(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> None:
+    assert a.keys() == b.keys()
+    assert [name for name in a if not torch.equal(a[name], b[name])] == []
+
+
+class Signalled(Trainer):
+    """Receives `signals` one after the other, right after step 3."""
+
+    signals = ()
+
+    def _one_step(self):
+        done = super()._one_step()
+        for number in self.signals if done.step == 3 else ():
+            os.kill(os.getpid(), number)
+            time.sleep(0.01)
+        return done
+
+
+class Poisoned(Trainer):
+    """The backward pass of step 3 gives NaN for one parameter."""
+
+    def _build(self):
+        super()._build()
+        parameter = dict(self.model.named_parameters())[POISONED]
+        parameter.register_hook(lambda g: g * float("nan") if self.step == 2 else g)
+
+
+# Signals and the lock.
+
+
+@pytest.mark.parametrize(
+    ("numbers", "expected"),
+    [
+        ([signal.SIGINT], "interrupted"),
+        ([signal.SIGUSR1], "preempted"),
+        ([signal.SIGUSR2], "preempted"),
+        ([signal.SIGTERM, signal.SIGTERM], "preempted"),  # torchrun passes on what it also gets
+        ([signal.SIGUSR1, signal.SIGTERM], "preempted"),
+    ],
+)
+def test_signals_save_and_leave(tiny_config, numbers, expected):
+    before = [signal.getsignal(number) for number in numbers]
+    trainer = Signalled(tiny_config)
+    trainer.signals = numbers
+    result = trainer.run()
+    assert (result["status"], result["step"]) == (expected, 3)
+    status = json.loads(Path(tiny_config.folder, "status.json").read_text())
+    assert (status["status"], status["step"]) == (expected, 3)
+    assert_equal(saved(tiny_config.folder, 3), trainer.optimizer.state())
+    assert [signal.getsignal(number) for number in numbers] == before
+
+
+def test_a_second_ctrl_c_does_not_wait_for_the_step(tiny_config):
+    trainer = Signalled(tiny_config)
+    trainer.signals = (signal.SIGINT, signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt):
+        trainer.run()
+    status = json.loads(Path(tiny_config.folder, "status.json").read_text())
+    assert (status["status"], status["reason"]) == ("failed", "KeyboardInterrupt")
+
+
+HOLDER = """
+import sys, time
+from pathlib import Path
+from stellarator.train.signals import folder_lock
+with folder_lock(Path(sys.argv[1])):
+    print("held", flush=True)
+    time.sleep(60)
+"""
+
+
+def test_a_folder_in_use_is_refused_until_its_holder_is_gone(tiny_config):
+    command = [sys.executable, "-c", HOLDER, tiny_config.folder]
+    config = with_(tiny_config, "train", steps=3)
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as holder:
+        try:
+            assert holder.stdout.readline() == "held\n"
+            for _ in range(2):  # the first refusal neither takes nor breaks the lock
+                with pytest.raises(RuntimeError, match="expected a folder of its own") as refused:
+                    Trainer(config).run()
+                assert f"in use by process {holder.pid} on " in str(refused.value)
+            assert os.listdir(config.folder) == [".lock"]  # and no status over that of the holder
+        finally:
+            holder.kill()
+    assert holder.returncode == -signal.SIGKILL
+    assert Trainer(config).run()["status"] == "done"
+    with folder_lock(Path(config.folder)):  # free again after a run, too
+        pass
+
+
+# Steps that are not finite.
+
+
+@pytest.fixture
+def healthy(tiny_config, tmp_path):
+    """(configuration that keeps every checkpoint, folder of its run without a fault)."""
+    config = with_(with_(tiny_config, "train", steps=6), "checkpoint", interval=1, keep=None)
+    whole = dataclasses.replace(config, folder=str(tmp_path / "healthy"))
+    Trainer(whole).run()
+    return config, whole.folder
+
+
+def test_nan_stops_the_run_before_anything_is_changed(healthy):
+    config, whole = healthy
+    trainer = Poisoned(config)
+    with pytest.raises(TrainingError, match="step 3: expected a finite loss and gradient") as error:
+        trainer.run()
+    assert f"not finite: {POISONED} (1 in all)" in str(error.value)
+    status = json.loads(Path(config.folder, "status.json").read_text())
+    assert (status["status"], status["step"], status["reason"]) == ("failed", 2, str(error.value))
+    assert_equal(trainer.optimizer.state(), saved(config.folder, 2))
+    assert_equal(trainer.optimizer.state(), saved(whole, 2))
+    assert Trainer(config).run()["status"] == "done"  # the fault is gone: as if it never was
+    assert_equal(saved(config.folder, 6), saved(whole, 6))
+    assert values(config.folder, "loss") == values(whole, "loss")
+
+
+def test_nan_at_a_step_without_a_checkpoint_saves_one(tiny_config):
+    trainer = Poisoned(tiny_config)
+    with pytest.raises(TrainingError, match="The weights of step 2 are saved"):
+        trainer.run()
+    assert os.listdir(Path(tiny_config.folder, "checkpoints")).count("step_00000002") == 1
+    assert_equal(trainer.optimizer.state(), saved(tiny_config.folder, 2))
+    assert all(torch.isfinite(t).all() for t in saved(tiny_config.folder, 2).values())
+
+
+def test_nan_is_skipped_on_request(healthy, capfd):
+    config, whole = healthy
+    config = with_(config, "train", on_nonfinite="skip")
+    result = Poisoned(config).run()
+    assert (result["status"], result["step"]) == ("done", 6)
+    assert values(config.folder, "skipped") == [False, False, True, False, False, False]
+    assert_equal(saved(config.folder, 3), saved(config.folder, 2))
+    assert not torch.equal(
+        saved(config.folder, 4)[f"master.{POISONED}"], saved(config.folder, 3)[f"master.{POISONED}"]
+    )
+    assert values(config.folder, "loss")[:3] == values(whole, "loss")[:3]
+    assert values(config.folder, "tokens") == values(whole, "tokens")  # the same batches
+    assert all(np.isfinite(values(config.folder, "loss")))
+    assert all(torch.isfinite(t).all() for t in saved(config.folder, 6).values())
+    assert "update skipped" in capfd.readouterr().err
+
+
+# What must not change the numbers.
+
+
+@pytest.mark.parametrize("recompute", ["selective", "full"])
+@pytest.mark.parametrize("precision", ["bf16", "fp32"])
+def test_recomputation_changes_no_bit(tiny_config, tmp_path, precision, recompute):
+    config = with_(tiny_config, "train", steps=6, precision=precision)
+    Trainer(config).run()
+    other = with_(config, "train", recompute=recompute)
+    other = dataclasses.replace(other, folder=str(tmp_path / "recomputed"))
+    trainer = Trainer(other)
+    trainer.run()
+    assert trainer.model.recompute == recompute
+    for key in ("loss", "grad_norm"):
+        assert values(config.folder, key) == values(other.folder, key)
+    assert_equal(saved(config.folder, 6), saved(other.folder, 6))
+
+
+def test_micro_batches_add_up_to_the_batch(tiny_config, tmp_path):
+    """In float64, on micro-batches whose numbers of targets differ."""
+    config = with_(tiny_config, "train", steps=6, precision="fp64", micro_batch_size=8)
+    Trainer(config).run()
+    other = with_(config, "train", micro_batch_size=2)
+    other = dataclasses.replace(other, folder=str(tmp_path / "accumulated"))
+    trainer = Trainer(other)
+    trainer.run()
+    counts = [[b.num_targets for b in trainer.batches.micro_batches(step)] for step in range(6)]
+    assert all(len(c) == 4 and len(set(c)) > 1 for c in counts)
+    assert values(other.folder, "tokens") == [sum(c) for c in counts]
+    for key in ("loss", "grad_norm"):
+        expected = values(config.folder, key)
+        assert values(other.folder, key) == pytest.approx(expected, rel=1e-12, abs=0)
+    a, b = saved(config.folder, 6), saved(other.folder, 6)
+    for name in a:
+        torch.testing.assert_close(b[name], a[name], rtol=1e-10, atol=1e-14)
+
+
+# What a run follows and tells.
+
+
+def test_wsd_run_follows_its_schedule(tiny_config):
+    config = with_(tiny_config, "optim", lr=4e-3, min_lr=0.0, schedule="wsd", decay_steps=4)
+    Trainer(config).run()  # 12 steps: 2 of warm-up, 6 flat, 4 down to zero
+    expected = [2e-3, *[4e-3] * 7, 3e-3, 2e-3, 1e-3, 0.0]
+    assert values(config.folder, "lr") == pytest.approx(expected, rel=1e-12, abs=1e-18)
+    losses = values(config.folder, "loss")
+    assert losses[-1] < losses[0] - 0.5
+    first, last = (r["loss"] for r in records(config.folder, "eval"))
+    assert last < first - 0.5
+
+
+def test_tensorboard_reads_the_metrics(tiny_config):
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    config = with_(with_(tiny_config, "metrics", tensorboard=True), "train", steps=5)
+    Trainer(config).run()
+    folder = Path(config.folder, "tensorboard")
+    assert len(list(folder.glob("events.out.tfevents.*"))) == 1
+    board = EventAccumulator(str(folder))
+    board.Reload()
+    names = {"loss": "loss", "grad_norm": "grad_norm", "learning_rate": "lr", "mfu": "mfu"}
+    for tag, key in names.items():  # stored as float32
+        found = [(e.step, e.value) for e in board.Scalars(f"train/{tag}")]
+        expected = [(r["step"], float(np.float32(r[key]))) for r in records(config.folder)]
+        assert found == expected and len(found) == 5
+    found = [(e.step, e.value) for e in board.Scalars("eval/loss")]
+    expected = records(config.folder, "eval")
+    assert found == [(r["step"], float(np.float32(r["loss"]))) for r in expected]
+    assert [step for step, _ in found] == [0, 5]
+
+
+def test_evaluation_rows_are_the_documents_as_they_are(tiny_config):
+    """All training text is transformed; what is evaluated is the shard, in order, without FIM."""
+    fim = dataclasses.replace(tiny_config.data.fim, rate=1.0, fragment_rate=1.0)
+    config = with_(with_(tiny_config, "data", fim=fim), "train", steps=3)
+    trainer = Trainer(config)
+    trainer.run()
+    t = trainer.tokenizer
+    sentinels = torch.tensor([t.fim_prefix, t.fim_middle, t.fim_suffix])
+    for batch in trainer.batches.micro_batches(0):
+        assert torch.isin(batch.tokens, sentinels).any()
+    seen = 0
+    for batch in trainer.validation.evaluation():
+        assert not torch.isin(batch.tokens, sentinels).any()
+        assert not torch.isin(batch.targets, sentinels).any()
+        seen += batch.num_targets
+    dataset = trainer.validation.dataset
+    rows = [dataset.row(k) for k in range(dataset.rows_per_epoch)]
+    shard = Shard(config.data.validation[0])
+    documents = np.concatenate([shard[k] for k in range(len(shard))])
+    assert np.concatenate([row.tokens[: row.length] for row in rows]).tolist() == documents.tolist()
+    assert seen == len(documents) - sum(len(row.starts) for row in rows) > 500
+
+
+# The optimizer.
+
+
+def test_updates_are_those_of_torch_with_decay_on_matrices_alone(tiny_config):
+    """Three steps in float64 with a large decay; the second is clipped, the others are not.
+
+    The norm, and so the factor of the gradient, is float32: that is the bound of 1e-6.
+    """
+    config = OptimConfig(beta1=0.8, beta2=0.9, weight_decay=0.5, clip_norm=30.0)
+    ours, peer = (build_model(tiny_config.model, dtype=torch.float64, seed=3) for _ in range(2))
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():  # biases start at zero, where decay would not show
+        for a, b in zip(ours.parameters(), peer.parameters(), strict=True):
+            a.copy_(torch.randn(a.shape, generator=generator, dtype=a.dtype))
+            b.copy_(a)
+    named = dict(peer.named_parameters())
+    no_decay = [n for n in named if n.endswith(".bias") or "norm" in n]
+    assert set(no_decay) == {n for n, p in named.items() if p.dim() < 2} and len(no_decay) == 18
+    groups = [
+        {"params": [named[n] for n in named if n not in no_decay], "weight_decay": 0.5},
+        {"params": [named[n] for n in no_decay], "weight_decay": 0.0},
+    ]
+    reference = torch.optim.AdamW(groups, lr=1.0, betas=(0.8, 0.9), eps=config.eps)
+    optimizer = FlatOptimizer(ours, config)
+    for step, (lr, scale) in enumerate([(0.1, 0.1), (0.2, 10.0), (0.05, 0.1)], start=1):
+        optimizer.zero_grad()
+        for a, b in zip(ours.parameters(), peer.parameters(), strict=True):
+            b.grad = scale * torch.randn(b.shape, generator=generator, dtype=b.dtype)
+            a.grad.add_(7 * b.grad)  # of a sum over 7 target tokens
+        norm = optimizer.norm(7)
+        expected = torch.nn.utils.clip_grad_norm_(peer.parameters(), 30.0)
+        assert float(norm) == pytest.approx(float(expected), rel=1e-6)
+        assert (float(norm) > 30.0) == (step == 2)
+        optimizer.step(step, lr, 7, norm)
+        for group in reference.param_groups:
+            group["lr"] = lr
+        reference.step()
+        for (name, a), b in zip(ours.named_parameters(), peer.parameters(), strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-7, msg=name)
