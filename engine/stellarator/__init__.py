@@ -5,6 +5,7 @@ defines, each bound on first use so that `import stellarator` costs nothing and 
     load_pretrained   a model from a Hugging Face folder
     save_pretrained   a Hugging Face folder from a model
     recipes           module: complete configurations by name
+    settings          module: recipe, TOML file and overrides to one checked configuration
     Trainer           one training run
 """
 
@@ -15,6 +16,7 @@ _HOMES = {
     "load_pretrained": "stellarator.model.hf",
     "save_pretrained": "stellarator.model.hf",
     "recipes": None,  # a submodule
+    "settings": None,
     "Trainer": "stellarator.train.loop",
 }
 __all__ = list(_HOMES)

@@ -49,7 +49,7 @@ def _parser() -> argparse.ArgumentParser:
     """All verbs and their options."""
     parser = argparse.ArgumentParser(
         prog="stellarator",
-        description="Train, evaluate and serve code language models of the StarCoder family.",
+        description="Train and try out code language models of the StarCoder family.",
         epilog=_EPILOG,
     )
     verbs = parser.add_subparsers(title="verbs", metavar="VERB")

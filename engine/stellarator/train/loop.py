@@ -228,7 +228,7 @@ class Trainer:
             except checkpoint.CheckpointError as error:
                 failed = error
         told = torch.tensor([int(failed is not None)], device=self.mesh.device)
-        if not self.mesh.max_(told).item():  # also a barrier: nobody goes on before rank 0 has saved
+        if not self.mesh.max_(told).item():  # a barrier too: nobody goes on before rank 0 is done
             return
         if required:
             raise failed or TrainingError("rank 0 could not save the last checkpoint.")
