@@ -20,7 +20,7 @@ import torch
 from stellarator_kernels import extension, reference
 from stellarator_kernels._triton import tl, triton
 from stellarator_kernels.checks import expect, expect_dtype, expect_same_device, expect_shape
-from stellarator_kernels.dispatch import choose, facts
+from stellarator_kernels.dispatch import choose
 
 _BLOCK = 1024
 
@@ -76,7 +76,18 @@ def _adamw_kernel(
 
 
 def _factors(lr, step, beta1: float, beta2: float, weight_decay: float):
-    """(decay, step_size, root_correction) from numbers, or from float64 0-d tensors."""
+    """(decay, step_size, root_correction): numbers, or float64 0-d tensors if one of the two is.
+
+    A number beside a tensor is written to the tensor's device by a fill, which waits for nothing.
+    """
+    device = next((x.device for x in (lr, step) if isinstance(x, torch.Tensor)), None)
+    if device is not None:
+        lr, step = (
+            x.double()
+            if isinstance(x, torch.Tensor)
+            else torch.full((), x, dtype=torch.float64, device=device)
+            for x in (lr, step)
+        )
     return 1 - lr * weight_decay, lr / (1 - beta1**step), (1 - beta2**step) ** -0.5
 
 
@@ -185,9 +196,9 @@ def _adamw(
     weight_decay: Sequence[float],
     impl: str,
 ) -> None:
-    update = _UPDATES[choose("adamw_", impl, facts(params[0]))]
-    # On a GPU a tensor is not read by the host: its arithmetic is done there, in float64.
-    lr, step = (x.double() if x.device.type != "cpu" else x.item() for x in (lr, step))
+    update = _UPDATES[choose("adamw_", impl, params[0])]
+    # On a GPU a tensor is not read by the host: the arithmetic is done there, in float64.
+    lr, step = (x if x.device.type != "cpu" else x.item() for x in (lr, step))
     weights = masters if len(masters) else params
     tensors = zip(params, weights, grads, exp_avgs, exp_avg_sqs, weight_decay, strict=True)
     for param, weight, grad, exp_avg, exp_avg_sq, decay in tensors:

@@ -19,7 +19,8 @@ import torch
 from stellarator_kernels import reference
 from stellarator_kernels._triton import tl, triton
 from stellarator_kernels.checks import expect, expect_dtype, expect_same_device, expect_shape
-from stellarator_kernels.dispatch import choose, facts
+from stellarator_kernels.dispatch import choose
+from stellarator_kernels.layout import dense_rows
 
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -91,14 +92,9 @@ def num_partials(N: int) -> int:
     return max(1, min(64, -(-N // 64)))
 
 
-def _dense_rows(x):
-    """x, copied only if the elements of a row are apart."""
-    return x if x is None or x.stride(-1) == 1 else x.contiguous()
-
-
 def _forward_triton(x, bias, approximate):
     """Allocate and launch the forward."""
-    x, bias = _dense_rows(x), _dense_rows(bias)
+    x, bias = dense_rows(x), dense_rows(bias)
     (N, C), y = x.shape, x.new_empty(x.shape)
     BLOCK_N, BLOCK_C, num_warps = tiles(C)
     if N > 0:
@@ -113,7 +109,7 @@ def _forward_triton(x, bias, approximate):
 
 def _backward_triton(dy, x, bias, approximate):
     """Allocate and launch the backward, then add the partial sums."""
-    dy, x, bias = (_dense_rows(t) for t in (dy, x, bias))
+    dy, x, bias = (dense_rows(t) for t in (dy, x, bias))
     (N, C), dx = x.shape, x.new_empty(x.shape)
     BLOCK_N, BLOCK_C, num_warps = tiles(C)
     programs = num_partials(N)
@@ -151,7 +147,7 @@ def _backward_reference(dy, x, bias, approximate):
 def _bias_gelu_forward(
     x: torch.Tensor, bias: torch.Tensor | None, approximate: str, impl: str
 ) -> torch.Tensor:
-    chosen = choose("bias_gelu", impl, facts(x))
+    chosen = choose("bias_gelu", impl, x)
     if chosen == "reference":
         return reference.bias_gelu_ref(x, bias, approximate).contiguous()
     return (_forward_triton if chosen == "triton" else _forward_torch)(x, bias, approximate)
@@ -167,7 +163,7 @@ def _bias_gelu_backward(
     dy: torch.Tensor, x: torch.Tensor, bias: torch.Tensor | None, approximate: str, impl: str
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """dx and dbias (empty without a bias)."""
-    chosen = choose("bias_gelu", impl, facts(x))
+    chosen = choose("bias_gelu", impl, x)
     backward = {
         "triton": _backward_triton,
         "torch": _backward_torch,

@@ -32,9 +32,7 @@ def visible_pairs(T: int, *, causal: bool = True, window: int | None = None) -> 
     return T * window - window * (window - 1) // 2
 
 
-def flash_attention(
-    pairs: int, N_q: int, N_k: int, H: int, G: int, D: int, itemsize: int
-) -> Cost:
+def flash_attention(pairs: int, N_q: int, N_k: int, H: int, G: int, D: int, itemsize: int) -> Cost:
     """Attention over `pairs` (query, key) pairs in all, for H heads of width D.
 
     Forward 4*D*H*pairs (two products), backward 10*D*H*pairs (five products).

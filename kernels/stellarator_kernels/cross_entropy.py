@@ -18,7 +18,8 @@ import torch
 from stellarator_kernels import reference
 from stellarator_kernels._triton import tl, triton
 from stellarator_kernels.checks import expect, expect_dtype, expect_same_device, expect_shape
-from stellarator_kernels.dispatch import choose, facts
+from stellarator_kernels.dispatch import choose
+from stellarator_kernels.layout import dense_rows
 
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 # Elements of one fp32 block on a CPU: 2 MiB, measured as the fastest of 2^16 .. 2^20.
@@ -34,6 +35,11 @@ def _cross_entropy_fwd_kernel(
     row = tl.program_id(0).to(tl.int64)
     logits_ptr += row * logits_stride_row
     target = tl.load(targets_ptr + row)
+    valid = target != ignore_index
+    known = (target >= 0) & (target < V)
+    # Ahead of the reductions, which are barriers: behind them a slow warp would read the gradient
+    # that a fast one has written there already.
+    picked = tl.load(logits_ptr + target, mask=valid & known, other=float("nan")).to(tl.float32)
     lanes = tl.arange(0, BLOCK)
     largest = tl.full((BLOCK,), float("-inf"), dtype=tl.float32)
     total = tl.zeros((BLOCK,), dtype=tl.float32)
@@ -48,9 +54,6 @@ def _cross_entropy_fwd_kernel(
     row_largest = tl.max(largest, 0)
     log_total = tl.log(tl.sum(total * tl.exp(largest - row_largest), 0))
     lse = row_largest + log_total
-    valid = target != ignore_index
-    known = (target >= 0) & (target < V)
-    picked = tl.load(logits_ptr + target, mask=valid & known, other=float("nan")).to(tl.float32)
     # Not lse - picked: lse is rounded to the last bit of the largest logit.
     loss = log_total + (row_largest - picked) + z_loss * lse * lse
     tl.store(loss_ptr + row, tl.where(valid, loss, 0.0))
@@ -104,11 +107,6 @@ def tiles(V: int) -> tuple[int, int]:
     return BLOCK, max(1, BLOCK // 512)
 
 
-def _dense_rows(x):
-    """x, copied only if the elements of a row are apart."""
-    return x if x.stride(-1) == 1 else x.contiguous()
-
-
 def launch_forward(logits, targets, dloss, ignore_index, z_loss):
     """losses and lse (N,) fp32; with `dloss` (N,) contiguous the logits become their gradient.
 
@@ -128,7 +126,7 @@ def launch_forward(logits, targets, dloss, ignore_index, z_loss):
 
 def _backward_triton(dloss, logits, targets, lse, ignore_index, z_loss):
     """Allocate and launch the backward."""
-    logits, dlogits = _dense_rows(logits), logits.new_empty(logits.shape)
+    logits, dlogits = dense_rows(logits), logits.new_empty(logits.shape)
     N, V = logits.shape
     BLOCK, num_warps = tiles(V)
     if N > 0:
@@ -215,10 +213,10 @@ def _cross_entropy_forward(
     logits: torch.Tensor, targets: torch.Tensor, ignore_index: int, z_loss: float, impl: str
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """losses and lse (N,)."""
-    chosen = choose("cross_entropy", impl, facts(logits))
+    chosen = choose("cross_entropy", impl, logits)
     check_targets("cross_entropy", targets, logits.shape[1], ignore_index)
     if chosen == "triton":
-        return launch_forward(_dense_rows(logits), targets, None, ignore_index, z_loss)
+        return launch_forward(dense_rows(logits), targets, None, ignore_index, z_loss)
     if chosen == "torch":
         return forward_torch(logits, targets, None, ignore_index, z_loss)
     return reference.cross_entropy_ref(logits, targets, ignore_index, z_loss)
@@ -244,7 +242,7 @@ def _cross_entropy_backward(
         "triton": _backward_triton,
         "torch": _backward_torch,
         "reference": reference.cross_entropy_backward_ref,
-    }[choose("cross_entropy", impl, facts(logits))]
+    }[choose("cross_entropy", impl, logits)]
     return backward(dloss, logits, targets, lse, ignore_index, z_loss).contiguous()
 
 

@@ -1,6 +1,6 @@
 """Which implementation runs: a pure function of (op, impl, facts), and its reasons.
 
-defines: Facts, choose, explain, available, IMPLEMENTATIONS
+defines: Facts, facts, choose, explain, available, IMPLEMENTATIONS
 
 There is no silent fallback. `impl="auto"` takes the first implementation of the op's list that can
 run, and `explain` prints the reason for which every other one was refused. An explicit `impl` that
@@ -11,11 +11,11 @@ project), `torch` (ATen's own fused kernels), `reference` (the formulas in `refe
 """
 
 import functools
-import importlib.util
-import os
 from dataclasses import dataclass
 
 import torch
+
+from stellarator_kernels import _triton, extension
 
 IMPLEMENTATIONS = ("triton", "cpu", "torch", "reference")
 
@@ -32,6 +32,25 @@ _OPS = {
     "grad_norm": ("triton", "cpu", "torch", "reference"),
 }
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32)
+_MAX_WIDTH = 8192  # of layer_norm, whose backward holds a row in registers
+
+
+def _limit_of_attention(q: torch.Tensor) -> str:
+    """Head widths that the kernels have tiles for."""
+    D = q.shape[-1] if q.dim() else 0
+    fits = D % 8 == 0 and 16 <= D <= 256
+    return "" if fits else f"the head width is {D}, not a multiple of 8 from 16 to 256"
+
+
+def _limit_of_layer_norm(x: torch.Tensor) -> str:
+    """Rows that fit the registers of one program."""
+    C = x.shape[-1] if x.dim() else 0
+    fits = C <= _MAX_WIDTH
+    return "" if fits else f"the kernels take rows of at most {_MAX_WIDTH} elements, not {C}"
+
+
+# Limits of an op's own kernels: from its first argument to the reason for refusing it, or "".
+_LIMITS = {"flash_attention": _limit_of_attention, "layer_norm": _limit_of_layer_norm}
 
 
 @dataclass(frozen=True)
@@ -41,9 +60,9 @@ class Facts:
     device: str  # "cpu", "cuda", ...
     dtype: torch.dtype
     capability: tuple[int, int] | None = None  # of the GPU
-    triton: bool = False  # importable
+    no_triton: str | None = None  # why Triton cannot be imported; None: it can
     interpreter: bool = False  # TRITON_INTERPRET=1
-    extension: bool = False  # stellarator_kernels._cpu is built
+    no_extension: str | None = None  # why stellarator_kernels._cpu does not load; None: it does
     note: str = ""  # reason for which the op's own limits rule out `triton` and `cpu`; empty: none
 
 
@@ -51,16 +70,15 @@ class Facts:
 def available() -> dict[str, bool]:
     """Which back ends this machine has: {"triton", "interpreter", "extension", "cuda"}."""
     return {
-        "triton": importlib.util.find_spec("triton") is not None,
-        "interpreter": os.environ.get("TRITON_INTERPRET", "0") == "1",
-        "extension": importlib.util.find_spec("stellarator_kernels._cpu") is not None,
+        "triton": _triton.FAILURE is None,
+        "interpreter": _triton.INTERPRETED,
+        "extension": extension.failure() is None,
         "cuda": torch.cuda.is_available(),
     }
 
 
-def facts(tensor: torch.Tensor, note: str = "") -> Facts:
-    """The facts about one tensor on this machine."""
-    have = available()
+def facts(op: str, tensor: torch.Tensor) -> Facts:
+    """The facts about the first argument of `op` on this machine."""
     capability = None
     if tensor.device.type == "cuda":
         capability = torch.cuda.get_device_capability(tensor.device)
@@ -68,10 +86,10 @@ def facts(tensor: torch.Tensor, note: str = "") -> Facts:
         tensor.device.type,
         tensor.dtype,
         capability,
-        have["triton"],
-        have["interpreter"],
-        have["extension"],
-        note,
+        _triton.FAILURE,
+        _triton.INTERPRETED,
+        extension.failure(),
+        _LIMITS[op](tensor) if op in _LIMITS else "",
     )
 
 
@@ -82,8 +100,8 @@ def refusal(op: str, impl: str, given: Facts) -> str | None:
     if impl == "triton":
         return _refuse_triton(given)
     if impl == "cpu":
-        if not given.extension:
-            return "the C++ extension is not built (see `stellarator doctor`)"
+        if given.no_extension is not None:
+            return f"the C++ extension does not load: {given.no_extension} (`stellarator doctor`)"
         if given.device != "cpu":
             return f"the tensors are on {given.device}"
         if given.dtype not in (torch.float32, torch.bfloat16):
@@ -94,8 +112,8 @@ def refusal(op: str, impl: str, given: Facts) -> str | None:
 
 def _refuse_triton(given: Facts) -> str | None:
     """Why the Triton kernels cannot run."""
-    if not given.triton:
-        return "triton is not installed"
+    if given.no_triton is not None:
+        return f"triton cannot be imported: {given.no_triton}"
     if given.dtype not in _FLOATS:
         return f"the kernels are written for 16 and 32-bit floats, not {given.dtype}"
     if given.device == "cpu" and not given.interpreter:
@@ -107,17 +125,28 @@ def _refuse_triton(given: Facts) -> str | None:
     return given.note or None
 
 
-def choose(op: str, impl: str, given: Facts) -> str:
-    """Name of the implementation that runs. Pure.
+def _refusal_of_auto(op: str, impl: str, given: Facts) -> str | None:
+    """Why `auto` does not take `impl`; None if it may."""
+    if impl == "triton" and given.interpreter and refusal(op, impl, given) is None:
+        return "TRITON_INTERPRET is 1, and the interpreter runs only for impl='triton'"
+    return refusal(op, impl, given)
 
+
+def choose(op: str, impl: str, given: torch.Tensor | Facts) -> str:
+    """Name of the implementation that runs. Pure for `Facts`.
+
+    Args:
+        op: name of a public op.
+        impl: "auto" or one of IMPLEMENTATIONS.
+        given: the op's first argument, or `Facts`.
     Raises:
         ValueError: unknown `impl`.
         RuntimeError: an explicit `impl` cannot run here; the message says why.
     """
+    if not isinstance(given, Facts):
+        given = facts(op, given)
     if impl == "auto":
-        # The interpreter is for tests: it is taken only when it is asked for by name.
-        order = [name for name in _OPS[op] if not (name == "triton" and given.device == "cpu")]
-        return next(name for name in order if refusal(op, name, given) is None)
+        return next(name for name in _OPS[op] if _refusal_of_auto(op, name, given) is None)
     if impl not in IMPLEMENTATIONS:
         raise ValueError(
             f"{op}: expected impl in {('auto',) + IMPLEMENTATIONS}, got {impl!r}. "
@@ -140,11 +169,12 @@ def explain(op: str, tensor: torch.Tensor | Facts, impl: str = "auto") -> str:
     """
     if op not in _OPS:
         raise ValueError(f"explain: expected an op of {sorted(_OPS)}, got {op!r}.")
-    given = tensor if isinstance(tensor, Facts) else facts(tensor)
+    given = tensor if isinstance(tensor, Facts) else facts(op, tensor)
     chosen = choose(op, impl, given)
+    refuse = _refusal_of_auto if impl == "auto" else refusal
     lines = []
     for name in _OPS[op]:
-        reason = refusal(op, name, given)
+        reason = refuse(op, name, given)
         if name == chosen:
             lines.append(f"-> {op}: {name}")
         elif reason is None:

@@ -2,8 +2,8 @@
 
 defines: failure, load, isa, ISA_VARIABLE
 
-The extension is optional. `dispatch` looks whether its file is there; the reason for which a file
-that is there does not load is found here, at first use.
+The extension is optional. `dispatch` asks here, at first use, whether it loads: a file that
+is there may be made for another machine or another Python.
 """
 
 import functools
@@ -21,7 +21,7 @@ def failure() -> str | None:
     try:
         importlib.import_module("stellarator_kernels._cpu")
     except ImportError as error:
-        return str(error).splitlines()[0]
+        return (str(error).splitlines() or [type(error).__name__])[0]
     return None
 
 

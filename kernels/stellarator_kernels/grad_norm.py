@@ -16,7 +16,7 @@ import torch
 from stellarator_kernels import extension, reference
 from stellarator_kernels._triton import tl, triton
 from stellarator_kernels.checks import expect, expect_dtype, expect_same_device
-from stellarator_kernels.dispatch import choose, facts
+from stellarator_kernels.dispatch import choose
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _BLOCK = 2048
@@ -111,7 +111,7 @@ _NORMS = {
 def _grad_norm(tensors: Sequence[torch.Tensor], impl: str) -> torch.Tensor:
     # The dtype that the fewest implementations take decides for the list.
     narrow = max(tensors, key=lambda x: (x.dtype == torch.float64, x.dtype == torch.float16))
-    norm = _NORMS[choose("grad_norm", impl, facts(narrow))]
+    norm = _NORMS[choose("grad_norm", impl, narrow)]
     flat = [x.contiguous().view(-1) for x in tensors if x.numel()]
     if not flat:
         return tensors[0].new_zeros((), dtype=torch.float32)

@@ -25,10 +25,10 @@ import torch
 from stellarator_kernels import reference
 from stellarator_kernels._triton import tl, triton
 from stellarator_kernels.checks import expect, expect_dtype, expect_same_device, expect_shape
-from stellarator_kernels.dispatch import choose, facts
+from stellarator_kernels.dispatch import choose
+from stellarator_kernels.layout import dense_rows
 
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-MAX_WIDTH = 8192
 
 
 @triton.jit
@@ -115,14 +115,9 @@ def _multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
-def _dense_rows(x):
-    """x, copied only if the elements of a row are apart."""
-    return x if x is None or x.stride(-1) == 1 else x.contiguous()
-
-
 def _forward_triton(x, residual, weight, bias, eps):
     """Allocate and launch the forward."""
-    x, residual, weight, bias = (_dense_rows(t) for t in (x, residual, weight, bias))
+    x, residual, weight, bias = (dense_rows(t) for t in (x, residual, weight, bias))
     N, C = x.shape
     y = x.new_empty(N, C)
     summed = x if residual is None else x.new_empty(N, C)
@@ -141,7 +136,7 @@ def _forward_triton(x, residual, weight, bias, eps):
 
 def _backward_triton(dy, dsummed, summed, weight, mean, rstd, has_bias, need_params):
     """Allocate and launch the backward, then add the partial sums."""
-    dy, dsummed, summed, weight = (_dense_rows(t) for t in (dy, dsummed, summed, weight))
+    dy, dsummed, summed, weight = (dense_rows(t) for t in (dy, dsummed, summed, weight))
     N, C = summed.shape
     dx = summed.new_empty(N, C)
     programs = num_partials(N, _multiprocessors(summed.device))
@@ -187,12 +182,6 @@ def _backward_torch(dy, dsummed, summed, weight, mean, rstd, has_bias, need_para
     return dx, *(None if p is None else p.to(weight.dtype) for p in (dweight, dbias))
 
 
-def _choose(impl, x):
-    """The implementation for rows x (N, C)."""
-    wide = f"the kernels take rows of at most {MAX_WIDTH} elements, not {x.shape[-1]}"
-    return choose("layer_norm", impl, facts(x, wide if x.shape[-1] > MAX_WIDTH else ""))
-
-
 @torch.library.custom_op("stellarator::layer_norm_forward", mutates_args=())
 def _layer_norm_forward(
     x: torch.Tensor,
@@ -203,7 +192,7 @@ def _layer_norm_forward(
     impl: str,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """y, summed (empty without a residual: an operator may not return its input), mean, rstd."""
-    chosen = _choose(impl, x)
+    chosen = choose("layer_norm", impl, x)
     if chosen == "reference":
         y, summed, mean, rstd = reference.layer_norm_ref(x, weight, bias, eps, residual)
         # A formula's result takes the layout of its inputs, an operator's must not.
@@ -233,7 +222,7 @@ def _layer_norm_backward(
     impl: str,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """dx, dweight, dbias; those that are not needed are empty."""
-    chosen = _choose(impl, summed)
+    chosen = choose("layer_norm", impl, summed)
     if chosen == "reference":
         gradients = reference.layer_norm_backward_ref(dy, summed, weight, mean, rstd, dsummed)
     else:

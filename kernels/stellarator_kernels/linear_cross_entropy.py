@@ -3,12 +3,12 @@
 forward:  losses as in cross_entropy.py; "mean" divides by the number of targets that count
 backward: dhidden = dlogits @ weight;  dweight = dlogits^T @ hidden;  dbias = sum(dlogits)
 
-Tokens whose target is ignored are left out before any product. The others are taken in chunks: one
-product gives the logits of a chunk, one kernel computes their losses and overwrites them by their
-gradient, two products use it up: 6*N*V*C operations, nothing is computed twice. So "mean" and "sum"
-compute their gradients in the forward pass, when one is wanted, and the backward only multiplies
-them by the incoming scalar. For "none" the gradient of each loss is known in the backward alone,
-which computes the logits of a chunk again (8*N*V*C).
+Tokens whose target is ignored are left out before any product, up to a multiple of 256. The others
+are taken in chunks: one product gives the logits of a chunk, one kernel computes their losses and
+overwrites them by their gradient, two products use it up: 6*N*V*C operations, nothing is computed
+twice. So "mean" and "sum" compute their gradients in the forward pass, when one is wanted, and the
+backward only multiplies them by the incoming scalar. For "none" the gradient of each loss is known
+in the backward alone, which computes the logits of a chunk again (8*N*V*C).
 
 Precision: the logits of a chunk have the dtype of hidden, rounded once from an fp32 accumulator,
 and are overwritten in place. (fp32 logits out of a 16-bit product do not exist on a CPU, where the
@@ -25,11 +25,12 @@ import torch
 from stellarator_kernels import reference
 from stellarator_kernels.checks import expect, expect_dtype, expect_same_device, expect_shape
 from stellarator_kernels.cross_entropy import check_targets, forward_torch, launch_forward
-from stellarator_kernels.dispatch import choose, facts
+from stellarator_kernels.dispatch import choose
 
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _REDUCTIONS = ("mean", "sum", "none")
 _MIN_CHUNK_BYTES = 64 << 20
+_GRANULE = 256
 
 
 def chunk_rows(N: int, C: int, V: int, itemsize: int) -> int:
@@ -45,6 +46,21 @@ def chunk_rows(N: int, C: int, V: int, itemsize: int) -> int:
     most = max(128, budget // (V * itemsize) // 128 * 128)
     num_chunks = -(-N // most)
     return min(N, -(-N // num_chunks // 128) * 128)
+
+
+def counted(targets: torch.Tensor, ignore_index: int) -> tuple[torch.Tensor, int]:
+    """(K,) indices of tokens that count, then of ignored ones that fill them up; how many count.
+
+    K is a multiple of 256, or N. Otherwise nearly every step of a run has a K of its own, and on a
+    CPU oneDNN compiles and keeps a product for each: memory grew by a quarter in 60 steps.
+    """
+    ignored = targets == ignore_index
+    kept = (~ignored).nonzero()[:, 0]
+    count = kept.numel()
+    missing = min(-count % _GRANULE, targets.numel() - count)
+    if count and missing:
+        kept = torch.cat([kept, ignored.nonzero()[:missing, 0]])
+    return kept, count
 
 
 def _add_product(total, product, left, right, last):
@@ -70,20 +86,24 @@ def _chunked(
 ):  # fmt: skip
     """Losses of all tokens and, unless `dloss` (N,) is None, the gradients that `need` asks for.
 
-    kept: (K,) indices of the tokens that count.  need: for hidden, weight, bias.
+    kept: (K,) indices and how many of them count, from `counted`.  need: for hidden, weight, bias.
     """
+    kept, count = kept
     N, K, V = hidden.shape[0], kept.numel(), weight.shape[0]
+    all_count = count == N
     dtype = reference.compute_dtype(hidden)
     losses = hidden.new_zeros(N, dtype=dtype)
     dhidden = dweight = product = dbias = None
     if need[0]:
-        dhidden = hidden.new_empty(hidden.shape) if K == N else hidden.new_zeros(hidden.shape)
+        dhidden = hidden.new_empty(hidden.shape) if all_count else hidden.new_zeros(hidden.shape)
     buffer = hidden.new_empty(min(rows, K), V)
     compute = launch_forward if chosen == "triton" else forward_torch
     for start in range(0, K, rows):
         stop = min(K, start + rows)
-        index = slice(start, stop) if K == N else kept[start:stop]
+        index = slice(start, stop) if all_count else kept[start:stop]
         h, logits = hidden[index], buffer[: stop - start]
+        if stop > count:
+            h[max(0, count - start) :] = 0  # a copy; ignored tokens may hold anything, also NaN
         if bias is None:
             torch.mm(h, weight.t(), out=logits)
         else:
@@ -92,7 +112,7 @@ def _chunked(
         losses[index] = compute(logits, targets[index], scale, ignore_index, z_loss)[0]
         if dloss is None:
             continue
-        if need[0] and K == N:
+        if need[0] and all_count:
             torch.mm(logits, weight, out=dhidden[index])
         elif need[0]:
             dhidden[index] = torch.mm(logits, weight)
@@ -123,7 +143,7 @@ def _whole(hidden, weight, bias, targets, dloss, ignore_index, z_loss):
 
 def _compute(hidden, weight, bias, targets, kept, dloss, ignore_index, z_loss, rows, need, impl):
     """losses and the three gradients by the chosen implementation; what is not needed is empty."""
-    chosen = choose("linear_cross_entropy", impl, facts(hidden))
+    chosen = choose("linear_cross_entropy", impl, hidden)
     if chosen == "reference":
         results = _whole(hidden, weight, bias, targets, dloss, ignore_index, z_loss)
     else:
@@ -155,8 +175,8 @@ def _linear_cross_entropy_forward(
     """The loss, and for "mean" and "sum" its gradients where they are needed (else empty)."""
     check_targets("linear_cross_entropy", targets, weight.shape[0], ignore_index)
     need = (need_hidden, need_weight, need_bias)
-    kept = (targets != ignore_index).nonzero()[:, 0]
-    factor = 1.0 / max(1, kept.numel()) if reduction == "mean" else 1.0
+    kept = counted(targets, ignore_index)
+    factor = 1.0 / max(1, kept[1]) if reduction == "mean" else 1.0
     dloss = None
     if any(need):
         dtype = reference.compute_dtype(hidden)
@@ -202,7 +222,7 @@ def _linear_cross_entropy_backward(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Gradients for "none", from dloss (N,)."""
     need = (need_hidden, need_weight, need_bias)
-    kept = (targets != ignore_index).nonzero()[:, 0]
+    kept = counted(targets, ignore_index)
     return _compute(
         hidden, weight, bias, targets, kept, dloss, ignore_index, z_loss, rows, need, impl
     )[1:]

@@ -109,11 +109,6 @@ def rope_ref(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Ten
     return torch.cat((first * cos - second * sin, second * cos + first * sin), -1).to(x.dtype)
 
 
-def rope_backward_ref(dy: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """The transpose of a rotation is the rotation by the negative angle."""
-    return rope_ref(dy, cos, -sin)
-
-
 def layer_norm_ref(x, weight, bias, eps, residual=None):
     """y = (s - mean) * rstd * weight + bias with s = x + residual; returns y, s, mean, rstd.
 

@@ -16,7 +16,7 @@ import torch
 from stellarator_kernels import reference
 from stellarator_kernels._triton import tl, triton
 from stellarator_kernels.checks import expect, expect_dtype, expect_same_device, expect_shape
-from stellarator_kernels.dispatch import choose, facts
+from stellarator_kernels.dispatch import choose
 from stellarator_kernels.reference import rope_table
 
 __all__ = ["rope", "rope_table"]
@@ -123,7 +123,7 @@ def _rotate_torch(x, cos, sin):
 
 def _rotate(q, k, cos, sin, conjugate, impl):
     """Both tensors by the chosen implementation."""
-    chosen = choose("rope", impl, facts(q))
+    chosen = choose("rope", impl, q)
     if chosen == "triton":
         return _rotate_triton(q, k, cos, sin, conjugate)
     sin = -sin if conjugate else sin

@@ -1,6 +1,7 @@
 """Checks for embedders to run on their own machine; tests and benchmarks here use them too.
 
-defines: assert_close_to_reference, poison_empty, compile_kernel, Compiled
+defines: assert_close_to_reference, poison_empty, shared_memory_limit,
+    compile_kernel, Compiled
 """
 
 import contextlib
@@ -12,8 +13,12 @@ from dataclasses import dataclass
 
 import torch
 
-# Largest shared memory of one block, in bytes, by compute capability.
-SHARED_BYTES_LIMIT = {(8, 0): 166_912, (8, 6): 101_376, (9, 0): 232_448, (10, 0): 232_448}
+
+def shared_memory_limit(capability: tuple[int, int]) -> int:
+    """Bytes of shared memory that one program may take on a GPU of this compute capability."""
+    if capability in ((8, 0), (8, 7)):
+        return 163 * 1024
+    return 227 * 1024 if capability[0] in (9, 10, 11) else 99 * 1024
 
 
 def assert_close_to_reference(
@@ -91,6 +96,7 @@ def poison_empty():
 class Compiled:
     """One Triton kernel as the compiler leaves it."""
 
+    ttir: str  # Triton's own form, in the order of the source
     ptx: str
     shared_bytes: int  # of one block; compilation does not fail when it is too much for the GPU
     registers: int  # of one thread
@@ -111,14 +117,14 @@ def compile_kernel(
 
     Args:
         kernel: a `triton.jit` function, decorated while TRITON_INTERPRET was not 1.
-        signature: type of each argument but the constexprs: "*bf16", "*fp32", "*i64", "i32",
-        "fp32".
-            Pointers are taken as 16-byte aligned, as torch allocates them.
+        signature: type of each argument but the constexprs: "*bf16", "*fp32", "*i64",
+            "i32", "fp32". Pointers are taken as 16-byte aligned, as torch allocates them. "i32:16"
+            is a multiple of 16, which a launch tells the compiler of each integer that is one.
         constexprs: value of each constexpr argument.
         capability: compute capability, for example (9, 0); 8.0 or newer.
     Raises:
         ValueError: the kernel was made for the interpreter, or an argument has no type and no
-        value.
+            value.
         RuntimeError: the compiler's own errors, unchanged.
     """
     import triton
@@ -139,11 +145,12 @@ def compile_kernel(
             f"got none for {missing} and unknown ones {unknown}. Give each a type or a value."
         )
     arch = capability[0] * 10 + capability[1]
-    types = {n: "constexpr" if n in constexprs else signature[n] for n in kernel.arg_names}
+    given = {n: "constexpr" if n in constexprs else signature[n] for n in kernel.arg_names}
+    types = {name: kind.removesuffix(":16") for name, kind in given.items()}
     aligned = {
         (i,): [["tt.divisibility", 16]]
-        for i, name in enumerate(kernel.arg_names)
-        if types[name].startswith("*")
+        for i, kind in enumerate(given.values())
+        if kind.startswith("*") or kind.endswith(":16")
     }
     built = triton.compile(
         ASTSource(kernel, types, constexprs=constexprs, attrs=aligned),
@@ -162,6 +169,7 @@ def compile_kernel(
         command += ["-o", os.path.join(folder, "kernel.cubin")]
         log = subprocess.run(command, check=True, capture_output=True, text=True).stderr
     return Compiled(
+        built.asm["ttir"],
         ptx,
         built.metadata.shared,
         int(re.search(r"Used (\d+) registers", log).group(1)),

@@ -65,8 +65,9 @@ def gradients(n, steps, seed=1, dtype=torch.float32):
     """Gradients whose scale differs by element and by step."""
     generator = torch.Generator().manual_seed(seed)
     scale = torch.logspace(-3, 1, max(n, 1))[:n]
-    return [(torch.randn(n, generator=generator) * scale * (1 + t % 3)).to(dtype)
-            for t in range(steps)]
+    return [
+        (torch.randn(n, generator=generator) * scale * (1 + t % 3)).to(dtype) for t in range(steps)
+    ]
 
 
 def same_bits(a, b):
@@ -299,16 +300,30 @@ def test_lr_and_step_as_tensors(impl):
     assert same_bits(numbers.param, tensors.param)
 
 
+def on_gpu(x):
+    """As `lr` or `step` arrives from a GPU: its memory is not read by the host."""
+    return torch.tensor(x, dtype=torch.float64)
+
+
 @pytest.mark.interpret
-def test_triton_reads_the_factors_from_memory():
-    """What a GPU does when lr and step are tensors there."""
+@pytest.mark.parametrize(("lr", "step"), [(on_gpu, on_gpu), (on_gpu, float), (float, on_gpu)])
+def test_triton_reads_the_factors_from_memory(lr, step):
+    """What a GPU does when lr, step or both are tensors there."""
     grad = gradients(1500, 1)[0]
     numbers, tensors = State(1500), State(1500)
-    for state, kind in ((numbers, float), (tensors, lambda x: torch.tensor(x).double())):
-        factors = adamw._factors(kind(LR), kind(3.0), *BETAS, 0.1)
+    for state, arguments in ((numbers, (LR, 3.0)), (tensors, (lr(LR), step(3.0)))):
+        factors = adamw._factors(*arguments, *BETAS, 0.1)
+        assert len({type(x) for x in factors}) == 1
         adamw._launch_triton(
-            state.param, state.weight, grad, state.exp_avg, state.exp_avg_sq, None, factors,
-            *BETAS, EPS,
+            state.param,
+            state.weight,
+            grad,
+            state.exp_avg,
+            state.exp_avg_sq,
+            None,
+            factors,
+            *BETAS,
+            EPS,
         )
     assert same_bits(numbers.param, tensors.param)
     assert not same_bits(numbers.param, State(1500).param)
@@ -357,8 +372,17 @@ def test_compiles_in_one_graph():
     @torch.compile(fullgraph=True, backend="aot_eager")
     def step(param, grad, exp_avg, exp_avg_sq, master):
         adamw_(
-            [param], [grad], [exp_avg], [exp_avg_sq], lr=LR, beta1=BETAS[0], beta2=BETAS[1],
-            eps=EPS, weight_decay=0.1, step=1, master=[master],
+            [param],
+            [grad],
+            [exp_avg],
+            [exp_avg_sq],
+            lr=LR,
+            beta1=BETAS[0],
+            beta2=BETAS[1],
+            eps=EPS,
+            weight_decay=0.1,
+            step=1,
+            master=[master],
         )
 
     for grad in grads:

@@ -8,18 +8,21 @@ Not covered: that they run, or how fast. Attention and AdamW have gates of their
 
 import json
 import os
+import re
 import subprocess
 import sys
 
 import pytest
 import torch
 
-from stellarator_kernels.testing import SHARED_BYTES_LIMIT, compile_kernel
+from stellarator_kernels.testing import compile_kernel, shared_memory_limit
 
 pytest.importorskip("triton")
 
 CAPABILITIES = ((8, 0), (9, 0))
 WIDTHS = (3072, 4608, 6144)
+TEXTS = ("ttir", "ptx")
+SCALAR_LOAD = re.compile(r"tt\.load .* : !tt\.ptr<bf16>")
 FP32_POINTERS = {
     "mean_ptr", "rstd_ptr", "dweight_ptr", "dbias_ptr", "cos_ptr", "sin_ptr",
     "dloss_ptr", "loss_ptr", "lse_ptr",
@@ -97,7 +100,9 @@ def compile_all() -> list[dict]:
                 case = {"op": op, "case": name, "capability": capability, "asked": num_warps}
                 case |= {"target": f".target sm_{capability[0]}{capability[1]}" in built.ptx}
                 case |= {"doubles": built.ptx.count(".f64")}
-                found.append(case | {k: v for k, v in vars(built).items() if k != "ptx"})
+                before, _, after = built.ttir.partition("scf.for")
+                case |= {"scalar_loads": [len(SCALAR_LOAD.findall(x)) for x in (before, after)]}
+                found.append(case | {k: v for k, v in vars(built).items() if k not in TEXTS})
     return found
 
 
@@ -124,10 +129,22 @@ def test_no_spills_and_shared_memory_fits(compiled, op):
     for case in cases:
         assert case["target"], case
         assert case["spill_bytes"] == 0, case
-        assert case["shared_bytes"] <= SHARED_BYTES_LIMIT[tuple(case["capability"])], case
+        assert case["shared_bytes"] <= shared_memory_limit(tuple(case["capability"])), case
         assert 0 < case["registers"] * 32 * case["num_warps"] <= 65536, case
         assert case["num_warps"] == case["asked"], case
         assert case["doubles"] == 0, case
+
+
+def test_the_logit_of_the_target_is_read_before_any_warp_overwrites_it(compiled):
+    """The gradient replaces the row, so a load behind the last reduction would race with it.
+
+    No run on a CPU can show the race: the interpreter has one warp.
+    """
+    cases = [case for case in compiled if case["case"] == "forward True"]
+    cases = [case for case in cases if case["op"] == "cross_entropy"]
+    assert len(cases) == len(CAPABILITIES)
+    for case in cases:
+        assert case["scalar_loads"] == [1, 0], case
 
 
 def test_a_kernel_of_the_interpreter_is_refused():

@@ -79,9 +79,7 @@ def float64_sums(impl, x):
     address, n, is_bfloat16 = x.data_ptr(), x.numel(), x.dtype == torch.bfloat16
     isas = [i for i in module.Isa.__members__.values() if int(i) <= int(module.best_isa())]
     return [
-        module.sum_of_squares(
-            x=address, is_bfloat16=is_bfloat16, n=n, threads=threads, isa=i
-        )
+        module.sum_of_squares(x=address, is_bfloat16=is_bfloat16, n=n, threads=threads, isa=i)
         for i in isas
     ]
 

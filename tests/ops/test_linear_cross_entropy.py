@@ -19,6 +19,7 @@ from stellarator_kernels.linear_cross_entropy import (
     _linear_cross_entropy_forward,
     _times,
     chunk_rows,
+    counted,
 )
 from stellarator_kernels.testing import assert_close_to_reference, poison_empty
 
@@ -423,3 +424,18 @@ def test_messages(change, message):
     } | change
     with pytest.raises(ValueError, match="^linear_cross_entropy: .*" + message):
         linear_cross_entropy(**arguments)
+
+
+@pytest.mark.parametrize(
+    ("N", "count", "K"),
+    [(1000, 1000, 1000), (1000, 600, 768), (1000, 999, 1000), (300, 0, 0), (40, 3, 40)],
+)
+def test_few_sizes_of_products(N, count, K):
+    """The rows of the products are a multiple of 256 or N; all that count come first, once each."""
+    generator = torch.Generator().manual_seed(count)
+    targets = torch.full((N,), -100)
+    chosen = torch.randperm(N, generator=generator)[:count].sort()[0]
+    targets[chosen] = 5
+    kept, found = counted(targets, -100)
+    assert found == count and kept.numel() == K
+    assert torch.equal(kept[:count], chosen) and kept.unique().numel() == K

@@ -131,14 +131,6 @@ def _check_documents(cu_seqlens: torch.Tensor | None, N: int) -> None:
     )
 
 
-def _choose(q: torch.Tensor, impl: str) -> str:
-    """The implementation that runs, given the limits of the kernels."""
-    D = q.shape[-1]
-    fits = D % 8 == 0 and 16 <= D <= 256
-    note = "" if fits else f"the head width is {D}, not a multiple of 8 from 16 to 256"
-    return dispatch.choose(_OP, impl, dispatch.facts(q, note))
-
-
 @torch.library.custom_op("stellarator::flash_attention_forward", mutates_args=())
 def _forward_op(
     q: torch.Tensor,
@@ -152,7 +144,7 @@ def _forward_op(
     impl: str,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """out (B, T, H, D) and lse (B, H, T), contiguous. `return_lse`: lse will be differentiated."""
-    chosen = _choose(q, impl)
+    chosen = dispatch.choose(_OP, impl, q)
     _check_documents(cu_seqlens, q.shape[1])
     B, T, H, _ = q.shape
     if q.numel() == 0 or k.shape[1] == 0:
@@ -189,7 +181,7 @@ def _backward_op(
     impl: str,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """dq (B, T, H, D), dk and dv (B, S, G, D), contiguous."""
-    chosen = _choose(q, impl)
+    chosen = dispatch.choose(_OP, impl, q)
     if q.numel() == 0 or k.shape[1] == 0:
         contiguous = torch.contiguous_format
         return tuple(torch.zeros_like(x, memory_format=contiguous) for x in (q, k, v))

@@ -28,6 +28,7 @@ from stellarator_kernels.attention.tiles import (
     query_interval,
     walk,
 )
+from stellarator_kernels.layout import aligned_rows
 
 
 @triton.jit
@@ -150,7 +151,7 @@ def _dkdv_kernel(
 
 def backward(dout, dlse, q, k, v, out, lse, cu_seqlens, causal, window, scale):
     """Gradients dq (B, T, H, D), dk and dv (B, S, G, D), contiguous; dlse (B, H, T) or None."""
-    q, k, v, dout = (shared.last_contiguous(x) for x in (q, k, v, dout))
+    q, k, v, dout = (aligned_rows(x) for x in (q, k, v, dout))
     B, T, H, D = q.shape
     S, G = k.shape[1:3]
     dq = torch.empty((B, T, H, D), dtype=q.dtype, device=q.device)
@@ -161,7 +162,7 @@ def backward(dout, dlse, q, k, v, out, lse, cu_seqlens, causal, window, scale):
     strides = *q.stride()[:3], *k.stride()[:3], *v.stride()[:3]
     sizes = T, S, H, H // G, window or 0, scale
     flags = {"CAUSAL": causal, "WINDOW": window is not None, "PACKED": cu_seqlens is not None}
-    with shared.on_device(q):
+    with torch.cuda.device_of(q):
         tiles = shared.tile_sizes("dq", D, q.dtype, capability)
         _dq_kernel[(triton.cdiv(T, tiles.own), H, B)](
             q, k, v, out, dout, lse.contiguous(),

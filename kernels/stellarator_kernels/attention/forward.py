@@ -19,6 +19,7 @@ import torch
 from stellarator_kernels._triton import tl, triton
 from stellarator_kernels.attention import tiles as shared
 from stellarator_kernels.attention.tiles import dot, key_interval, load_tile, mask_scores, walk
+from stellarator_kernels.layout import aligned_rows
 
 
 @triton.jit
@@ -84,7 +85,7 @@ def _forward_kernel(
 
 def forward(q, k, v, cu_seqlens, causal, window, scale):
     """q (B, T, H, D), k and v (B, S, G, D), B = 1 if packed -> out (B, T, H, D), lse (B, H, T)."""
-    q, k, v = (shared.last_contiguous(x) for x in (q, k, v))
+    q, k, v = (aligned_rows(x) for x in (q, k, v))
     B, T, H, D = q.shape
     S, G = k.shape[1:3]
     out = torch.empty((B, T, H, D), dtype=q.dtype, device=q.device)
@@ -93,7 +94,7 @@ def forward(q, k, v, cu_seqlens, causal, window, scale):
     tiles = shared.tile_sizes("forward", D, q.dtype, capability)
     # Without documents the kernel does not read `bounds`: any tensor will do.
     bounds = q if cu_seqlens is None else shared.document_bounds(cu_seqlens, T)
-    with shared.on_device(q):
+    with torch.cuda.device_of(q):
         _forward_kernel[(triton.cdiv(T, tiles.own), H, B)](
             q, k, v, out, lse, bounds,
             *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],

@@ -7,11 +7,10 @@ are masked. Each kernel is one loop with that branch in it. Separate loops for t
 inside, the usual form, make copies of the body and spill registers: 470 bytes for dk and dv of bf16
 heads of 128 on sm_90, where this form spills none.
 
-defines: Tiles, tile_sizes, shared_memory_limit, document_bounds, last_contiguous, constants,
-    on_device, key_interval, query_interval, walk, load_tile, mask_scores, dot
+defines: Tiles, tile_sizes, document_bounds, constants, key_interval, query_interval, walk,
+    load_tile, mask_scores, dot
 """
 
-import contextlib
 from dataclasses import dataclass
 
 import torch
@@ -47,13 +46,6 @@ _FP32 = {"forward": (32, 32, 4, 1), "dq": (16, 16, 4, 1), "dkdv": (16, 16, 4, 1)
 _INTERPRETER = (32, 16, 4, 1)  # small, so that short sequences have edges and an inside
 
 
-def shared_memory_limit(capability: tuple[int, int]) -> int:
-    """Bytes of shared memory that one program may take on a GPU of this compute capability."""
-    if capability in ((8, 0), (8, 7)):
-        return 163 * 1024
-    return 227 * 1024 if capability[0] in (9, 10, 11) else 99 * 1024
-
-
 def tile_sizes(phase: str, D: int, dtype: torch.dtype, capability: tuple[int, int] | None) -> Tiles:
     """Tiles of one kernel: "forward", "dq" or "dkdv". Capability None: the interpreter. Pure."""
     if capability is None:
@@ -71,11 +63,6 @@ def document_bounds(cu_seqlens: torch.Tensor, N: int) -> torch.Tensor:
     return torch.stack((cu_seqlens[document], cu_seqlens[document + 1])).clamp_(0, N)
 
 
-def last_contiguous(x: torch.Tensor) -> torch.Tensor:
-    """`x`, copied only if its last dimension is strided."""
-    return x if x.stride(-1) == 1 else x.contiguous()
-
-
 def constants(D: int, dtype: torch.dtype, tiles: Tiles) -> dict:
     """Compile-time arguments that every kernel takes."""
     return {
@@ -87,11 +74,6 @@ def constants(D: int, dtype: torch.dtype, tiles: Tiles) -> dict:
         "num_warps": tiles.num_warps,
         "num_stages": tiles.num_stages,
     }
-
-
-def on_device(x: torch.Tensor):
-    """Triton launches on the current device, which need not be that of `x`."""
-    return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
 
 
 @triton.jit
