@@ -52,6 +52,7 @@ class FimConfig:
     split_at_files: bool = True  # StarCoder2: files of a repository are transformed one by one
     keep_metadata: bool = True  # `<repo_name>...` is never transformed
     max_middle_tokens: int | None = None
+    max_text_tokens: int | None = None  # longer texts are divided at random, for long files
     end_cut_middles: bool = True  # `<|endoftext|>` after a middle whose document the row cuts off
 
 

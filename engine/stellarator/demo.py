@@ -20,6 +20,7 @@ from stellarator.config import RunConfig
 
 _CALIBRATION_STEPS = 6
 _MIN_STEPS, _MAX_STEPS = 40, 20_000
+_CONTEXT = 96  # tokens of prompt and answer: the length of the texts that the demo trains on
 _HOLES = {"token": 200, "span": 100, "line": 100}
 _NOTE = (
     "The part in colour was written by the model, given what stands before and after it, and cut "
@@ -197,7 +198,7 @@ def _evaluate(config: RunConfig, result: dict) -> dict:
             continue
         _say(f"infilling {len(holes)} held-out holes of kind {kind}")
         found = exact_match(
-            model, tokenizer, holes, max_new_tokens=32, context=config.data.seq_length
+            model, tokenizer, holes, max_new_tokens=16, context=_CONTEXT
         )
         summary["infilling"][kind] = {
             "count": found["count"],

@@ -53,6 +53,10 @@ def get(name: str) -> RunConfig:
     return getattr(sys.modules[__name__], name)()
 
 
+# Short middles in short texts: minutes of training are enough to learn from thousands of them.
+_DEMO_FIM = FimConfig(rate=0.9, fragment_rate=0.9, max_middle_tokens=6, max_text_tokens=96)
+
+
 def demo() -> RunConfig:
     """A small StarCoder2 that two CPU cores train in minutes.
 
@@ -74,7 +78,7 @@ def demo() -> RunConfig:
         folder="runs/demo",
         model=model,
         data=DataConfig(
-            seq_length=256, fim=FimConfig(rate=0.9, fragment_rate=0.9, max_middle_tokens=8)
+            seq_length=256, fim=_DEMO_FIM
         ),
         optim=OptimConfig(lr=3e-3, min_lr=3e-4, warmup_steps=40),
         train=TrainConfig(steps=400, global_batch_size=16, micro_batch_size=16, eval_batches=16),

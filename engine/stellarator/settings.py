@@ -267,6 +267,7 @@ def _check_data(config: RunConfig) -> list[str]:
     for name in ("rate", "fragment_rate", "spm_rate"):
         problems += _within(f"data.fim.{name}", getattr(data.fim, name), 0.0, 1.0)
     problems += _at_least("data.fim.max_middle_tokens", data.fim.max_middle_tokens, 1)
+    problems += _at_least("data.fim.max_text_tokens", data.fim.max_text_tokens, 16)
     if data.weights and len(data.weights) != len(data.train):
         problems.append(
             f"data.weights: expected one per shard of data.train ({len(data.train)}), "

@@ -469,3 +469,26 @@ def test_errors(words):
         PackedDataset([one], (), words, 64).row(-1)
     with pytest.raises(ValueError, match=r"expected tokens in \[0, 1000\), got 0 .. 1000"):
         PackedDataset([Listed([[1000, 0]])], (), words, 64).row(0)
+
+
+@pytest.mark.parametrize("fim", [ALWAYS, FimConfig()])
+def test_long_texts_are_divided_at_random(words, fim):
+    """Every token once, parts of at most 48 tokens at places that vary, each middle with its end."""
+    documents = [words.encode("".join(python_sources())) + [words.eod]]
+    config = replace(fim, max_text_tokens=48)
+    dataset = PackedDataset([Listed(documents)], (), words, 256, config, seed=3)
+    stream, sizes, ended = [], Counter(), 0
+    for k in epoch_in_order(dataset, 0):
+        raw, row = dataset.raw_pieces(k), dataset.row(k)
+        assert row.length <= 257 and len(row.starts) == len(raw)
+        bounds = [*row.starts, row.length]
+        for piece, ids in zip((row.tokens[a:b] for a, b in zip(bounds, bounds[1:])), raw):
+            assert len(ids) <= 48
+            sizes[len(ids)] += 1
+            ended += piece[-1] == words.eod
+            assert (piece[0] == words.fim_prefix) <= (piece[-1] == words.eod)
+            assert inverse(unended(piece, ids, words), words) == words.decode_bytes(ids.tolist())
+            stream += ids.tolist()
+    assert stream == documents[0]
+    assert len(sizes) > 20 and ended > 0.3 * sum(sizes.values())
+    assert dataset.row(5).tokens.tolist() == dataset.row(5).tokens.tolist()

@@ -21,6 +21,10 @@ padding, and a model trained on long documents would never see where one ends. S
 is kept for `<|endoftext|>` after such a middle (`end_cut_middles`; the public loaders have nothing
 there): the end of the target belongs to the target.
 
+Where files are much longer than rows, every transformed text would still end at the end of its row,
+and a model learns that place instead of the text. With `max_text_tokens` longer texts are divided
+at random into documents of their own.
+
 Every token of the corpus is in exactly one row of an epoch. Rows do not overlap, so the first
 token of a row is nobody's target. The last window of an epoch is shorter, and its row has padding.
 
@@ -41,7 +45,7 @@ import numpy as np
 
 from stellarator.config import DataConfig, FimConfig
 from stellarator.data.fim import SENTINELS, Fim
-from stellarator.data.permutation import DOCUMENTS, FIM, ROWS, Blend, generator, permutation
+from stellarator.data.permutation import DOCUMENTS, FIM, ROWS, TEXTS, Blend, generator, permutation
 
 MIN_SEQ_LENGTH = 16  # then a window is longer than a margin, so that no row is empty
 
@@ -99,10 +103,18 @@ class PackedDataset:
         self.attend_across_documents = attend_across_documents
         self._fim = Fim(tokenizer, fim) if fim is not None and fim.rate != 0 else None
         row_margin, margin = _margins(fim, seq_length) if self._fim else (0, 0)
-        self._end_margin = int(bool(self._fim and fim.end_cut_middles))
+        self._end_cut_middles = bool(self._fim and fim.end_cut_middles)
+        self._max_text = fim.max_text_tokens if self._fim else None
+        if self._max_text is not None:  # each further text needs the sentinels, an end and growth
+            row_margin += (SENTINELS + 3) * (2 * seq_length // self._max_text + 1)
         separator = self._fim.file_sep if self._fim else None
         groups = [[shard] for shard in shards] if weights else [shards]
-        window = seq_length + 1 - row_margin - self._end_margin
+        window = seq_length + 1 - row_margin - int(self._end_cut_middles)
+        if window < 1:
+            raise ValueError(
+                f"packing: expected room for text beside that for FIM, got rows of {seq_length} with "
+                f"max_text_tokens {self._max_text}. Use longer rows or longer texts."
+            )
         self._corpora = [
             _Corpus(group, window, margin, separator, seed, k, shuffle)
             for k, group in enumerate(groups)
@@ -167,10 +179,13 @@ class PackedDataset:
         if self._fim is None:
             pieces = [ids for ids, _ in pieces]
         else:
-            room = self.seq_length + 1 - sum(len(ids) for ids, _ in pieces) - self._end_margin
+            eod = self.tokenizer.eod
+            open_ends = sum(ids[-1] != eod for ids, _ in pieces) if self._end_cut_middles else 0
+            room = self.seq_length + 1 - sum(len(ids) for ids, _ in pieces) - open_ends
             pieces = self._fim.transform_all(pieces, generator(self.seed, FIM, index), room)
-            if self._end_margin and self._fim.ends_in_middle(pieces[-1]):
-                pieces[-1] = np.append(pieces[-1], self.tokenizer.eod)
+            if open_ends:
+                ends = map(self._fim.ends_in_middle, pieces)
+                pieces = [np.append(p, eod) if e else p for p, e in zip(pieces, ends, strict=True)]
         lengths = np.array([len(ids) for ids in pieces], dtype=np.int64)
         length = int(lengths.sum())
         tokens = np.full(self.seq_length + 1, self.tokenizer.fim_pad, dtype=np.int64)
@@ -192,7 +207,18 @@ class PackedDataset:
             ends = np.flatnonzero(ids[:-1] == self.tokenizer.eod) + 1
             parts = np.split(ids, ends)
             pieces += [(part, bool(in_metadata and k == 0)) for k, part in enumerate(parts)]
-        return pieces
+        return pieces if self._max_text is None else self._divided(pieces, index)
+
+    def _divided(self, pieces: list[tuple[np.ndarray, bool]], index: int):
+        """Pieces longer than `max_text_tokens` in parts of half as many to as many."""
+        rng, most, result = generator(self.seed, TEXTS, index), self._max_text, []
+        for ids, in_metadata in pieces:
+            while len(ids) > most:
+                size = most // 2 + int(rng.random() * (most - most // 2 + 1))
+                result.append((ids[:size], in_metadata))
+                ids, in_metadata = ids[size:], False
+            result.append((ids, in_metadata))
+        return result
 
 
 def padding_fraction(dataset: PackedDataset, indices: Iterable[int]) -> float:

@@ -22,6 +22,7 @@ import numpy as np
 DOCUMENTS = 1
 ROWS = 2
 FIM = 3
+TEXTS = 4
 
 BLEND_PERIOD = 1 << 16
 
