@@ -88,8 +88,11 @@ def violations(files):
             where = f"{module}:{line}: {name}"
             for part, forbidden in FORBIDDEN.items():
                 if under(module, part):
-                    found += [f"{where}: {part} must not import {x}" for x in forbidden
-                              if under(name, x) and not under(module, x)]
+                    found += [
+                        f"{where}: {part} must not import {x}"
+                        for x in forbidden
+                        if under(name, x) and not under(module, x)
+                    ]
             if module in ALLOWED:
                 found += _not_allowed(name, *ALLOWED[module], where)
             if under(module, "stellarator.data") and module not in TORCH_IN_DATA:

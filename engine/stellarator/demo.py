@@ -197,9 +197,7 @@ def _evaluate(config: RunConfig, result: dict) -> dict:
             _say(f"the held-out files have no hole of kind {kind}")
             continue
         _say(f"infilling {len(holes)} held-out holes of kind {kind}")
-        found = exact_match(
-            model, tokenizer, holes, max_new_tokens=16, context=_CONTEXT
-        )
+        found = exact_match(model, tokenizer, holes, max_new_tokens=16, context=_CONTEXT)
         summary["infilling"][kind] = {
             "count": found["count"],
             "exact": round(found["exact_match"] * found["count"]),

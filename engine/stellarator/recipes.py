@@ -77,9 +77,7 @@ def demo() -> RunConfig:
         name="demo",
         folder="runs/demo",
         model=model,
-        data=DataConfig(
-            seq_length=256, fim=_DEMO_FIM
-        ),
+        data=DataConfig(seq_length=256, fim=_DEMO_FIM),
         optim=OptimConfig(lr=3e-3, min_lr=3e-4, warmup_steps=40),
         train=TrainConfig(steps=400, global_batch_size=16, micro_batch_size=16, eval_batches=16),
     )

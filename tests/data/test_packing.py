@@ -482,7 +482,8 @@ def test_long_texts_are_divided_at_random(words, fim):
         raw, row = dataset.raw_pieces(k), dataset.row(k)
         assert row.length <= 257 and len(row.starts) == len(raw)
         bounds = [*row.starts, row.length]
-        for piece, ids in zip((row.tokens[a:b] for a, b in zip(bounds, bounds[1:])), raw):
+        pieces = [row.tokens[a:b] for a, b in zip(bounds, bounds[1:])]
+        for piece, ids in zip(pieces, raw):
             assert len(ids) <= 48
             sizes[len(ids)] += 1
             ended += piece[-1] == words.eod

@@ -112,8 +112,8 @@ class PackedDataset:
         window = seq_length + 1 - row_margin - int(self._end_cut_middles)
         if window < 1:
             raise ValueError(
-                f"packing: expected room for text beside that for FIM, got rows of {seq_length} with "
-                f"max_text_tokens {self._max_text}. Use longer rows or longer texts."
+                f"packing: expected room for text beside that for FIM, got rows of {seq_length} "
+                f"with max_text_tokens {self._max_text}. Use longer rows or longer texts."
             )
         self._corpora = [
             _Corpus(group, window, margin, separator, seed, k, shuffle)
