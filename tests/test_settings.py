@@ -66,6 +66,12 @@ def test_toml_round_trip_keeps_every_value():
         assert read_back(to_toml(config), Path(folder)) == config
 
 
+def test_misspelt_names_do_not_hide_broken_rules():
+    found = "\n".join(problems_of("optim.lrr=1", "model.width=100", "train.steps=many"))
+    for part in ("Did you mean 'lr'", "model.width", "expected int, got 'many'"):
+        assert part in found
+
+
 def test_all_problems_are_reported_together():
     found = problems_of(
         "model.width=100", "model.num_kv_heads=4", "train.global_batch_size=12", "optim.min_lr=1"
@@ -122,7 +128,7 @@ def test_each_rule_is_named(override, part):
 
 def test_file_errors_name_file_and_line(tmp_path):
     path = tmp_path / "run.toml"
-    path.write_text("[model]\nwidth = 64\n\n[optim]\nlrr = 1.0\n")
+    path.write_text("[model]\nnum_layers = 2\n\n[optim]\nlrr = 1.0\n")
     (problem,) = problems_of(toml=str(path))
     assert f"{path}:5" in problem and "Did you mean 'lr'" in problem
     path.write_text("[model\n")

@@ -473,7 +473,7 @@ def test_errors(words):
 
 @pytest.mark.parametrize("fim", [ALWAYS, FimConfig()])
 def test_long_texts_are_divided_at_random(words, fim):
-    """Every token once, parts of at most 48 tokens at places that vary, each middle with its end."""
+    """Every token once, parts of at most 48 tokens of many sizes, each middle with its end."""
     documents = [words.encode("".join(python_sources())) + [words.eod]]
     config = replace(fim, max_text_tokens=48)
     dataset = PackedDataset([Listed(documents)], (), words, 256, config, seed=3)
