@@ -20,7 +20,8 @@ from stellarator.config import RunConfig
 
 _CALIBRATION_STEPS = 6
 _MIN_STEPS, _MAX_STEPS = 40, 20_000
-_CONTEXT = 96  # tokens of prompt and answer: the length of the texts that the demo trains on
+# Tokens of prompt and answer: the length of the texts that the demo trains on.
+_CONTEXT = 96
 _HOLES = {"token": 200, "span": 100, "line": 100}
 _NOTE = (
     "The part in colour was written by the model, given what stands before and after it, and cut "
@@ -197,7 +198,9 @@ def _evaluate(config: RunConfig, result: dict) -> dict:
             _say(f"the held-out files have no hole of kind {kind}")
             continue
         _say(f"infilling {len(holes)} held-out holes of kind {kind}")
-        found = exact_match(model, tokenizer, holes, max_new_tokens=16, context=_CONTEXT)
+        found = exact_match(
+            model, tokenizer, holes, max_new_tokens=16, context=_CONTEXT, mode="spm"
+        )
         summary["infilling"][kind] = {
             "count": found["count"],
             "exact": round(found["exact_match"] * found["count"]),

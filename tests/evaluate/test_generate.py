@@ -228,3 +228,18 @@ def test_bf16_and_training_mode_are_left_alone(model):
     answers = generate(half, PROMPTS, max_new_tokens=5)
     assert all(len(a.ids) == 5 for a in answers)
     assert half.training and all(p.grad is None and p.requires_grad for p in half.parameters())
+
+
+def test_no_stop_before_the_least_number_of_tokens(model):
+    """With every likely token a stop, a row takes the best of the others, then ends."""
+    free = generate(model, PROMPTS, max_new_tokens=4)
+    stops = sorted({i for answer in free for i in answer.ids})
+    ended = generate(model, PROMPTS, max_new_tokens=4, stop_ids=stops)
+    assert all(answer.ids == [] and answer.finish == "stop_id" for answer in ended)
+    answers = generate(model, PROMPTS, max_new_tokens=4, stop_ids=stops, min_new_tokens=2)
+    for prompt, answer in zip(PROMPTS, answers, strict=True):
+        assert len(answer.ids) >= 2 and not set(answer.ids) & set(stops)
+        with torch.no_grad():
+            logits = model(torch.tensor([prompt]))[0, -1]
+        logits[stops] = -torch.inf
+        assert answer.ids[0] == int(logits.argmax())

@@ -11,6 +11,7 @@ of a row differ between batch sizes by rounding only.
 """
 
 import hashlib
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -40,6 +41,7 @@ def generate(
     seed: int = 0,
     stop_ids: Sequence[int] = (),
     stop_strings: Sequence[str] = (),
+    min_new_tokens: int = 0,
     tokenizer=None,
     batch_size: int = 16,
     rows: Sequence[int] | None = None,
@@ -56,6 +58,8 @@ def generate(
         stop_ids: tokens that end a row; `<|endoftext|>` of the tokenizer is added to them.
         stop_strings: texts that end a row (and are cut off); needs a tokenizer. Special tokens
             count as their names, such as "<file_sep>".
+        min_new_tokens: tokens before which no stop token is taken; its probability goes to others.
+        min_new_tokens: tokens before which no stop token is taken.
         tokenizer: with `eod`, `vocab_size` and `decode_bytes`; None: ids only.
         batch_size: prompts at a time; changes speed and memory, not what is drawn.
         rows: index of each prompt for the random draws; None: 0, 1, ...
@@ -76,15 +80,17 @@ def generate(
     texts = [_Text(tokenizer, stops, stop_strings, max_new_tokens) for _ in prompts]
     pick = _greedy if temperature == 0 else _Sampler(temperature, top_p, seed, rows)
     # Rows of the embedding beyond the tokenizer are padding: nothing can be written with them.
-    vocabulary = None if tokenizer is None else tokenizer.vocab_size
+    size = model.config.vocab_size if tokenizer is None else tokenizer.vocab_size
+    banned = [i for i in stops if i < size]
     for start in range(0, len(prompts), batch_size):
         indices = list(range(start, min(start + batch_size, len(prompts))))
-        _generate_batch(model, prompts, indices, texts, pick, max_new_tokens, vocabulary)
+        rule = _Rule(size, banned, min_new_tokens)
+        _generate_batch(model, prompts, indices, texts, pick, max_new_tokens, rule)
     return [text.result() for text in texts]
 
 
 @torch.no_grad()
-def _generate_batch(model, prompts, indices, texts, pick, max_new_tokens, vocabulary) -> None:
+def _generate_batch(model, prompts, indices, texts, pick, max_new_tokens, rule) -> None:
     """Grow the texts of one batch until all have ended. `indices` are those of `prompts`."""
     weight = model.embedding.weight
     device = weight.device
@@ -97,8 +103,8 @@ def _generate_batch(model, prompts, indices, texts, pick, max_new_tokens, vocabu
     states = model.hidden(tokens.to(device), cache=cache)
     cache.truncate(lengths)
     last = states[torch.arange(len(indices), device=device), lengths - 1]  # (B, C)
-    while True:
-        chosen = pick(model.logits(last)[:, :vocabulary], indices)
+    for count in itertools.count():
+        chosen = pick(rule.allowed(model.logits(last), count), indices)
         for token, i in zip(chosen.tolist(), indices, strict=True):
             texts[i].add(token)
         alive = [row for row, i in enumerate(indices) if not texts[i].finish]
@@ -109,6 +115,22 @@ def _generate_batch(model, prompts, indices, texts, pick, max_new_tokens, vocabu
             chosen = chosen[torch.tensor(alive, device=device)]
             indices = [indices[row] for row in alive]
         last = model.hidden(chosen[:, None], cache=cache)[:, 0]
+
+
+@dataclass(frozen=True)
+class _Rule:
+    """Which tokens may come: those of the tokenizer, and no stop before `min_new_tokens`."""
+
+    size: int
+    stops: list[int]
+    min_new_tokens: int
+
+    def allowed(self, logits: torch.Tensor, count: int) -> torch.Tensor:
+        """(B, V) logits of the tokens that may come after `count` new ones."""
+        logits = logits[:, : self.size]
+        if count < self.min_new_tokens:
+            logits[:, self.stops] = -torch.inf
+        return logits
 
 
 class _Text:

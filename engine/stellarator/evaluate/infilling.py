@@ -237,6 +237,7 @@ def exact_match(
         ],
         max_new_tokens=max_new_tokens,
         stop_ids=tuple(tokenizer.special.values()),
+        min_new_tokens=1,  # a hole is never empty
         tokenizer=tokenizer,
         batch_size=batch_size,
     )

@@ -189,13 +189,10 @@ def _summary_parts(summary: dict) -> str:
 
 
 def _value(value) -> str:
-    return (
-        f"{value:,.4f}"
-        if isinstance(value, float)
-        else f"{value:,}"
-        if isinstance(value, int)
-        else str(value)
-    )
+    """A figure with the digits that say something."""
+    if isinstance(value, float):
+        return f"{value:,.1f}" if abs(value) >= 100 else f"{value:.4g}"
+    return f"{value:,}" if isinstance(value, int) else str(value)
 
 
 def _table(rows: list[tuple[str, str]]) -> str:
