@@ -113,7 +113,11 @@ def run(site, *command, cwd):
     )
 
 
+# An editable install of this checkout would lend its extension to the wheel under test.
 UPDATE = """
+import sys
+editable = [f for f in sys.meta_path if getattr(f, "__module__", "").startswith("__editable__")]
+sys.meta_path[:] = [f for f in sys.meta_path if f not in editable]
 import torch, stellarator_kernels
 p, m, v = torch.ones(3), torch.zeros(3), torch.zeros(3)
 stellarator_kernels.adamw_([p], [p.clone()], [m], [v], lr=0.5, beta1=0.9, beta2=0.9, eps=0.0,
