@@ -266,8 +266,7 @@ def _inspect(arguments) -> int:
 def _export(arguments) -> int:
     from stellarator.train.export import export
 
-    folder = export(arguments.checkpoint, arguments.output, arguments.dtype)
-    print(f"wrote {folder}")
+    export(arguments.checkpoint, arguments.output, arguments.dtype)
     return 0
 
 

@@ -259,3 +259,43 @@ def test_other_tokens_of_equal_lengths_are_another_data_set(tiny_config, tiny_co
     longer = dataclasses.replace(config, train=dataclasses.replace(train, steps=4))
     with pytest.raises(TrainingError, match=r"data\.train or data\.tokenizer: other content"):
         Trainer(longer).run()
+
+
+def test_shards_of_another_tokenizer_are_refused(tiny_config, tiny_corpus, tmp_path):
+    import shutil
+
+    from stellarator.data.tokenizer import Tokenizer
+
+    for name in ("train.bin", "train.idx"):
+        shutil.copy(tiny_corpus / name, tmp_path / name)
+    data = dataclasses.replace(tiny_config.data, train=(str(tmp_path / "train"),))
+    train = dataclasses.replace(tiny_config.train, steps=3)
+    config = dataclasses.replace(tiny_config, data=data, train=train)
+    manifest = tmp_path / "manifest.json"
+    sha256 = Tokenizer.load(tiny_corpus / "tokenizer").sha256
+    manifest.write_text(json.dumps({"tokenizer": {"sha256": "0" * 64}}))
+    with pytest.raises(TrainingError, match="expected shards of the tokenizer in data.tokenizer"):
+        Trainer(config).run()
+    manifest.write_text(json.dumps({"tokenizer": {"sha256": sha256}}))
+    assert Trainer(config).run()["status"] == "done"
+
+
+def test_export_says_which_checkpoint_it_took(tiny_config, tmp_path, capfd):
+    from stellarator.train.export import export
+
+    config = dataclasses.replace(
+        tiny_config, checkpoint=dataclasses.replace(tiny_config.checkpoint, interval=4)
+    )
+    Trainer(config).run()
+    newest = Path(config.folder, "checkpoints", "step_00000012", "tensors.safetensors")
+    newest.write_bytes(newest.read_bytes()[:-5])
+    export(config.folder, tmp_path / "model")
+    output = capfd.readouterr()
+    assert "step_00000008 to" in output.out and "passed over a damaged" in output.err
+
+
+def test_a_run_folder_that_is_a_file_is_one_clear_line(tiny_config, tmp_path):
+    (tmp_path / "file").write_text("x")
+    config = dataclasses.replace(tiny_config, folder=str(tmp_path / "file"))
+    with pytest.raises(RuntimeError, match="expected a folder or nothing, got a file"):
+        Trainer(config).run()

@@ -3,6 +3,7 @@
 defines: model_from_checkpoint, export
 """
 
+import sys
 from pathlib import Path
 
 import torch
@@ -19,10 +20,12 @@ def _find(path: str | Path) -> checkpoint.Checkpoint:
         return checkpoint.load(path)
     problems: list[str] = []
     found = checkpoint.find(path / "checkpoints", problems.append)
+    for problem in problems:
+        print(f"warning: {problem}", file=sys.stderr)
     if found is None:
+        got = "only damaged ones" if problems else "neither"
         raise checkpoint.CheckpointError(
-            f"{path}: expected a run folder with checkpoints, or a checkpoint, got neither. "
-            + " ".join(problems)
+            f"{path}: expected a run folder with checkpoints, or a checkpoint, got {got}."
         )
     return found
 
@@ -56,4 +59,5 @@ def export(path: str | Path, output: str | Path, dtype: str = "bf16") -> Path:
     model, found = model_from_checkpoint(path, kind)
     tokenizer = found.manifest["state"]["config"]["data"]["tokenizer"]
     save_pretrained(model, output, tokenizer_folder=tokenizer or None)
+    print(f"exported {found.folder} to {output}")
     return Path(output)

@@ -140,6 +140,7 @@ class Trainer:
                 f"model.vocab_size: expected at least the tokenizer's {self.tokenizer.vocab_size}, "
                 f"got {config.model.vocab_size}. Pass model.vocab_size={self.tokenizer.vocab_size}."
             )
+        resume.check_tokenizer((*config.data.train, *config.data.validation), self.tokenizer.sha256)
         self.batches = self._batches(config.data.train)
         self.batches.num_micro_batches(self.mesh.dp_size)  # said now, not after the model is made
         self.validation = None

@@ -1,10 +1,11 @@
 """What a run must remember to go on exactly, and what may not change in between.
 
-defines: TrainingError, Progress, fingerprint, find, compare, model_difference
+defines: TrainingError, Progress, fingerprint, check_tokenizer, find, compare, model_difference
 """
 
 import dataclasses
 import hashlib
+import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -54,6 +55,23 @@ def fingerprint(shards: Sequence[str], tokenizer_sha256: str) -> str:
                 file.seek(block * size // 256)
                 whole.update(file.read(4096))
     return whole.hexdigest()
+
+
+def check_tokenizer(shards: Sequence[str], tokenizer_sha256: str) -> None:
+    """Raise TrainingError for shards that `data prepare` made with another tokenizer.
+
+    Shards without a manifest.json beside them, such as Megatron's, are taken as they are.
+    """
+    for prefix in shards:
+        path = Path(prefix).parent / "manifest.json"
+        if not path.exists():
+            continue
+        made_with = json.loads(path.read_text(encoding="utf-8")).get("tokenizer", {}).get("sha256")
+        if made_with not in (None, tokenizer_sha256):
+            raise TrainingError(
+                f"{prefix}: expected shards of the tokenizer in data.tokenizer, got those of "
+                f"another one ({path}). Pass data.tokenizer={path.parent / 'tokenizer'}."
+            )
 
 
 def find(config: RunConfig, warn: Callable[[str], None]) -> checkpoint.Checkpoint | None:

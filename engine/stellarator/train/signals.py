@@ -49,7 +49,12 @@ def folder_lock(folder: Path):
     Raises:
         RuntimeError: another process holds it.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError):
+        raise RuntimeError(
+            f"{folder}: expected a folder or nothing, got a file. Choose another `folder`."
+        ) from None
     with open(folder / ".lock", "a+", encoding="utf-8") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
