@@ -19,11 +19,8 @@ from stellarator.evaluate.unigram import unigram_loss
 @pytest.fixture(scope="module")
 def demo(tmp_path_factory):
     stdlib, folder = Path(sysconfig.get_paths()["stdlib"]), tmp_path_factory.mktemp("demo")
-    source = folder / "source"
-    source.mkdir()
-    for name in ("json", "asyncio", "email", "http", "logging", "unittest", "xml", "ctypes"):
-        (source / name).symlink_to(stdlib / name)
-    sources = [str(stdlib / p.name) for p in sorted(source.iterdir())]
+    names = ("asyncio", "ctypes", "email", "http", "json", "logging", "unittest", "xml")
+    sources = [str(stdlib / name) for name in names]
     output = folder / "demo"
     assert main(["demo", *sources, "--output", str(output), "--minutes", "0.01"]) == 0
     return output, sources

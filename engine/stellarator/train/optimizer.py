@@ -8,7 +8,6 @@ the update one launch. In bf16 the buffers are: bf16 parameters, fp32 masters, f
 are the masters: 16 bytes.
 """
 
-import math
 from collections.abc import Iterator
 
 import torch
@@ -165,4 +164,4 @@ class FlatOptimizer:
 
     def num_parameters(self) -> int:
         """Parameters in all groups."""
-        return sum(math.prod(s) for group in self.groups for _, _, s in group.spans.values())
+        return sum(group.params.numel() for group in self.groups)
