@@ -30,17 +30,19 @@ FORBIDDEN = {
 # other packages.
 ALLOWED = {
     "stellarator.config": ([], []),
+    "stellarator.files": ([], []),  # so that data, model and train may all import it
     "stellarator.recipes": (["stellarator.config"], []),
     "stellarator.settings": (["stellarator.config", "stellarator.recipes"], []),
     "stellarator.train.schedule": (["stellarator.config"], []),
     "stellarator.train.checkpoint": (
-        ["stellarator.config", "stellarator.parallel.mesh"],
+        ["stellarator.config", "stellarator.files", "stellarator.parallel.mesh"],
         ["torch", "safetensors", "numpy"],
     ),
 }
 TORCH_IN_DATA = {"stellarator.data.batches"}
 WITHOUT_TORCH = ["stellarator", "stellarator.config", "stellarator.cli", "stellarator.recipes"]
 WITHOUT_TORCH += ["stellarator.settings", "stellarator.train.schedule", "stellarator.doctor"]
+WITHOUT_TORCH += ["stellarator.files"]
 
 
 def python_files():
@@ -131,6 +133,12 @@ def test_who_may_import_whom():
         ("stellarator.config", "import torch", True),
         ("stellarator.config", "from dataclasses import dataclass", False),
         ("stellarator.recipes", "from stellarator.config import RunConfig", False),
+        ("stellarator.files", "import torch", True),
+        ("stellarator.files", "from stellarator.config import RunConfig", True),
+        ("stellarator.data.shards", "from stellarator.files import sync", False),
+        ("stellarator.model.hf", "from stellarator.files import sync", False),
+        ("stellarator.train.checkpoint", "from stellarator.files import sync", False),
+        ("stellarator_kernels.x", "from stellarator.files import sync", True),
         ("stellarator.data.shards", "import torch", True),
         ("stellarator.data.batches", "import torch", False),
         ("stellarator.data.fim", "from stellarator import model", True),

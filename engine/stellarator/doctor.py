@@ -198,18 +198,19 @@ def _is_older(built: Path, folder: Path) -> bool:
 
 
 def _implementations() -> list[str]:
-    """`explain` of every op on the device that a run would use, for the two training dtypes."""
+    """What `explain` says of every op on the device of a run, for the two training dtypes."""
     import torch
 
     import stellarator_kernels
+    from stellarator_kernels import dispatch
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     questions = {"available", "explain"}
     lines = []
     for op in (name for name in stellarator_kernels.__all__ if name not in questions):
         answers = {
-            str(dtype).removeprefix("torch."): stellarator_kernels.explain(
-                op, torch.empty((0, _WIDTH), device=device, dtype=dtype)
+            str(dtype).removeprefix("torch."): dispatch.describe(
+                op, dispatch.facts(op, torch.empty((0, _WIDTH), device=device, dtype=dtype))
             )
             for dtype in (torch.bfloat16, torch.float32)
         }

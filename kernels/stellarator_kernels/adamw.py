@@ -20,7 +20,7 @@ import torch
 from stellarator_kernels import extension, reference
 from stellarator_kernels._triton import tl, triton
 from stellarator_kernels.checks import expect, expect_dtype, expect_same_device, expect_shape
-from stellarator_kernels.dispatch import choose
+from stellarator_kernels.dispatch import choose, narrowest
 
 _BLOCK = 1024
 
@@ -196,7 +196,7 @@ def _adamw(
     weight_decay: Sequence[float],
     impl: str,
 ) -> None:
-    update = _UPDATES[choose("adamw_", impl, params[0])]
+    update = _UPDATES[choose("adamw_", impl, narrowest(params))]
     # On a GPU a tensor is not read by the host: the arithmetic is done there, in float64.
     lr, step = (x if x.device.type != "cpu" else x.item() for x in (lr, step))
     weights = masters if len(masters) else params
@@ -228,7 +228,7 @@ def _(
 def _scalar(op: str, name: str, value: float | torch.Tensor, device: torch.device) -> torch.Tensor:
     """`value` as a 0-d tensor; a number stays on the host."""
     if not isinstance(value, torch.Tensor):
-        return torch.tensor(value, dtype=torch.float64)
+        return torch.tensor(value, dtype=torch.float64, device="cpu")
     expect_shape(op, name, value, "()", (), "Pass a number or a 0-d tensor")
     if value.device.type != "cpu":
         expect_same_device(op, param=torch.empty(0, device=device), **{name: value})
@@ -271,7 +271,9 @@ def _check(params, grads, exp_avgs, exp_avg_sqs, masters, clip):
                 expect_dtype(op, name, tensor, (state,), "Keep the states in that dtype")
     if clip is not None:
         expect_shape(op, "clip_coefficient", clip, "()", (), "Pass a 0-d tensor")
-        expect_dtype(op, "clip_coefficient", clip, (torch.float32,), "Pass a float32 tensor")
+        is_wide = narrowest(params).dtype == torch.float64
+        allowed = (torch.float32, torch.float64) if is_wide else (torch.float32,)
+        expect_dtype(op, "clip_coefficient", clip, allowed, "Pass the dtype of the states")
         expect_same_device(op, params=params[0], clip_coefficient=clip)
 
 
@@ -307,8 +309,8 @@ def adamw_(
         step: t, counted from 1; a number or a 0-d tensor on the same device.
         master: (n,) each, float32; the weights w that are updated. Then params = w, rounded to the
             nearest, ties to even.
-        clip_coefficient: 0-d float32 tensor on the same device, multiplied into the gradients; the
-            host does not wait for it.
+        clip_coefficient: 0-d float32 tensor (float64 beside float64 params) on the same device,
+            multiplied into the gradients; the host does not wait for it.
     Raises:
         ValueError: shapes, dtypes, strides, devices or lengths disagree; `step` below 1.
         RuntimeError: `impl` cannot run here.

@@ -1,6 +1,6 @@
 """Which implementation runs: a pure function of (op, impl, facts), and its reasons.
 
-defines: Facts, facts, choose, explain, available, IMPLEMENTATIONS
+defines: Facts, facts, choose, explain, describe, narrowest, available, IMPLEMENTATIONS
 
 There is no silent fallback. `impl="auto"` takes the first implementation of the op's list that can
 run, and `explain` prints the reason for which every other one was refused. An explicit `impl` that
@@ -11,6 +11,9 @@ project), `torch` (ATen's own fused kernels), `reference` (the formulas in `refe
 """
 
 import functools
+import importlib
+import inspect
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -31,6 +34,18 @@ _OPS = {
     "adamw_": ("triton", "cpu", "torch", "reference"),
     "grad_norm": ("triton", "cpu", "torch", "reference"),
 }
+# The argument that the choice looks at; of a list the tensor that `narrowest` names.
+_DECIDING = {
+    "flash_attention": "q",
+    "decode_attention": "q",
+    "rope": "q",
+    "layer_norm": "x",
+    "bias_gelu": "x",
+    "cross_entropy": "logits",
+    "linear_cross_entropy": "hidden",
+    "adamw_": "params",
+    "grad_norm": "tensors",
+}
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 _MAX_WIDTH = 8192  # of layer_norm, whose backward holds a row in registers
 
@@ -49,7 +64,7 @@ def _limit_of_layer_norm(x: torch.Tensor) -> str:
     return "" if fits else f"the kernels take rows of at most {_MAX_WIDTH} elements, not {C}"
 
 
-# Limits of an op's own kernels: from its first argument to the reason for refusing it, or "".
+# Limits of an op's own kernels: from its deciding argument to the reason for refusing it, or "".
 _LIMITS = {"flash_attention": _limit_of_attention, "layer_norm": _limit_of_layer_norm}
 
 
@@ -78,7 +93,7 @@ def available() -> dict[str, bool]:
 
 
 def facts(op: str, tensor: torch.Tensor) -> Facts:
-    """The facts about the first argument of `op` on this machine."""
+    """The facts about the deciding argument of `op` on this machine."""
     capability = None
     if tensor.device.type == "cuda":
         capability = torch.cuda.get_device_capability(tensor.device)
@@ -91,6 +106,11 @@ def facts(op: str, tensor: torch.Tensor) -> Facts:
         extension.failure(),
         _LIMITS[op](tensor) if op in _LIMITS else "",
     )
+
+
+def narrowest(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
+    """The tensor whose dtype the fewest implementations take; it decides for the list."""
+    return max(tensors, key=lambda x: (x.dtype == torch.float64, x.dtype == torch.float16))
 
 
 def refusal(op: str, impl: str, given: Facts) -> str | None:
@@ -138,7 +158,7 @@ def choose(op: str, impl: str, given: torch.Tensor | Facts) -> str:
     Args:
         op: name of a public op.
         impl: "auto" or one of IMPLEMENTATIONS.
-        given: the op's first argument, or `Facts`.
+        given: the tensor that decides (q, x, logits, hidden, `narrowest` of a list), or `Facts`.
     Raises:
         ValueError: unknown `impl`.
         RuntimeError: an explicit `impl` cannot run here; the message says why.
@@ -158,18 +178,62 @@ def choose(op: str, impl: str, given: torch.Tensor | Facts) -> str:
     return impl
 
 
-def explain(op: str, tensor: torch.Tensor | Facts, impl: str = "auto") -> str:
-    """Which implementation of `op` runs for this tensor and why each other one does not.
+def explain(op: str, *args, **kwargs) -> str:
+    """Which implementation of `op` runs for these arguments and why each other one does not.
+
+    explain("flash_attention", q, k, v, window=9) is for flash_attention(q, k, v, window=9). Nothing
+    is computed, and shapes are not compared: that the op does when it is called.
 
     Args:
         op: name of a public op, for example "layer_norm".
-        tensor: the op's first argument, or `Facts`.
+        args, kwargs: the arguments of the op; with `impl=` of that choice, else of "auto".
     Returns:
         one line per implementation; the chosen one is marked with `->`.
+    Raises:
+        ValueError: unknown op or `impl`, or no tensors.
+        TypeError: the op does not take these arguments.
+        RuntimeError: the `impl` that is asked for cannot run here.
     """
     if op not in _OPS:
-        raise ValueError(f"explain: expected an op of {sorted(_OPS)}, got {op!r}.")
-    given = tensor if isinstance(tensor, Facts) else facts(op, tensor)
+        raise ValueError(
+            f"explain: expected an op of {sorted(_OPS)}, got {op!r}. Pass the name of an op."
+        )
+    given, impl = _deciding(op, args, kwargs)
+    return describe(op, facts(op, given), impl)
+
+
+def _deciding(op: str, args: tuple, kwargs: dict) -> tuple[torch.Tensor, str]:
+    """The tensor that decides among the arguments of `op`, and `impl`."""
+    # The ops import this module, so they are looked up when asked for.
+    signature = inspect.signature(getattr(importlib.import_module(__package__), op))
+    try:
+        arguments = signature.bind(*args, **kwargs).arguments
+    except TypeError as error:
+        takes = ", ".join(signature.parameters)
+        raise TypeError(
+            f"explain: expected the arguments of {op}({takes}), got others: {error}. "
+            "Pass what the op is called with."
+        ) from None
+    name = _DECIDING[op]
+    found = arguments[name]
+    if isinstance(found, (list, tuple)):
+        if not found:
+            raise ValueError(
+                f"explain: expected at least one tensor in {name} of {op}, got none. "
+                "Pass what the op is called with."
+            )
+        wrong = [x for x in found if not isinstance(x, torch.Tensor)]
+        found = wrong[0] if wrong else narrowest(found)
+    if not isinstance(found, torch.Tensor):
+        raise TypeError(
+            f"explain: expected tensors as {name} of {op}, got {type(found).__name__}. "
+            "Pass what the op is called with."
+        )
+    return found, arguments.get("impl", "auto")
+
+
+def describe(op: str, given: Facts, impl: str = "auto") -> str:
+    """The text of `explain` from facts alone, so also about a machine that is not here. Pure."""
     chosen = choose(op, impl, given)
     refuse = _refusal_of_auto if impl == "auto" else refusal
     lines = []

@@ -4,7 +4,8 @@ norm = sqrt(sum of x^2 over all elements of all tensors)
 
 Moved: each element is read once. Accumulated in float64, in blocks of fixed length whose sums are
 added in their order, so neither threads nor the size of the GPU change the result; the order
-differs between implementations, by about 1e-16 relative before the result is rounded to float32.
+differs between implementations, by about 1e-16 relative before the result is rounded to float32
+(it stays float64 for float64 tensors).
 The host does not wait for a GPU.
 """
 
@@ -16,7 +17,7 @@ import torch
 from stellarator_kernels import extension, reference
 from stellarator_kernels._triton import tl, triton
 from stellarator_kernels.checks import expect, expect_dtype, expect_same_device
-from stellarator_kernels.dispatch import choose
+from stellarator_kernels.dispatch import choose, narrowest
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _BLOCK = 2048
@@ -88,44 +89,38 @@ def _sum_in_blocks(x: torch.Tensor) -> torch.Tensor:
 
 
 def _norm_torch(tensors: list[torch.Tensor]) -> torch.Tensor:
-    """ATen's sums over rows of fixed length, in slices that bound the float64 copies."""
+    """ATen's sums over rows of fixed length, in slices that bound the float64 copies; float64."""
     slices = [part for x in tensors for part in x.split(_TORCH_SLICE)]
     sums = [_sum_in_blocks(part.double().square()) for part in slices]
-    return _sum_in_blocks(torch.cat(sums)).sqrt().float().reshape(())
-
-
-def _norm_reference(tensors: list[torch.Tensor]) -> torch.Tensor:
-    """The formula of `reference.grad_norm_ref`, rounded to float32."""
-    return reference.grad_norm_ref(tensors).float()
+    return _sum_in_blocks(torch.cat(sums)).sqrt().reshape(())
 
 
 _NORMS = {
     "triton": _norm_triton,
     "cpu": _norm_cpu,
     "torch": _norm_torch,
-    "reference": _norm_reference,
+    "reference": reference.grad_norm_ref,
 }
 
 
 @torch.library.custom_op("stellarator::grad_norm", mutates_args=())
 def _grad_norm(tensors: Sequence[torch.Tensor], impl: str) -> torch.Tensor:
-    # The dtype that the fewest implementations take decides for the list.
-    narrow = max(tensors, key=lambda x: (x.dtype == torch.float64, x.dtype == torch.float16))
-    norm = _NORMS[choose("grad_norm", impl, narrow)]
+    deciding = narrowest(tensors)
+    norm, dtype = _NORMS[choose("grad_norm", impl, deciding)], reference.compute_dtype(deciding)
     flat = [x.contiguous().view(-1) for x in tensors if x.numel()]
     if not flat:
-        return tensors[0].new_zeros((), dtype=torch.float32)
-    return norm(flat)
+        return tensors[0].new_zeros((), dtype=dtype)
+    return norm(flat).to(dtype)
 
 
 @_grad_norm.register_fake
 def _(tensors, impl):
-    return tensors[0].new_empty((), dtype=torch.float32)
+    return tensors[0].new_empty((), dtype=reference.compute_dtype(narrowest(tensors)))
 
 
 @torch.no_grad()
 def grad_norm(tensors: Sequence[torch.Tensor], *, impl: str = "auto") -> torch.Tensor:
-    """L2 norm over all elements of all tensors, as a 0-d float32 tensor.
+    """L2 norm over all elements of all tensors, as a 0-d tensor.
 
     norm = sqrt(sum x^2)
 
@@ -133,7 +128,8 @@ def grad_norm(tensors: Sequence[torch.Tensor], *, impl: str = "auto") -> torch.T
         tensors: at least one tensor of any shape on one device, floating-point, dtypes may differ.
             Those that are not contiguous are copied.
     Returns:
-        norm: () float32 on the device of the tensors; NaN if any element is NaN.
+        norm: () float32, or float64 if one of the tensors is, on their device; NaN if any element
+            is NaN.
     Raises:
         ValueError: no tensors, another dtype, several devices.
         RuntimeError: `impl` cannot run here.

@@ -2,14 +2,15 @@
 
 Also: the C++ kernel gives the same bits on every instruction set and any number of threads, the
 bfloat16 copy is rounded as ATen rounds, and what lies beside a slice is not touched.
-Not covered: speed (benchmarks), a real GPU (`triton` runs in its interpreter here and is compiled
-for sm_80 and sm_90), processors without AVX-512 beyond forcing the lower levels on this one.
+Where Triton runs: grid.py; its kernel is also compiled for sm_80 and sm_90.
+Not covered: speed (benchmarks), processors without AVX-512 beyond forcing the lower levels here.
 """
 
 import os
 import subprocess
 import sys
 
+import grid
 import pytest
 import torch
 
@@ -20,12 +21,7 @@ BETAS, EPS, LR = (0.9, 0.95), 1e-8, 1e-2
 needs_extension = pytest.mark.skipif(
     extension.failure() is not None, reason=f"no C++ extension: {extension.failure()}"
 )
-IMPLS = [
-    pytest.param("cpu", marks=needs_extension),
-    "torch",
-    "reference",
-    pytest.param("triton", marks=pytest.mark.interpret),
-]
+IMPLS = [pytest.param("cpu", marks=needs_extension), *grid.IMPLS]
 # Empty; one; less than a vector; around one chunk of 64; above one Triton block of 1024.
 SIZES = (0, 1, 7, 63, 64, 65, 1025)
 
@@ -34,7 +30,7 @@ class State:
     """Flat tensors of one group, with a run of steps."""
 
     def __init__(self, n, *, param_dtype=torch.float32, seed=0, state_dtype=torch.float32):
-        generator = torch.Generator().manual_seed(seed)
+        generator = grid.generator(seed)
         self.weight = torch.randn(n, generator=generator, dtype=torch.float64).to(state_dtype)
         self.exp_avg = torch.zeros(n, dtype=state_dtype)
         self.exp_avg_sq = torch.zeros(n, dtype=state_dtype)
@@ -63,7 +59,7 @@ class State:
 
 def gradients(n, steps, seed=1, dtype=torch.float32):
     """Gradients whose scale differs by element and by step."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = grid.generator(seed)
     scale = torch.logspace(-3, 1, max(n, 1))[:n]
     return [
         (torch.randn(n, generator=generator) * scale * (1 + t % 3)).to(dtype) for t in range(steps)
@@ -112,6 +108,29 @@ def test_float64_equals_torch(impl):
     torch.testing.assert_close(state.exp_avg_sq, exact_state["exp_avg_sq"], rtol=1e-13, atol=0)
 
 
+@pytest.mark.parametrize("impl", ["torch", "reference"])
+def test_a_float64_clip_coefficient_keeps_its_digits(impl):
+    clip, grads = torch.tensor(1 / 3, dtype=torch.float64), gradients(64, 3, dtype=torch.float64)
+    state = State(64, param_dtype=torch.float64, state_dtype=torch.float64)
+    exact, exact_state = torch_run(state.weight, [g * clip for g in grads], torch.float64)
+    for t, grad in enumerate(grads, start=1):
+        state.step(grad, t, impl=impl, clip_coefficient=clip)
+    torch.testing.assert_close(state.param, exact, rtol=1e-13, atol=1e-15)
+    torch.testing.assert_close(state.exp_avg_sq, exact_state["exp_avg_sq"], rtol=1e-13, atol=0)
+
+
+def test_one_float64_tensor_decides_for_all():
+    """The C++ kernel would read its memory as float32."""
+    states = [State(70, seed=1), State(70, param_dtype=torch.float64, state_dtype=torch.float64)]
+    grads = [gradients(70, 1)[0], gradients(70, 1, dtype=torch.float64)[0]]
+    exact = [torch_run(s.weight, [g], torch.float64)[0] for s, g in zip(states, grads)]
+    lists = [[s.param for s in states], grads]
+    lists += [[s.exp_avg for s in states], [s.exp_avg_sq for s in states]]
+    adamw_(*lists, lr=LR, beta1=BETAS[0], beta2=BETAS[1], eps=EPS, weight_decay=0.1, step=1)
+    for state, wanted in zip(states, exact):
+        torch.testing.assert_close(state.param.double(), wanted, rtol=2e-6, atol=1e-7)
+
+
 @pytest.mark.parametrize("grad_dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("impl", IMPLS)
 def test_bfloat16_is_the_rounded_float32_run(impl, grad_dtype):
@@ -145,7 +164,8 @@ def test_rounding_of_special_values(impl):
     assert state.param[~number].isnan().all()
 
 
-@pytest.mark.parametrize("impl", IMPLS)
+# Compiled for a GPU, the product with the coefficient is fused into the difference after it.
+@pytest.mark.parametrize("impl", [IMPLS[0], *grid.IMPLS_ON_CPU])
 def test_clip_coefficient_scales_the_gradient(impl):
     grads = gradients(300, 4)
     clipped, scaled, plain = (State(300, param_dtype=torch.bfloat16) for _ in range(3))
@@ -187,7 +207,7 @@ def test_each_group_has_its_own_decay(impl):
 
 
 @pytest.mark.parametrize("param_dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("impl", ["cpu", "torch", "triton"])
+@pytest.mark.parametrize("impl", ["cpu", "torch", pytest.param("triton", marks=grid.TRITON)])
 def test_sizes_and_unaligned_slices(impl, param_dtype):
     """Slices that start at an odd element of a flat buffer; their neighbours stay as they are."""
     if impl == "cpu" and extension.failure() is not None:
@@ -305,7 +325,7 @@ def on_gpu(x):
     return torch.tensor(x, dtype=torch.float64)
 
 
-@pytest.mark.interpret
+@grid.TRITON
 @pytest.mark.parametrize(("lr", "step"), [(on_gpu, on_gpu), (on_gpu, float), (float, on_gpu)])
 def test_triton_reads_the_factors_from_memory(lr, step):
     """What a GPU does when lr, step or both are tensors there."""
@@ -411,6 +431,7 @@ def test_compiles_in_one_graph():
         ({"lr": torch.zeros(2)}, r"lr \(\) = \(\), got \(2,\)"),
         ({"clip_coefficient": torch.ones(1)}, r"clip_coefficient \(\) = \(\), got \(1,\)"),
         ({"clip_coefficient": torch.tensor(1)}, "clip_coefficient with dtype in"),
+        ({"clip_coefficient": torch.ones(()).double()}, "clip_coefficient with dtype in"),
         ({"impl": "fast"}, "adamw_: expected impl in"),
     ],
 )

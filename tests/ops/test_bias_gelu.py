@@ -1,7 +1,7 @@
 """bias_gelu against F.gelu(x + bias) and autograd in float64, on float64 copies of the inputs.
 
 Tolerance: testing.assert_close_to_reference, with the eager code in the tested dtype as the peer.
-Triton runs in its interpreter in fp32 and fp16 (bf16 casts truncate there). Not covered: a GPU.
+Where Triton runs: grid.py.
 """
 
 import math
@@ -9,6 +9,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from grid import CASES, IMPLS, KERNELS, generator
 
 from stellarator_kernels import bias_gelu, cost
 from stellarator_kernels.bias_gelu import (
@@ -27,20 +28,11 @@ SHAPES = {
     "3b": (2, 12288),
     "7b": (3, 18432),
 }
-CASES = [
-    ("torch", torch.bfloat16),
-    ("torch", torch.float32),
-    ("reference", torch.bfloat16),
-    ("reference", torch.float32),
-    ("triton", torch.float16),
-    ("triton", torch.float32),
-]
-IMPLS = ["torch", "reference", "triton"]
 
 
 def make(N, C, dtype, bias=True):
     """x (N, C), bias (C,) and dy; x reaches into both tails."""
-    g = torch.Generator().manual_seed(N + C)
+    g = generator(N + C)
     x, b, dy = (torch.randn(*shape, generator=g) for shape in ((N, C), (C,), (N, C)))
     return (2 * x).to(dtype), b.to(dtype) if bias else None, dy.to(dtype)
 
@@ -146,7 +138,7 @@ def test_gradcheck(impl, approximate):
     assert torch.autograd.gradcheck(function, (x.requires_grad_(), bias.requires_grad_()))
 
 
-@pytest.mark.parametrize("impl", ["torch", "triton"])
+@pytest.mark.parametrize("impl", KERNELS)
 def test_the_same_to_the_bit_on_every_run(impl):
     x, bias, dy = make(300, 24, torch.float32)
     first, second = (
@@ -163,7 +155,7 @@ def test_opcheck(bias):
     torch.library.opcheck(_bias_gelu_backward, (dy, x, b, "tanh", "torch"))
 
 
-@pytest.mark.parametrize("impl", ["torch", "triton"])
+@pytest.mark.parametrize("impl", KERNELS)
 def test_compiled_in_one_graph(impl):
     x, bias, dy = make(6, 32, torch.float32)
 

@@ -1,8 +1,8 @@
 """cross_entropy against F.cross_entropy and autograd in float64, on float64 copies of the logits.
 
 Tolerance: testing.assert_close_to_reference; the peer is F.cross_entropy of fp32 copies, as
-trainers write it. Triton runs in its interpreter in fp32 and fp16 (bf16 casts truncate there).
-Not covered: a GPU, where a target that is no class gives NaN (triton) or an assertion (torch).
+trainers write it. Where Triton runs: grid.py. Not covered: the assertion with which torch answers a
+target that is no class on a GPU.
 """
 
 import sys
@@ -10,6 +10,7 @@ import sys
 import pytest
 import torch
 import torch.nn.functional as F
+from grid import CASES, IMPLS, IMPLS_ON_CPU, KERNELS, TRITON, generator
 
 from stellarator_kernels import cost, cross_entropy
 from stellarator_kernels.cross_entropy import (
@@ -28,20 +29,11 @@ SHAPES = {
     "two_blocks_and_a_rest": (3, 2 * 4096 + 5),
     "starcoder": (2, 49152),
 }
-CASES = [
-    ("torch", torch.bfloat16),
-    ("torch", torch.float32),
-    ("reference", torch.bfloat16),
-    ("reference", torch.float32),
-    ("triton", torch.float16),
-    ("triton", torch.float32),
-]
-IMPLS = ["torch", "reference", "triton"]
 
 
 def make(N, V, dtype, ignored=True):
     """logits (N, V), targets with every third ignored, dloss (N,)."""
-    g = torch.Generator().manual_seed(N + V)
+    g = generator(N + V)
     logits = (3 * torch.randn(N, V, generator=g)).to(dtype)
     targets = torch.randint(0, V, (N,), generator=g)
     if ignored:
@@ -140,7 +132,7 @@ def test_blocks_of_rows_join(monkeypatch, dtype):
     compare("torch", *make(11, 20, dtype), z_loss=1e-2)
 
 
-@pytest.mark.parametrize("launch", [launch_forward, forward_torch])
+@pytest.mark.parametrize("launch", [pytest.param(launch_forward, marks=TRITON), forward_torch])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
 def test_the_gradient_written_in_place_of_the_logits(dtype, launch):
     logits, targets, dloss = make(4, 5000, dtype)
@@ -178,7 +170,7 @@ def test_opcheck():
     torch.library.opcheck(_cross_entropy_backward, arguments)
 
 
-@pytest.mark.parametrize("impl", ["torch", "triton"])
+@pytest.mark.parametrize("impl", KERNELS)
 def test_compiled_in_one_graph(impl):
     logits, targets, dloss = make(6, 32, torch.float32)
 
@@ -194,7 +186,7 @@ def test_tiles():
     assert [tiles(V) for V in (1, 420, 16384, 49152)] == [(1, 1), (512, 1), (4096, 8), (4096, 8)]
 
 
-@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("impl", IMPLS_ON_CPU)  # elsewhere looking would wait for the device
 @pytest.mark.parametrize("target", [8, -1, -101])
 def test_a_target_that_is_no_class(impl, target):
     targets = torch.tensor([0, target, -100])
@@ -203,6 +195,7 @@ def test_a_target_that_is_no_class(impl, target):
         cross_entropy(torch.zeros(3, 8), targets, impl=impl)
 
 
+@TRITON
 def test_the_kernel_gives_nan_for_a_target_that_is_no_class():
     # As on a GPU, where the check of the values is left out.
     targets = torch.tensor([0, 8, -1, -100])

@@ -13,8 +13,9 @@ import sysconfig
 import pytest
 import torch
 
+import stellarator_kernels
 from stellarator_kernels import available, dispatch, explain, flash_attention
-from stellarator_kernels.dispatch import Facts, choose
+from stellarator_kernels.dispatch import Facts, choose, describe
 
 BF16, FP32, FP64 = torch.bfloat16, torch.float32, torch.float64
 BROKEN = "ImportError: no such symbol"
@@ -42,7 +43,7 @@ BROKEN = "ImportError: no such symbol"
 )
 def test_auto(op, given, expected):
     assert choose(op, "auto", given) == expected
-    assert f"-> {op}: {expected}" in explain(op, given).splitlines()
+    assert f"-> {op}: {expected}" in describe(op, given).splitlines()
 
 
 @pytest.mark.parametrize(
@@ -64,22 +65,105 @@ def test_an_explicit_choice_that_cannot_run_raises_with_the_reason(op, impl, giv
         choose(op, impl, given)
     assert any(
         line.startswith(f"   {op}: {impl}: ") or impl not in dispatch._OPS[op]
-        for line in explain(op, given).splitlines()
+        for line in describe(op, given).splitlines()
     )
 
 
 def test_the_interpreter_runs_only_when_asked_for():
     for given in (Facts("cpu", FP32, interpreter=True), Facts("cuda", FP32, (9, 0), None, True)):
         assert choose("rope", "triton", given) == "triton"
-        assert "rope: triton: TRITON_INTERPRET is 1" in explain("rope", given)
-        assert "-> rope: triton" in explain("rope", given, impl="triton")
+        assert "rope: triton: TRITON_INTERPRET is 1" in describe("rope", given)
+        assert "-> rope: triton" in describe("rope", given, impl="triton")
 
 
 def test_unknown_names():
     with pytest.raises(ValueError, match="^rope: expected impl in .*got 'cuda'"):
         choose("rope", "cuda", Facts("cpu", FP32))
     with pytest.raises(ValueError, match="^explain: expected an op of .*got 'softmax'"):
-        explain("softmax", Facts("cpu", FP32))
+        explain("softmax", torch.zeros(4))
+
+
+def arguments(dtype, width=16):
+    """Positional and keyword arguments of one small call of every op."""
+    x, heads, flat = (
+        torch.ones(*shape, dtype=dtype) for shape in ((2, width), (1, 2, 1, width), (4,))
+    )
+    ids = torch.zeros(2, dtype=torch.int64)
+    wide = torch.float64 if dtype == FP64 else FP32
+    states = [flat.to(wide)], [flat.to(wide)], [flat.to(wide)]
+    factors = {"lr": 0.1, "beta1": 0.9, "beta2": 0.9, "eps": 1e-8, "weight_decay": 0.1, "step": 1}
+    return {
+        "flash_attention": ((heads, heads, heads), {"window": 512}),
+        "decode_attention": ((heads[:, :1], heads, heads, torch.tensor([2])), {"window": 512}),
+        "rope": ((heads, heads), {"positions": ids[None], "theta": 1e4}),
+        "layer_norm": ((x, x[0], x[0]), {"residual": x}),
+        "bias_gelu": ((), {"x": x, "bias": x[0]}),
+        "cross_entropy": ((x, ids), {"z_loss": 0.1}),
+        "linear_cross_entropy": ((x, x, ids, None), {"reduction": "sum"}),
+        "adamw_": (
+            ([flat], *states),
+            factors | ({"master": [flat.to(wide)]} if dtype == BF16 else {}),
+        ),
+        "grad_norm": (([flat, x.to(wide)],), {}),
+    }
+
+
+@pytest.mark.parametrize("dtype", [BF16, FP32, FP64], ids=str)
+@pytest.mark.parametrize("op", dispatch._OPS)
+def test_explain_takes_what_the_op_takes_and_says_what_runs(monkeypatch, op, dtype):
+    """The independent witness is the choice that the op itself makes when it is called."""
+    args, kwargs = arguments(dtype)[op]
+    lines = explain(op, *args, **kwargs).splitlines()
+    assert [line[3:].split(": ")[0] for line in lines] == [op] * len(dispatch._OPS[op])
+    made = []
+
+    def recorded(name, impl, given):
+        made.append((name, choose(name, impl, given)))
+        return made[-1][1]
+
+    module = sys.modules[getattr(stellarator_kernels, op).__module__]
+    at = dispatch if hasattr(module, "dispatch") else module
+    monkeypatch.setattr(at, "choose", recorded)
+    getattr(stellarator_kernels, op)(*args, **kwargs)
+    assert [line for line in lines if line.startswith("->")] == [f"-> {op}: {made[0][1]}"]
+    asked = explain(op, *args, **kwargs, impl="reference")
+    assert f"-> {op}: reference" in asked.splitlines()
+
+
+def test_the_tensor_that_the_fewest_can_take_decides_for_a_list():
+    single, double = torch.ones(3), torch.ones(3, dtype=FP64)
+    assert "-> grad_norm: torch" in explain("grad_norm", [single, double]).splitlines()
+    (_, *states), factors = arguments(FP32)["adamw_"]
+    both = explain("adamw_", [single, double], *states, **factors)
+    assert "   adamw_: cpu: it is written for float32 and bfloat16, not torch.float64" in both
+
+
+@pytest.mark.parametrize(
+    ("op", "args", "kwargs", "error", "message"),
+    [
+        (
+            "rope",
+            (1,),
+            {},
+            TypeError,
+            r"arguments of rope\(q, k, positions, theta, .*missing a req",
+        ),
+        ("rope", (), {"x": 1}, TypeError, "missing a required argument: 'q'"),
+        ("bias_gelu", ("x", None), {}, TypeError, "expected tensors as x of bias_gelu, got str"),
+        ("bias_gelu", (1, 2), {"window": 3}, TypeError, "unexpected keyword argument 'window'"),
+        ("grad_norm", ([],), {}, ValueError, "at least one tensor in tensors of grad_norm, got no"),
+        ("grad_norm", ([torch.ones(1), 2],), {}, TypeError, "as tensors of grad_norm, got int"),
+    ],
+)
+def test_explain_refuses_what_the_op_does_not_take(op, args, kwargs, error, message):
+    with pytest.raises(error, match="^explain: .*" + message):
+        explain(op, *args, **kwargs)
+
+
+def test_explain_of_an_impl_that_cannot_run_says_why():
+    with pytest.raises(RuntimeError, match="rope: impl='cpu' cannot run: there is no cpu impl"):
+        args, kwargs = arguments(FP32)["rope"]
+        explain("rope", *args, **kwargs, impl="cpu")
 
 
 @pytest.mark.parametrize(
@@ -92,7 +176,9 @@ def test_unknown_names():
     ],
 )
 def test_explain_knows_the_limits_of_the_kernels(op, shape, reason):
-    lines = explain(op, torch.empty(shape)).splitlines()
+    x = torch.empty(shape)
+    rest = (x, x) if op == "flash_attention" else (x[0], None)
+    lines = explain(op, x, *rest).splitlines()
     assert f"-> {op}: torch" in lines
     assert any(line.startswith(f"   {op}: triton: {reason}") for line in lines)
 
@@ -102,7 +188,7 @@ def test_explain_knows_the_limits_of_the_kernels(op, shape, reason):
 def test_explain_and_the_op_agree(D):
     """What `explain` refuses the op refuses, with the same words."""
     q = torch.zeros(1, 2, 1, D)
-    line = next(x for x in explain("flash_attention", q).splitlines() if ": triton: " in x)
+    line = next(x for x in explain("flash_attention", q, q, q).splitlines() if ": triton: " in x)
     reason = line.split(": triton: ")[1]
     if D in (16, 256):
         assert reason.startswith("TRITON_INTERPRET is 1")
@@ -130,7 +216,7 @@ import torch, stellarator_kernels as kernels
 kernels.__path__.insert(0, {str(tmp_path)!r})
 print("available", kernels.available()["extension"])
 print(kernels.grad_norm([torch.full((4,), 2.0)]).item())
-print(kernels.explain("grad_norm", torch.ones(4)))
+print(kernels.explain("grad_norm", [torch.ones(4)]))
 try:
     kernels.grad_norm([torch.ones(4)], impl="cpu")
 except RuntimeError as error:

@@ -4,8 +4,8 @@ The independent reference is F.scaled_dot_product_attention in float64 with keys
 and a mask made here by a loop over (query, key); `impl="reference"` is held to it, and then holds
 the others to itself in float64. Errors are bounded by twice those of plain code in the same dtype.
 
-Not covered: speed; a real GPU. The Triton kernels run in the interpreter here, where bf16 is
-computed in fp32 and stored truncated; test_flash_attention_code.py compiles them.
+Where Triton runs: grid.py; in the interpreter bf16 is computed in fp32 and stored truncated.
+test_flash_attention_code.py compiles the kernels. Not covered: speed.
 """
 
 import dataclasses
@@ -15,13 +15,13 @@ import random
 import pytest
 import torch
 import torch.nn.functional as F
+from grid import IMPLS, INTERPRETED, KERNELS, NATIVE, TRITON, generator
 
 from stellarator_kernels import cost, flash_attention
 from stellarator_kernels.attention import aten
 from stellarator_kernels.testing import assert_close_to_reference, poison_empty
 
 BF16, FP16, FP32, FP64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
-IMPLS = ["reference", "torch", pytest.param("triton", marks=pytest.mark.interpret)]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,7 +73,7 @@ class Case:
 
     def inputs(self, dtype, seed=0):
         """q, k, v, dout and dlse."""
-        g = torch.Generator().manual_seed(seed)
+        g = generator(seed)
         shapes = [(self.B, n, h, self.D) for n, h in self.sizes()] + [
             (self.B, self.T, self.H, self.D),
             (self.B, self.H, self.T),
@@ -190,15 +190,17 @@ def test_torch_on_other_devices(name, monkeypatch):
     check(CASES[name], FP32, "torch")
 
 
-@pytest.mark.interpret
+@TRITON
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 def test_triton(case):
     check(case, FP32, "triton")
 
 
-@pytest.mark.interpret
+@TRITON
 @pytest.mark.parametrize("dtype", [BF16, FP16], ids=str)
-@pytest.mark.parametrize("name", ["odd length, padded width, group 3", "documents, window"])
+@pytest.mark.parametrize(
+    "name", CASES if NATIVE else ["odd length, padded width, group 3", "documents, window"]
+)
 def test_triton_16_bit(name, dtype):
     check(CASES[name], dtype, "triton")
 
@@ -249,7 +251,7 @@ def test_torch_random(seed):
     check(case, (FP32, BF16)[seed % 2], "torch", seed)
 
 
-@pytest.mark.interpret
+@TRITON
 @pytest.mark.parametrize("seed", range(100, 110))
 def test_triton_random(seed):
     case = random_case(seed, 80)
@@ -261,7 +263,7 @@ def test_triton_random(seed):
 def test_strided_inputs_and_gradients(impl):
     """Views of one fused projection, a strided last dimension, an expanded gradient."""
     B, T, H, G, D = 2, 37, 4, 2, 16
-    fused = torch.randn(B, T, (H + 2 * G) * D, generator=torch.Generator().manual_seed(0))
+    fused = torch.randn(B, T, (H + 2 * G) * D, generator=generator(0))
     q, k, v = (x.unflatten(-1, (-1, D)) for x in fused.split([H * D, G * D, G * D], -1))
     v = v.transpose(2, 3).contiguous().transpose(2, 3)
     assert not (q.is_contiguous() or k.is_contiguous()) and v.stride(-1) != 1
@@ -290,7 +292,7 @@ def test_packing_changes_nothing(impl):
     assert error == 0 if impl == "torch" else error < 1e-6
 
 
-@pytest.mark.parametrize("impl", IMPLS[1:])
+@pytest.mark.parametrize("impl", KERNELS)
 def test_same_bits_every_time(impl):
     case = Case(50, H=6, G=2, window=23)
     tensors = case.inputs(BF16)
@@ -403,6 +405,7 @@ def test_errors(arguments, options, message):
         flash_attention(*arguments, **options)
 
 
+@INTERPRETED
 def test_an_impl_that_cannot_run_is_refused():
     narrow = zeros(1, 4, 2, 12)
     with pytest.raises(RuntimeError, match="head width is 12, not a multiple of 8 from 16 to 256"):

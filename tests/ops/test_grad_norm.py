@@ -1,7 +1,7 @@
 """The L2 norm against exact rational arithmetic (math.fsum of exact squares) and torch.
 
 Also: the same bits on every instruction set and any number of threads.
-Not covered: a real GPU (`triton` runs in its interpreter here and is compiled for sm_80 and sm_90).
+Where Triton runs: grid.py; its kernels are also compiled for sm_80 and sm_90.
 """
 
 import math
@@ -9,6 +9,7 @@ import os
 import subprocess
 import sys
 
+import grid
 import pytest
 import torch
 
@@ -17,12 +18,7 @@ from stellarator_kernels import cost, extension, grad_norm
 needs_extension = pytest.mark.skipif(
     extension.failure() is not None, reason=f"no C++ extension: {extension.failure()}"
 )
-IMPLS = [
-    pytest.param("cpu", marks=needs_extension),
-    "torch",
-    "reference",
-    pytest.param("triton", marks=pytest.mark.interpret),
-]
+IMPLS = [pytest.param("cpu", marks=needs_extension), *grid.IMPLS]
 
 
 def exact(tensors):
@@ -32,7 +28,7 @@ def exact(tensors):
 
 def random(n, seed=0, dtype=torch.float32):
     """Values over six orders of magnitude, so that the order of additions would show in float32."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = grid.generator(seed)
     return (torch.randn(n, generator=generator) * torch.logspace(-3, 3, n)).to(dtype)
 
 
@@ -91,7 +87,7 @@ def test_sums_do_not_depend_on_threads_or_isa(impl, dtype, n, trials):
     """Elements of one scale, so that every block weighs; a change of order shows in some trials."""
     before = torch.get_num_threads()
     for seed in range(trials):
-        x = torch.randn(n, generator=torch.Generator().manual_seed(seed)).to(dtype)
+        x = torch.randn(n, generator=grid.generator(seed)).to(dtype)
         sums = set()
         for threads in (1, 2, 3, 5):
             torch.set_num_threads(threads)
@@ -106,13 +102,25 @@ def test_float64_and_float16_go_where_they_can():
     values = torch.tensor([3.0, 4.0])
     for dtypes in ([torch.float64], [torch.float16], [torch.float32, torch.float16, torch.float64]):
         norm = grad_norm([values.to(d) for d in dtypes])
-        assert norm.dtype == torch.float32 and norm.item() == pytest.approx(5 * len(dtypes) ** 0.5)
+        assert norm.dtype == (torch.float64 if torch.float64 in dtypes else torch.float32)
+        assert norm.item() == pytest.approx(5 * len(dtypes) ** 0.5)
     with pytest.raises(RuntimeError, match="impl='cpu' cannot run"):
         grad_norm([values, values.half()], impl="cpu")
 
 
+@pytest.mark.parametrize("impl", ["torch", "reference"])
+def test_float64_is_not_rounded_to_float32(impl):
+    generator = grid.generator(0)
+    tensors = [torch.randn(n, generator=generator, dtype=torch.float64) for n in (40_000, 7)]
+    wanted = math.sqrt(math.fsum(x * x for t in tensors for x in t.tolist()))
+    assert grad_norm(tensors, impl=impl).item() == pytest.approx(wanted, rel=1e-14)
+    assert grad_norm([torch.zeros(0).double()], impl=impl).dtype == torch.float64
+
+
 def test_opcheck():
     tensors = [random(10), random(5, 1, torch.bfloat16)]
+    torch.library.opcheck(torch.ops.stellarator.grad_norm.default, (tensors, "auto"))
+    tensors.append(random(5, 2, torch.float64))
     torch.library.opcheck(torch.ops.stellarator.grad_norm.default, (tensors, "auto"))
 
 

@@ -1,9 +1,8 @@
 """linear_cross_entropy against F.linear + F.cross_entropy and autograd in float64.
 
 Tolerance: testing.assert_close_to_reference; the peer is the eager code in the tested dtype with
-fp32 losses. Triton runs in its interpreter in fp32 and fp16. Memory is measured with torch's
-profiler, which sees every allocation of ATen.
-Not covered: a GPU, so neither its fp32 products of 16-bit matrices nor the waiting for the count.
+fp32 losses. Where Triton runs: grid.py. Memory is measured on the CPU with torch's profiler, which
+sees every allocation of ATen. Not covered: memory on a GPU and the waiting there for the count.
 """
 
 import sys
@@ -11,6 +10,7 @@ import sys
 import pytest
 import torch
 import torch.nn.functional as F
+from grid import CASES, IMPLS, IMPLS_ON_CPU, INTERPRETED, KERNELS, TRITON, generator
 from torch.profiler import ProfilerActivity, profile
 
 from stellarator_kernels import cost, linear_cross_entropy
@@ -29,21 +29,12 @@ SHAPES = {
     "wide": (20, 24, 300),
     "vocabulary_of_the_demo": (12, 16, 4099),
 }
-CASES = [
-    ("torch", torch.bfloat16),
-    ("torch", torch.float32),
-    ("reference", torch.bfloat16),
-    ("reference", torch.float32),
-    ("triton", torch.float16),
-    ("triton", torch.float32),
-]
-IMPLS = ["torch", "reference", "triton"]
 REDUCTIONS = ["mean", "sum", "none"]
 
 
 def make(N, C, V, dtype, bias=True, ignored=True):
     """hidden, weight, bias, targets with every third ignored, dloss (N,)."""
-    g = torch.Generator().manual_seed(N + C + V)
+    g = generator(N + C + V)
     hidden, weight = torch.randn(N, C, generator=g), torch.randn(V, C, generator=g) / C**0.5
     targets = torch.randint(0, V, (N,), generator=g)
     if ignored:
@@ -144,7 +135,7 @@ def test_no_tokens(impl):
         assert dhidden.shape == (0, 8) and not dweight.any() and loss.sum() == 0
 
 
-@pytest.mark.parametrize("impl", ["torch", "triton"])  # the formula multiplies by zero
+@pytest.mark.parametrize("impl", KERNELS)  # the formula multiplies by zero
 def test_ignored_tokens_may_hold_anything(impl):
     hidden, weight, bias, targets, dloss = make(6, 8, 10, torch.float32)
     hidden[1] = float("nan")
@@ -202,7 +193,7 @@ def record(function):
 
 
 @pytest.mark.parametrize("reduction", REDUCTIONS)
-@pytest.mark.parametrize("impl", ["torch", "triton"])
+@pytest.mark.parametrize("impl", ["torch", pytest.param("triton", marks=INTERPRETED)])
 def test_the_logits_are_never_whole(impl, reduction):
     N, C, V, rows = 64, 4, 96, 16
     hidden, weight, bias, targets, dloss = make(N, C, V, torch.float32, ignored=False)
@@ -325,7 +316,7 @@ def test_opcheck(reduction):
 
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])
-@pytest.mark.parametrize("impl", ["torch", "triton"])
+@pytest.mark.parametrize("impl", KERNELS)
 def test_compiled_in_one_graph(impl, reduction):
     hidden, weight, bias, targets, dloss = make(6, 8, 10, torch.float32)
 
@@ -369,7 +360,7 @@ def test_chunk_rows():
         assert rows * V * size <= budget or rows == min(N, 128)
 
 
-@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("impl", IMPLS_ON_CPU)  # elsewhere looking would wait for the device
 def test_a_target_that_is_no_class(impl):
     hidden, weight, _, targets, _ = make(4, 8, 10, torch.float32)
     targets[2] = 10
@@ -378,6 +369,7 @@ def test_a_target_that_is_no_class(impl):
         linear_cross_entropy(hidden, weight, targets, impl=impl)
 
 
+@TRITON
 def test_the_kernel_gives_nan_for_a_target_that_is_no_class(monkeypatch):
     # As on a GPU, where the check of the values is left out; -1 is a usual mistake for -100.
     module = sys.modules["stellarator_kernels.linear_cross_entropy"]
@@ -432,9 +424,8 @@ def test_messages(change, message):
 )
 def test_few_sizes_of_products(N, count, K):
     """The rows of the products are a multiple of 256 or N; all that count come first, once each."""
-    generator = torch.Generator().manual_seed(count)
     targets = torch.full((N,), -100)
-    chosen = torch.randperm(N, generator=generator)[:count].sort()[0]
+    chosen = torch.randperm(N, generator=generator(count))[:count].sort()[0]
     targets[chosen] = 5
     kept, found = counted(targets, -100)
     assert found == count and kept.numel() == K

@@ -2,13 +2,14 @@
 
 The reference of the rotation is a product of complex numbers in float64, with the fp32 table.
 Tolerance: testing.assert_close_to_reference, with transformers' rotate-half code as the peer.
-Triton runs in its interpreter in fp32 and fp16 (bf16 casts truncate there). Not covered: a GPU.
+Where Triton runs: grid.py.
 """
 
 import sys
 
 import pytest
 import torch
+from grid import CASES, IMPLS, KERNELS, generator
 
 from stellarator_kernels import cost, rope
 from stellarator_kernels.rope import _rope_backward, _rope_forward, rope_table, tiles
@@ -23,20 +24,11 @@ SHAPES = {
     "7b": (1, 2, 36, 4, 128),
     "15b": (2, 2, 48, 4, 128),
 }
-CASES = [
-    ("torch", torch.bfloat16),
-    ("torch", torch.float32),
-    ("reference", torch.bfloat16),
-    ("reference", torch.float32),
-    ("triton", torch.float16),
-    ("triton", torch.float32),
-]
-IMPLS = ["torch", "reference", "triton"]
 
 
 def make(B, T, H, G, D, dtype):
     """q, k, positions and two gradients."""
-    g = torch.Generator().manual_seed(T + H)
+    g = generator(T + H)
     q, k, dq, dk = (torch.randn(B, T, heads, D, generator=g).to(dtype) for heads in (H, G, H, G))
     positions = torch.randint(0, 16384, (B, T), generator=g)
     return q, k, positions, dq, dk
@@ -196,7 +188,7 @@ def test_opcheck():
     torch.library.opcheck(_rope_backward, (dq[0], dk[0], *table, "torch"))
 
 
-@pytest.mark.parametrize("impl", ["torch", "triton"])
+@pytest.mark.parametrize("impl", KERNELS)
 def test_compiled_in_one_graph(impl):
     q, k, positions, dq, dk = make(2, 3, 2, 1, 16, torch.float32)
     q, k = q.requires_grad_(), k.requires_grad_()

@@ -35,12 +35,14 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from stellarator.data.formats import Piece, Special
 from stellarator.data.tokenizer_json import (
+    REPAIR,
     SHARED,
     TokenizerError,
     bytes_of_ids,
     check_json,
     hugging_face_files,
 )
+from stellarator.files import replace_text
 
 SPECIAL_TOKENS_STARCODER = (
     "<|endoftext|>", "<fim_prefix>", "<fim_middle>", "<fim_suffix>", "<fim_pad>", "<filename>",
@@ -158,11 +160,16 @@ class Tokenizer:
                 )
             text = file.read_text(encoding="utf-8")
         except OSError as error:
+            inside = path / "tokenizer" / "tokenizer.json"
+            example = f", such as {inside.parent}" if inside.exists() else ""
             raise TokenizerError(
-                f"{file}: cannot be read: {error.strerror}. Give a folder with tokenizer.json."
+                f"{file}: cannot be read: {error.strerror}. "
+                f"Give a folder with tokenizer.json{example}."
             ) from None
         except UnicodeDecodeError:
-            raise TokenizerError(f"{file}: expected JSON in UTF-8, got other bytes.") from None
+            raise TokenizerError(
+                f"{file}: expected JSON in UTF-8, got other bytes. {REPAIR}"
+            ) from None
         return cls._from_json(text, str(file))
 
     @classmethod
@@ -171,7 +178,9 @@ class Tokenizer:
         try:
             backend = tokenizers.Tokenizer.from_str(text)
         except Exception as error:  # the library raises plain Exception
-            raise TokenizerError(f"{name}: expected a tokenizer, got: {error}") from None
+            raise TokenizerError(
+                f"{name}: expected a tokenizer, got an error: {error}. {REPAIR}"
+            ) from None
         return cls(backend, generation)
 
     def __reduce__(self):
@@ -190,13 +199,9 @@ class Tokenizer:
         """Write a folder that transformers 4 and 5 load: three files, each replaced whole."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        _replace(folder / "tokenizer.json", self.to_json())
+        replace_text(folder / "tokenizer.json", self.to_json())
         for name, content in hugging_face_files(self.special, self.vocab_size).items():
-            _replace(folder / name, json.dumps(content, indent=2) + "\n")
-
-    def is_special(self, index: int) -> bool:
-        """Whether an id is that of a special token."""
-        return bool(np.any(self.special_ids == index))
+            replace_text(folder / name, json.dumps(content, indent=2) + "\n")
 
     def encode(self, text: str) -> list[int]:
         """Ids of a text; never special ones.
@@ -364,10 +369,3 @@ def _joined(pieces: Iterable[Piece]) -> Iterator[Piece]:
         yield piece
     if texts:
         yield "".join(texts)
-
-
-def _replace(path: Path, text: str) -> None:
-    """Write a file whole or not at all."""
-    aside = path.with_name(path.name + ".partial")
-    aside.write_text(text, encoding="utf-8")
-    os.replace(aside, path)

@@ -22,8 +22,9 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from stellarator.config import ModelConfig
+from stellarator.files import sync
 from stellarator.model.hf_config import read_config, write_config
-from stellarator.model.hf_files import FolderError, WeightFiles, read_json, replaced_folder, sync
+from stellarator.model.hf_files import FolderError, WeightFiles, read_json, replaced_folder
 from stellarator.model.transformer import Transformer
 
 _HEAD = "lm_head.weight"

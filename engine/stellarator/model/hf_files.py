@@ -1,6 +1,6 @@
 """The files of a Hugging Face folder: read without trust, and written whole or not at all.
 
-defines: FolderError, read_json, WeightFiles, replaced_folder, sync
+defines: FolderError, read_json, WeightFiles, replaced_folder
 
 Weights are read from safetensors only. Pickle files (.bin, .pt) are refused: opening one can run
 code. Every path stays inside the folder, with one exception: the download cache of Hugging Face,
@@ -16,6 +16,8 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
+
+from stellarator.files import sync
 
 _JSON_LIMIT_BYTES = 64 << 20
 _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -215,12 +217,3 @@ def replaced_folder(folder: Path, is_ours):
         if before.exists() and not folder.exists():  # stopped between the two renames
             before.rename(folder)
         shutil.rmtree(before, ignore_errors=True)
-
-
-def sync(path: Path) -> None:
-    """Wait until a file or a folder's list of names is on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

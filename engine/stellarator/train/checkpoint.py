@@ -24,6 +24,8 @@ from pathlib import Path
 import torch
 from safetensors import safe_open
 
+from stellarator.files import replace_text, sync, write_text
+
 FORMAT_VERSION = 1
 _TENSORS, _MANIFEST = "tensors.safetensors", "manifest.json"
 _DTYPES = {
@@ -99,8 +101,8 @@ def save(folder: Path, step: int, tensors: dict[str, torch.Tensor], state: dict)
             "files": {_TENSORS: {"bytes": size, "sha256": digest}},
             "tensors": described,
         }
-        _write_text(aside / _MANIFEST, json.dumps(_sealed(manifest), indent=1))
-        _sync_folder(aside)
+        write_text(aside / _MANIFEST, json.dumps(_sealed(manifest), indent=1))
+        sync(aside)
         if final.exists():
             # The same step was saved before (a resumed run): keep the old folder until the new one
             # is there.
@@ -110,7 +112,7 @@ def save(folder: Path, step: int, tensors: dict[str, torch.Tensor], state: dict)
             shutil.rmtree(old, ignore_errors=True)
         else:
             aside.rename(final)
-        _sync_folder(folder)
+        sync(folder)
     except OSError as error:
         shutil.rmtree(aside, ignore_errors=True)
         raise CheckpointError(
@@ -118,7 +120,7 @@ def save(folder: Path, step: int, tensors: dict[str, torch.Tensor], state: dict)
             "`folder`; older checkpoints are untouched."
         ) from error
     with contextlib.suppress(OSError):  # for people and scripts; `find` does not depend on it
-        _replace_text(folder / "latest", final.name + "\n")
+        replace_text(folder / "latest", final.name + "\n")
     return final
 
 
@@ -166,30 +168,6 @@ def _sealed(manifest: dict) -> dict:
     """The manifest with a hash of itself, so that a flipped bit in it shows too."""
     text = json.dumps(manifest, sort_keys=True)
     return manifest | {"sha256": hashlib.sha256(text.encode()).hexdigest()}
-
-
-def _write_text(path: Path, text: str) -> None:
-    with open(path, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _replace_text(path: Path, text: str) -> None:
-    """Replace a small file in one step."""
-    aside = path.with_name(f".tmp-{path.name}-{uuid.uuid4().hex[:8]}")
-    _write_text(aside, text)
-    os.replace(aside, path)
-    _sync_folder(path.parent)
-
-
-def _sync_folder(folder: Path) -> None:
-    """Make renames inside `folder` durable."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def load(folder: Path) -> Checkpoint:

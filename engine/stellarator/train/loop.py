@@ -4,8 +4,8 @@ defines: Trainer, DTYPES
 
 A step: micro-batches forward and backward on the SUM of token losses; gradients summed in fp32,
 over micro-batches and then over ranks; one division by the number of target tokens of the whole
-batch; clip; AdamW. The state of a run is its step number, the weights and the moments: everything
-else (batches, FIM cuts, learning rate) is a function of the step.
+batch; clip; AdamW. The state of a run is its step number, the weights, the moments and how many
+updates were skipped: everything else (batches, FIM cuts, learning rate) is a function of the step.
 """
 
 import contextlib
@@ -272,7 +272,9 @@ class Trainer:
         clock, optimizer, mesh, config = self.clock, self.optimizer, self.mesh, self.config
         started, step = time.perf_counter(), self.step + 1
         clock.start()
+        waited = self.source.data_wait_seconds
         micro_batches = next(self.source)
+        waited = self.source.data_wait_seconds - waited
         clock.mark("data")
         optimizer.zero_grad()
         # (sum of token losses, target tokens, model FLOPs), of this rank and then of all
@@ -294,7 +296,9 @@ class Trainer:
         norm = optimizer.norm(divisor)
         update = self._may_update(step, mean_loss, float(norm))
         if update:
-            optimizer.step(step, lr, divisor, norm)
+            optimizer.step(step - self.progress.skipped, lr, divisor, norm)
+        else:
+            self.progress.skipped += 1
         clock.mark("optimizer")
         split = clock.split_ms()
         seconds = time.perf_counter() - started
@@ -310,7 +314,7 @@ class Trainer:
             tokens_total=self.progress.tokens_total,
             tokens_per_second=num_targets / seconds,
             mfu=model_flops / seconds / (self.peak * mesh.dp_size),
-            data_wait=split["data"] / (1e3 * seconds),
+            data_wait=waited / seconds,
             time_ms=split,
             memory_bytes=metrics.peak_memory_bytes(mesh.device),
             skipped=not update,

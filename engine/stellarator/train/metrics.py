@@ -6,7 +6,6 @@ defines: StepMetrics, step_line, ZScore, RunLog, write_status, peak_memory_bytes
 import contextlib
 import json
 import math
-import os
 import sys
 import time
 from collections import deque
@@ -14,6 +13,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
+
+from stellarator.files import replace_text
 
 _HUGGING_FACE_NAMES = {
     "loss": "train/loss",
@@ -168,9 +169,7 @@ class RunLog:
                     kept.append(line + "\n")
             except (ValueError, KeyError, TypeError):
                 continue  # the line that was being written when the run was killed
-        aside = self._path.with_suffix(".tmp")
-        aside.write_text("".join(kept), encoding="utf-8")
-        os.replace(aside, self._path)
+        replace_text(self._path, "".join(kept))
         self._metrics = open(self._path, "a", encoding="utf-8", buffering=1)
         if self._board_folder is not None:
             self._board = _tensorboard(self._board_folder, step + 1)
@@ -199,10 +198,8 @@ def write_status(folder: Path, status: str, step: int, reason: str = "") -> None
 
     torchrun's exit code is 1 whatever a worker's was; this file says what happened.
     """
-    aside = folder / ".tmp-status.json"
     content = {"status": status, "step": step, "reason": reason, "time": int(time.time())}
-    aside.write_text(json.dumps(content) + "\n", encoding="utf-8")
-    os.replace(aside, folder / "status.json")
+    replace_text(folder / "status.json", json.dumps(content) + "\n")
 
 
 def peak_memory_bytes(device: torch.device) -> int:

@@ -105,14 +105,15 @@ class FlatOptimizer:
             grads.zero_()
 
     def norm(self, num_targets: int) -> torch.Tensor:
-        """L2 norm of the gradient of the mean loss, a 0-d tensor on the device."""
+        """L2 norm of the gradient of the mean loss: 0-d on the device, fp32 (fp64 for fp64)."""
         return grad_norm(self.flat_grads, impl=self.kernels) / num_targets
 
     def step(self, step: int, lr: float, num_targets: int, norm: torch.Tensor) -> None:
         """One AdamW update.
 
         Args:
-            step: 1 for the first update (bias correction).
+            step: 1 for the first update, 2 for the second: updates that were skipped do not count
+                (bias correction).
             lr: learning rate.
             num_targets: target tokens of the whole batch, over all ranks; >= 1.
             norm: what `norm(num_targets)` gave, over all ranks.

@@ -36,6 +36,7 @@ class Progress:
     """Everything of a run that is not a tensor and not a function of the step number."""
 
     step: int = 0
+    skipped: int = 0  # steps whose update was left out because they were not finite
     tokens_total: int = 0
     recent_losses: list[float] = dataclasses.field(default_factory=list)
     last_eval: float | None = None

@@ -1,0 +1,44 @@
+"""What the tests of the ops share: where Triton runs, and the dtypes of each implementation.
+
+`pytest tests/ops` on a machine with a GPU (8.0 or newer) runs the Triton kernels there, on tensors
+that are made there. Elsewhere they run in Triton's interpreter; so they do in a run of all tests,
+because Triton reads TRITON_INTERPRET once, when the first of them imports it. With
+CUDA_VISIBLE_DEVICES= (empty) a machine with a GPU is like any other.
+
+defines: NATIVE, TRITON, INTERPRETED, IMPLS, KERNELS, IMPLS_ON_CPU, CASES, generator
+"""
+
+import os
+import sys
+
+import pytest
+import torch
+
+NATIVE = (
+    "triton" not in sys.modules
+    and torch.cuda.is_available()
+    and torch.cuda.get_device_capability() >= (8, 0)
+)
+if NATIVE:
+    os.environ["TRITON_INTERPRET"] = "0"
+
+# Marks of a test that runs a Triton kernel: anywhere; on tensors of the CPU only.
+INTERPRETED = pytest.mark.interpret
+TRITON = pytest.mark.gpu if NATIVE else INTERPRETED
+
+IMPLS = ["torch", "reference", pytest.param("triton", marks=TRITON)]
+KERNELS = [IMPLS[0], IMPLS[2]]  # without the plain formulas
+IMPLS_ON_CPU = ["torch", "reference", pytest.param("triton", marks=INTERPRETED)]
+CASES = [
+    (impl, dtype) for impl in ("torch", "reference") for dtype in (torch.bfloat16, torch.float32)
+]
+CASES += [
+    pytest.param("triton", dtype, marks=TRITON)
+    for dtype in (torch.float16, torch.float32, torch.bfloat16)
+    if NATIVE or dtype != torch.bfloat16  # the interpreter's casts to bf16 truncate
+]
+
+
+def generator(seed: int) -> torch.Generator:
+    """Random numbers for tensors on the device of the test."""
+    return torch.Generator(torch.get_default_device()).manual_seed(seed)
