@@ -18,6 +18,7 @@ def main() -> int:
     train.add_argument("--rows", type=int, default=8)
     train.add_argument("--length", type=int, default=1024)
     train.add_argument("--repeats", type=int, default=7)
+    train.add_argument("--peers", default="eager", help="eager, compiled, or eager,compiled")
     train.add_argument("--json", metavar="FILE", help="append one JSON line per provider")
     train.set_defaults(module="bench_train")
     gpu = verbs.add_parser("gpu", help="every op on a GPU: checked, then timed beside ATen")
