@@ -20,16 +20,18 @@ from stellarator.config import RunConfig
 
 _CALIBRATION_STEPS = 6
 _MIN_STEPS, _MAX_STEPS = 40, 20_000
-# Tokens of prompt and answer: the length of the texts that the demo trains on.
-_CONTEXT = 96
-_HOLES = {"token": 200, "span": 100, "line": 100}
+_ANSWER = 12  # tokens of an answer
+_CONTEXT = (
+    44  # tokens of prompt and answer: a text of the length that was trained on, and an answer
+)
+_HOLES = {"short": 400, "token": 400, "line": 100}
 _NOTE = (
     "The part in colour was written by the model, given what stands before and after it, and cut "
     "where it began to repeat the text after it. What stood there: {expected!r}."
 )
 
 
-def run(sources: Sequence[str] = (), output: str = "runs/demo", minutes: float = 4.0) -> int:
+def run(sources: Sequence[str] = (), output: str = "runs/demo", minutes: float = 5.0) -> int:
     """Run the demo; returns the exit code.
 
     Args:
@@ -89,6 +91,7 @@ def _prepare_data(sources: list[str], folder: Path) -> None:
             format="starcoder2",
             validation_fraction=0.08,
             seed=1234,
+            overwrite=True,  # only where an earlier demo stopped before it noted its sources
             progress=progress,
         )
     _write_json(request_path, request)
@@ -199,12 +202,13 @@ def _evaluate(config: RunConfig, result: dict) -> dict:
             continue
         _say(f"infilling {len(holes)} held-out holes of kind {kind}")
         found = exact_match(
-            model, tokenizer, holes, max_new_tokens=16, context=_CONTEXT, mode="spm"
+            model, tokenizer, holes, max_new_tokens=_ANSWER, context=_CONTEXT, mode="spm"
         )
         summary["infilling"][kind] = {
             "count": found["count"],
             "exact": round(found["exact_match"] * found["count"]),
             "exact_trimmed": round(found["trimmed_match"] * found["count"]),
+            "exact_of_one_text": round(found["constant_match"] * found["count"]),
             "edit_similarity": found["edit_similarity"],
         }
         summary["samples"].append(_sample(holes, found["predictions"], kind))
@@ -272,9 +276,12 @@ def _print_summary(summary: dict, folder: Path, report: Path) -> None:
     )
     for kind, found in summary["infilling"].items():
         _say(
-            f"infilling {kind}: {found['exact']} of {found['count']} exact, "
-            f"{found['exact_trimmed']} when cut where the suffix begins, "
-            f"edit similarity {found['edit_similarity']:.3f}"
+            f"infilling {kind}: {found['exact']} of {found['count']} exact (the best single text "
+            f"for all of them: {found['exact_of_one_text']}), {found['exact_trimmed']} when cut "
+            f"where the suffix begins"
         )
     _say(f"done in {summary['total_seconds']:.0f} s. Look at {report}; model in {folder / 'model'}")
-    _say(f"try: {sys.argv[0]} infill --model {folder / 'model'} FILE.py:LINE")
+    _say(
+        f"try: {sys.argv[0]} infill --mode spm --context {_CONTEXT} --max-new-tokens {_ANSWER} "
+        f"--model {folder / 'model'} FILE.py:LINE"
+    )

@@ -53,8 +53,11 @@ def get(name: str) -> RunConfig:
     return getattr(sys.modules[__name__], name)()
 
 
-# Short middles in short texts: minutes of training are enough to learn from thousands of them.
-_DEMO_FIM = FimConfig(rate=0.9, fragment_rate=0.9, max_middle_tokens=6, max_text_tokens=96)
+# Short middles in short texts, so that minutes of training see very many of them; most of them in
+# SPM order, where the middle goes on from the prefix, which is learned first (docs/LOG.md).
+_DEMO_FIM = FimConfig(
+    rate=0.9, fragment_rate=0.9, spm_rate=0.9, max_middle_tokens=3, max_text_tokens=32
+)
 
 
 def demo() -> RunConfig:
@@ -64,8 +67,8 @@ def demo() -> RunConfig:
     Hardware: 2 CPU cores. Result: see the report of the run.
     """
     model = ModelConfig(
-        vocab_size=4096,
-        num_layers=6,
+        vocab_size=1024,
+        num_layers=4,
         width=256,
         num_heads=4,
         num_kv_heads=2,
@@ -78,7 +81,7 @@ def demo() -> RunConfig:
         folder="runs/demo",
         model=model,
         data=DataConfig(seq_length=256, fim=_DEMO_FIM),
-        optim=OptimConfig(lr=3e-3, min_lr=3e-4, warmup_steps=40),
+        optim=OptimConfig(lr=3e-3, min_lr=1e-4, warmup_steps=40),
         train=TrainConfig(steps=400, global_batch_size=16, micro_batch_size=16, eval_batches=16),
     )
 

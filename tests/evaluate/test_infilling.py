@@ -177,8 +177,8 @@ def test_holes(kind):
         assert hole.kind == kind and hole.middle.strip() and "\n" not in hole.middle
         if kind == "line":
             assert hole.prefix[-1:] in ("", "\n") and hole.suffix[:1] in ("", "\n")
-        elif kind == "span":
-            assert len(hole.middle) <= 24
+        elif kind in ("span", "short"):
+            assert len(hole.middle) <= {"span": 24, "short": 6}[kind]
         else:
             assert hole.middle.isidentifier() and len(hole.middle) >= 3
             around = hole.prefix[-1:] + hole.suffix[:1]
@@ -214,6 +214,7 @@ def test_exact_match_counts_what_it_says(model, tokenizer):
     assert result["count"] == 4
     assert result["exact_match"] == 0.25  # only the first: strip() == strip()
     assert result["first_line_match"] == 0.5  # the second too
+    assert result["constant_match"] == 0.25  # no text stands in two holes
     token, line = result["by_kind"]["token"], result["by_kind"]["line"]
     assert (token["count"], token["exact_match"], line["exact_match"]) == (2, 0.5, 0.0)
     assert token["edit_similarity"] == (1.0 + 2 * 5 / 11) / 2

@@ -59,7 +59,6 @@ def generate(
         stop_strings: texts that end a row (and are cut off); needs a tokenizer. Special tokens
             count as their names, such as "<file_sep>".
         min_new_tokens: tokens before which no stop token is taken; its probability goes to others.
-        min_new_tokens: tokens before which no stop token is taken.
         tokenizer: with `eod`, `vocab_size` and `decode_bytes`; None: ids only.
         batch_size: prompts at a time; changes speed and memory, not what is drawn.
         rows: index of each prompt for the random draws; None: 0, 1, ...

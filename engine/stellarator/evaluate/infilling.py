@@ -2,7 +2,7 @@
 
 defines:
     infill                  fill one hole
-    Hole, make_holes        holes cut into documents: a line, a span within a line, a word
+    Hole, make_holes        holes cut into documents: lines, words, spans within a line
     exact_match             share of holes that come back exactly, and edit similarity
     edit_similarity         2 * longest common subsequence / both lengths
     trim_at_suffix          cut where the text begins to repeat the suffix
@@ -15,18 +15,20 @@ stands the share whose first line is right: what an editor with single-line comp
 
 import random
 import re
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from stellarator.data.fim import SENTINELS, infill_prompt
 from stellarator.evaluate.generate import generate
 from stellarator.model.transformer import Transformer
 
-KINDS = ("line", "span", "token")
+KINDS = ("line", "short", "span", "token")
 _WORD = re.compile(r"[^\W\d]\w{2,}")  # names and keywords of three characters or more
 _BEGIN = re.compile(r"\s*(\w+|[^\w\s])")  # a word or a sign, with the white space before it
-_LONGEST_SPAN = 24  # characters
+_LONGEST = {"short": 6, "span": 24}  # characters of a span
 _ATTEMPTS = 200  # draws for one hole before a document is given up
 _CHARACTERS_PER_TOKEN = 16  # at most this much text is tokenized per token of room
 
@@ -142,13 +144,14 @@ def make_holes(documents: Sequence, count: int, seed: int, kind: str = "line") -
         documents: strings, or objects with `text` and perhaps `path`.
         count: holes; no two are the same.
         kind: "line": the content of a line that is not blank; "span": 1 to 24 characters within a
-            line, not only white space; "token": a name or keyword.
+            line, not only white space; "short": the same with at most 6; "token": a name or
+            keyword.
     Raises:
         ValueError: an unknown kind, or the documents have fewer places than `count`.
     """
     if kind not in KINDS:
         raise ValueError(f"make_holes: expected kind in {KINDS}, got {kind!r}. Choose one.")
-    cut = {"line": _line, "span": _span, "token": _token}[kind]
+    cut = {"line": _line, "token": _token}.get(kind) or partial(_span, longest=_LONGEST[kind])
     texts = [d if isinstance(d, str) else d.text for d in documents]
     paths = [getattr(d, "path", "") for d in documents]
     rng = random.Random(f"holes:{seed}:{kind}")
@@ -180,12 +183,12 @@ def _line(text: str, rng: random.Random) -> tuple[int, int] | None:
     return (start, end) if text[start:end].strip() else None
 
 
-def _span(text: str, rng: random.Random) -> tuple[int, int] | None:
-    """The bounds of some characters within a line, None if they are white space."""
+def _span(text: str, rng: random.Random, longest: int) -> tuple[int, int] | None:
+    """The bounds of 1 to `longest` characters within a line, None if they are white space."""
     start = rng.randrange(len(text)) if text else 0
     end = text.find("\n", start)
     end = len(text) if end < 0 else end
-    end = start + rng.randint(1, max(1, min(_LONGEST_SPAN, end - start)))
+    end = start + rng.randint(1, max(1, min(longest, end - start)))
     middle = text[start:end]
     return (start, end) if middle.strip() and "\n" not in middle else None
 
@@ -220,9 +223,11 @@ def exact_match(
         mode, max_new_tokens, context: see `infill`.
     Returns:
         {"count", "exact_match", "trimmed_match", "first_line_match", "edit_similarity"} with means
-        over the holes,
-        "by_kind": the same for each kind, and "predictions": the texts, in the order of `holes`.
+        over the holes, "constant_match", "by_kind": the means for each kind, and "predictions": the
+        texts, in the order of `holes`.
         trimmed_match: exact after `trim_at_suffix`.
+        constant_match: exact match of the one text that fills most of these very holes, the most
+        that a model which does not look at them can reach.
         first_line_match compares the first lines that are not blank.
     Raises:
         ValueError: no holes, or see `infill`.
@@ -247,7 +252,13 @@ def exact_match(
     by_kind = {
         k: _mean([s for s, h in zip(scores, holes, strict=True) if h.kind == k]) for k in kinds
     }
-    return {**_mean(scores), "by_kind": by_kind, "predictions": predictions}
+    (_, most), *_ = Counter(h.middle.strip() for h in holes).most_common(1)
+    return {
+        **_mean(scores),
+        "constant_match": most / len(holes),
+        "by_kind": by_kind,
+        "predictions": predictions,
+    }
 
 
 def trim_at_suffix(text: str, suffix: str) -> str:

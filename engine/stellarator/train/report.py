@@ -175,9 +175,9 @@ def _summary_parts(summary: dict) -> str:
         exact, count = result["exact"], result["count"]
         parts.append(
             f"<p>Infilling, {html.escape(kind)}: exact match {exact} of {count} "
-            f"({100 * exact / max(1, count):.1f} %), {result['exact_trimmed']} when the answer is "
-            f"cut where the suffix begins, "
-            f"edit similarity {result['edit_similarity']:.3f}</p>"
+            f"({100 * exact / max(1, count):.1f} %; one text for all of them would fill at most "
+            f"{result['exact_of_one_text']}), {result['exact_trimmed']} when the answer is cut "
+            f"where the suffix begins, edit similarity {result['edit_similarity']:.3f}</p>"
         )
     for sample in summary.get("samples", []):
         parts.append(
