@@ -1,10 +1,14 @@
 """The command line as a user meets it: help, wrong flags, one-line errors, exit codes."""
 
+import argparse
+import os
 import subprocess
 import sys
 
 import pytest
 
+from stellarator import cli
+from stellarator.arguments import make_parser
 from stellarator.cli import main
 
 
@@ -31,27 +35,158 @@ def test_help_lists_every_verb_and_needs_no_torch():
     [
         (["trian"], 2, "invalid choice: 'trian'"),
         (["doctor", "--verbose"], 2, "unrecognized arguments: --verbose"),
-        (["train", "--recipe", "starcoder2-3"], 1, "Did you mean 'starcoder2_3b'"),
+        (["train", "--recipe", "starcoder2-3"], 2, "Did you mean 'starcoder2_3b'"),
         (["train", "--config", "absent.toml"], 2, "absent.toml: cannot be read"),
         (["train", "optim.lr=fast"], 2, "expected float, got 'fast'"),
         (["train"], 2, "data.train: expected prefixes of token shards"),
-        (["data", "prepare", "absent-folder", "--output", "out"], 1, "absent-folder"),
-        (["data", "inspect", "absent", "--tokenizer", "absent"], 1, "absent"),
-        (["infill", "nowhere"], 1, "expected FILE:LINE"),
-        (["generate", "--model", "absent", "x"], 1, "absent"),
-        (["export", "absent", "out"], 1, "expected a run folder"),
-        (["report", "absent"], 1, "expected metrics.jsonl"),
+        (["train", "data.train=absent", "data.tokenizer=absent"], 2, "absent"),
+        (["data", "prepare", "absent-folder", "--output", "out"], 2, "absent-folder"),
+        (["data", "prepare", ".", "--output", "file"], 2, "which is a file"),
+        (["data", "prepare", ".", "--output", "x", "--vocab-size", "9"], 2, "vocab_size in [294"),
+        (["data", "prepare", ".", "--output", "x", "--vocab-size", "0"], 2, "at least 1, got '0'"),
+        (["data", "prepare", ".", "--output", "x", "--seed", "-1"], 2, "at least 0, got '-1'"),
+        (["data", "prepare", ".", "--output", "x", "--validation-fraction", "nan"], 2, "0 to 0.5"),
+        (
+            ["data", "prepare", ".", "--output", "x", "--tokenizer", "t", "--vocab-size", "999"],
+            2,
+            "expected --tokenizer or --vocab-size, got both",
+        ),
+        (["data", "inspect", "absent", "--tokenizer", "absent"], 2, "absent"),
+        (["data", "inspect", "s", "--tokenizer", "t", "--rows", "0"], 2, "at least 16, got '0'"),
+        (["data", "inspect", "s", "--tokenizer", "t", "--rows", "-5"], 2, "at least 16, got '-5'"),
+        (["data", "inspect", "s", "--tokenizer", "t", "--rows", "x"], 2, "at least 16, got 'x'"),
+        (["data", "inspect", "s", "--tokenizer", "t", "--count", "0"], 2, "at least 1, got '0'"),
+        (["infill", "nowhere"], 2, "expected FILE:LINE"),
+        (["infill", "file:0"], 2, "expected a line from 1 to 1, got 0"),
+        (["infill", "file:2"], 2, "expected a line from 1 to 1, got 2"),
+        (["infill", "absent:1"], 2, "absent: cannot be read"),
+        (["generate", "--model", "absent", "x"], 2, "absent: expected a folder with an exported"),
+        (["generate", "x", "--max-new-tokens", "0"], 2, "at least 1, got '0'"),
+        (["generate", "x", "--temperature", "-1"], 2, "a number of at least 0, got '-1'"),
+        (["generate", "x", "--temperature", "inf"], 2, "a number of at least 0, got 'inf'"),
+        (["generate", "x", "--top-p", "1.5"], 2, "above 0 and up to 1, got '1.5'"),
+        (["demo", "--minutes", "0"], 2, "a number above 0, got '0'"),
+        (["export", "absent", "out"], 2, "expected a run folder"),
+        (["report", "absent"], 2, "expected metrics.jsonl"),
+        (["recipes", "absent"], 2, "expected the name of a recipe"),
     ],
 )
 def test_mistakes_are_one_clear_message(words, code, part, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").touch()
     try:
         got = main(words)
     except SystemExit as stop:
         got = stop.code
     output = capsys.readouterr()
     assert got == code and part in output.err, output
-    assert "Traceback" not in output.err
+    assert "Traceback" not in output.err and "Errno" not in output.err
+    assert [path.name for path in tmp_path.iterdir() if path.name != "runs"] == ["file"]
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "line"),
+    [
+        (ValueError("expected a, got b. Do c."), 2, "expected a, got b. Do c."),
+        (RuntimeError("no memory"), 1, "no memory"),
+        (RuntimeError(), 1, "RuntimeError"),
+        (PermissionError(13, "Permission denied", "some/path"), 1, "Permission denied: some/path"),
+        (OSError(28, "No space left on device"), 1, "No space left on device"),
+        (OSError("a name is too long"), 1, "a name is too long"),
+        (
+            ModuleNotFoundError("No module named 'torch'"),
+            1,
+            "No module named 'torch'. `stellarator doctor` shows what is installed.",
+        ),
+    ],
+)
+def test_exit_code_and_line_of_every_kind_of_error(error, code, line, capsys, monkeypatch):
+    def fail(arguments):
+        raise error
+
+    monkeypatch.setitem(cli._VERBS, "doctor", fail)
+    assert main(["doctor"]) == code
+    assert capsys.readouterr() == ("", f"error: {line}\n")
+    monkeypatch.setenv("STELLARATOR_TRACEBACK", "1")
+    with pytest.raises(type(error)):
+        main(["doctor"])
+
+
+def test_ctrl_c_is_one_word(capsys, monkeypatch):
+    def fail(arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setitem(cli._VERBS, "doctor", fail)
+    assert main(["doctor"]) == 130
+    assert capsys.readouterr() == ("", "interrupted\n")
+
+
+def parsers(parser=None):
+    """The parser of every verb, by its words."""
+    parser = parser or make_parser()
+    yield parser.prog, parser
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            for inner in action.choices.values():
+                yield from parsers(inner)
+
+
+@pytest.mark.parametrize("name", [name for name, _ in parsers()])
+def test_help_of_every_option_has_its_default(name):
+    parser = dict(parsers())[name]
+    shown = " ".join(parser.format_help().split())
+    assert "None" not in shown and "[]" not in shown and "False" not in shown
+    for action in parser._actions:
+        if action.default is not argparse.SUPPRESS and not isinstance(
+            action, argparse._SubParsersAction
+        ):
+            assert action.help, f"{name}: {action.dest} has no help"
+            if action.default not in (None, False, []):
+                assert f"(default: {action.default})" in action.help % vars(action), action.dest
+
+
+def test_every_verb_has_a_function_and_every_function_a_verb():
+    verbs = {parser.get_default("verb") for _, parser in parsers()} - {None}
+    assert verbs == cli._VERBS.keys()
+
+
+def test_data_is_prepared_and_looked_at_as_a_user_does(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for number in range(6):
+        path = tmp_path / "src" / f"package{number}" / "a.py"
+        path.parent.mkdir(parents=True)
+        path.write_text(f"def function{number}(value):\n    return value + {number}\n" * 3)
+    prepare = ["data", "prepare", "src", "--output", "out", "--vocab-size", "300"]
+    assert main(prepare) == 0
+    assert capsys.readouterr().out.startswith("train: 5 repositories, 5 documents, ")
+    manifest = (tmp_path / "out" / "manifest.json").read_bytes()
+    assert main([*prepare, "--seed", "7"]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "holds a data set" in error and "--overwrite" in error
+    assert (tmp_path / "out" / "manifest.json").read_bytes() == manifest
+    assert main([*prepare, "--seed", "7", "--overwrite"]) == 0
+    assert (tmp_path / "out" / "manifest.json").read_bytes() != manifest
+    capsys.readouterr()
+    given = ["data", "prepare", "src", "--output", "other", "--tokenizer", "out/tokenizer"]
+    assert main([*given, "--generation", "starcoder"]) == 2
+    assert "expected the format of the tokenizer, 'starcoder2'" in capsys.readouterr().err
+    assert main(given) == 0
+    capsys.readouterr()
+    for name in ("out/train", "out/train.bin", "out/train.idx"):
+        assert main(["data", "inspect", name, "--tokenizer", "out/tokenizer"]) == 0
+        assert capsys.readouterr().out.startswith("# out/train: 5 documents, ")
+
+
+def test_a_tokenizer_of_the_first_generation_needs_no_other_option(tmp_path, capsys, monkeypatch):
+    from stellarator.data.tokenizer import Tokenizer
+
+    monkeypatch.chdir(tmp_path)
+    Tokenizer.train(["x = 1"], 300, "starcoder").save("t")
+    for name in ("a", "b"):
+        (tmp_path / "src" / name).mkdir(parents=True)
+        (tmp_path / "src" / name / "a.py").write_text(f"{name} = 'some text'\n")
+    assert main(["data", "prepare", "src", "--output", "out", "--tokenizer", "t"]) == 0
+    assert '"format": "starcoder"' in (tmp_path / "out" / "manifest.json").read_text()
 
 
 def test_print_config_is_complete_and_can_be_read_back(tmp_path, capsys):
@@ -77,3 +212,22 @@ def test_a_closed_pipe_is_no_error():
         shell=True, capture_output=True, text=True, timeout=60,
     )  # fmt: skip
     assert done.stdout.startswith("name =") and "Traceback" not in done.stderr
+    assert recipes_into(subprocess.PIPE, closed=True) == (1, "")
+
+
+def test_a_full_disk_behind_stdout_is_one_line():
+    with open("/dev/full", "w") as full:
+        assert recipes_into(full) == (1, "error: No space left on device\n")
+
+
+def recipes_into(stdout, closed: bool = False) -> tuple[int, str]:
+    """(exit code, stderr) of a short output, which stays in Python's buffer until the end."""
+    environment = {k: v for k, v in os.environ.items() if k != "PYTHONUNBUFFERED"}
+    process = subprocess.Popen(
+        [sys.executable, "-m", "stellarator", "recipes"],
+        env=environment, stdout=stdout, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    if closed:
+        process.stdout.close()
+    with process:
+        return process.wait(60), process.stderr.read()

@@ -4,17 +4,23 @@ defines: main
 
 Every verb is a function that can be imported from its own module. Modules are imported when their
 verb runs, so `--help` and a misspelt option answer without importing torch.
-Exit codes: 0 done; 1 failed; 2 wrong usage or configuration; 75 preempted, can be resumed; 130
-Ctrl-C.
+
+Exit codes:
+      0  done
+      1  failed on the way: the machine, the disk, a damaged checkpoint (RuntimeError, OSError)
+      2  cannot be done as it was asked for: an option, a configuration, a file or folder that was
+         named is wrong (ValueError, and what argparse refuses); the same command fails again
+     75  preempted, can be resumed
+    130  Ctrl-C
 """
 
-import argparse
 import os
 import sys
 from collections.abc import Sequence
 
+from stellarator.arguments import make_parser
+
 EXIT_CODES = {"done": 0, "preempted": 75, "interrupted": 130}
-_EPILOG = "Every verb explains itself: stellarator VERB --help"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -22,184 +28,46 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     Set STELLARATOR_TRACEBACK=1 to see the traceback of an error.
     """
-    parser = _parser()
-    arguments, rest = parser.parse_known_args(argv)
-    if rest and not getattr(arguments, "takes_overrides", False):
-        parser.error(f"unrecognized arguments: {' '.join(rest)}")
-    arguments.overrides = rest
-    if not hasattr(arguments, "run"):
-        parser.print_help()
+    parser = make_parser()
+    arguments, arguments.overrides = parser.parse_known_args(argv)
+    if arguments.overrides and arguments.verb != "train":
+        parser.error(f"unrecognized arguments: {' '.join(arguments.overrides)}")
+    if arguments.verb not in _VERBS:
+        arguments.parser.print_help()
         return 2
     try:
-        return arguments.run(arguments) or 0
+        code = _VERBS[arguments.verb](arguments)
+        sys.stdout.flush()  # a closed pipe or a full disk is noticed here, not when Python ends
+        return code
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
     except BrokenPipeError:  # `stellarator ... | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _empty_stdout()
         return 1
-    except (ValueError, RuntimeError, OSError) as error:
+    except (ValueError, RuntimeError, OSError, ImportError) as error:
         if os.environ.get("STELLARATOR_TRACEBACK") == "1":
             raise
-        print(f"error: {error}", file=sys.stderr)
-        return 2 if type(error).__name__ == "ConfigError" else 1
+        print(f"error: {_line(error)}", file=sys.stderr)
+        _empty_stdout()
+        return 2 if isinstance(error, ValueError) else 1
 
 
-def _parser() -> argparse.ArgumentParser:
-    """All verbs and their options."""
-    parser = argparse.ArgumentParser(
-        prog="stellarator",
-        description="Train and try out code language models of the StarCoder family.",
-        epilog=_EPILOG,
-    )
-    verbs = parser.add_subparsers(title="verbs", metavar="VERB")
-    _add_train(verbs)
-    _add_data(verbs)
-    _add_model(verbs)
-    _add_generation(verbs)
-    _add_others(verbs)
-    return parser
+def _empty_stdout() -> None:
+    """Write what its buffer holds, or drop it: Python would fail over it again when it ends."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-def _verb(verbs, name: str, run, help: str, overrides: bool = False, description: str = ""):
-    verb = verbs.add_parser(
-        name,
-        help=help,
-        description=description or help,
-        allow_abbrev=False,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    verb.set_defaults(run=run, takes_overrides=overrides)
-    return verb
-
-
-def _add_train(verbs) -> None:
-    verb = _verb(
-        verbs,
-        "train",
-        _train,
-        "train a model",
-        True,
-        "Train a model. Values are set by the recipe, then the TOML file, then section.key=value:\n"
-        "  stellarator train --recipe tiny data.train=D/train data.tokenizer=D/tokenizer\n"
-        "  torchrun --nproc-per-node 2 -m stellarator.train --config run.toml optim.lr=1e-4",
-    )
-    add_train_options(verb)
-
-
-def add_train_options(parser: argparse.ArgumentParser) -> None:
-    """The options of `train`, also those of `python -m stellarator.train`."""
-    parser.add_argument("--recipe", default="tiny", help="where the values start (default: tiny)")
-    parser.add_argument(
-        "--config", metavar="FILE", help="TOML file with values that win over the recipe"
-    )
-    parser.add_argument("--print-config", action="store_true", help="print every value and stop")
-
-
-def _add_data(verbs) -> None:
-    data = verbs.add_parser("data", help="prepare and inspect data", allow_abbrev=False)
-    data.set_defaults(run=lambda _: data.print_help() or 2)
-    parts = data.add_subparsers(title="verbs", metavar="VERB")
-    verb = _verb(parts, "prepare", _prepare, "source code -> tokenizer and token shards")
-    verb.add_argument(
-        "sources",
-        nargs="+",
-        metavar="SOURCE",
-        help="folder, git checkout, .jsonl[.gz|.zst] or .parquet",
-    )
-    verb.add_argument("--output", required=True, metavar="FOLDER")
-    verb.add_argument("--vocab-size", type=int, default=49152)
-    verb.add_argument(
-        "--generation",
-        choices=("starcoder2", "starcoder"),
-        default="starcoder2",
-        help="special tokens and document format",
-    )
-    verb.add_argument(
-        "--tokenizer", metavar="FOLDER", help="use this tokenizer instead of training one"
-    )
-    verb.add_argument(
-        "--validation-fraction",
-        type=float,
-        default=0.05,
-        help="share of the repositories that is held out (default: 0.05)",
-    )
-    verb.add_argument("--seed", type=int, default=1234)
-    verb = _verb(
-        parts,
-        "inspect",
-        _inspect,
-        "print documents of a token shard, or rows as training sees them",
-    )
-    verb.add_argument("shard", metavar="PREFIX", help="of PREFIX.bin and PREFIX.idx")
-    verb.add_argument("--tokenizer", required=True, metavar="FOLDER")
-    verb.add_argument("--count", type=int, default=2)
-    verb.add_argument(
-        "--rows", type=int, metavar="T", help="show packed rows of T tokens, with FIM"
-    )
-
-
-def _add_model(verbs) -> None:
-    verb = _verb(verbs, "export", _export, "checkpoint -> Hugging Face folder")
-    verb.add_argument("checkpoint", help="a run folder, or one checkpoint in it")
-    verb.add_argument("output", metavar="FOLDER")
-    verb.add_argument("--dtype", choices=("bf16", "fp32"), default="bf16")
-    verb = _verb(verbs, "recipes", _recipes, "list the recipes, or explain one")
-    verb.add_argument("name", nargs="?")
-
-
-def _add_generation(verbs) -> None:
-    for name, run, text in (
-        ("generate", _generate, "continue a prompt"),
-        ("infill", _infill, "fill the hole at a line of a file"),
-    ):
-        verb = _verb(verbs, name, run, text)
-        verb.add_argument(
-            "--model",
-            default="runs/demo/model",
-            metavar="FOLDER",
-            help="Hugging Face folder (default: runs/demo/model)",
-        )
-        if name == "generate":
-            verb.add_argument(
-                "prompts", nargs="+", metavar="PROMPT", help="text; - reads standard input"
-            )
-            verb.add_argument(
-                "--stop", action="append", default=[], help="stop at this text; may repeat"
-            )
-        else:
-            verb.add_argument(
-                "location",
-                metavar="FILE:LINE",
-                help="the line is taken out and written again by the model",
-            )
-            verb.add_argument("--mode", choices=("psm", "spm"), default="psm")
-        verb.add_argument("--max-new-tokens", type=int, default=64)
-        verb.add_argument("--temperature", type=float, default=0.0, help="0: greedy (default)")
-        verb.add_argument("--top-p", type=float, default=0.95)
-        verb.add_argument("--seed", type=int, default=0)
-        verb.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
-
-
-def _add_others(verbs) -> None:
-    _verb(
-        verbs, "doctor", _doctor, "print machine, versions, extensions, and what each op would run"
-    )
-    verb = _verb(verbs, "report", _report, "write report.html of a run again")
-    verb.add_argument("folder", help="run folder")
-    verb = _verb(
-        verbs, "demo", _demo, "source code -> tokenizer -> training -> infilling -> report"
-    )
-    verb.add_argument(
-        "sources", nargs="*", metavar="SOURCE", help="default: this Python's standard library"
-    )
-    verb.add_argument("--output", default="runs/demo", metavar="FOLDER")
-    verb.add_argument(
-        "--minutes",
-        type=float,
-        default=4.0,
-        help="of training; the number of steps is fitted to it (default: 4)",
-    )
+def _line(error: Exception) -> str:
+    """What an error says, without `[Errno 13]`."""
+    if isinstance(error, ImportError):
+        return f"{error}. `stellarator doctor` shows what is installed."
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror + (f": {error.filename}" if error.filename else "")
+    return str(error) or type(error).__name__
 
 
 def _train(arguments) -> int:
@@ -218,17 +86,23 @@ def _prepare(arguments) -> int:
     from stellarator.data.prepare import prepare
     from stellarator.progress import Progress
 
+    if arguments.tokenizer is not None and arguments.vocab_size is not None:
+        raise ValueError(
+            "prepare: expected --tokenizer or --vocab-size, got both. "
+            "The size of a tokenizer that exists is its own: leave out --vocab-size."
+        )
+    chosen = {"vocab_size": arguments.vocab_size, "generation": arguments.generation}
     with Progress("prepare") as progress:
         manifest = prepare(
             arguments.sources,
             arguments.output,
-            vocab_size=arguments.vocab_size,
-            generation=arguments.generation,
+            **{name: value for name, value in chosen.items() if value is not None},
             format=arguments.generation,
             validation_fraction=arguments.validation_fraction,
             seed=arguments.seed,
             tokenizer=arguments.tokenizer,
             progress=progress,
+            overwrite=arguments.overwrite,
         )
     for line in manifest_lines(manifest):
         print(line)
@@ -254,7 +128,7 @@ def manifest_lines(manifest: dict) -> list[str]:
 def _inspect(arguments) -> int:
     from stellarator.data.inspect import documents, rows
 
-    if arguments.rows:
+    if arguments.rows is not None:
         texts = rows(arguments.shard, arguments.tokenizer, arguments.rows, arguments.count)
     else:
         texts = documents(arguments.shard, arguments.tokenizer, arguments.count)
@@ -295,8 +169,9 @@ def _generate(arguments) -> int:
 
     prompts = [sys.stdin.read() if prompt == "-" else prompt for prompt in arguments.prompts]
     options = _sampling(arguments)
-    for text in generate_texts(arguments.model, prompts, stop_strings=arguments.stop, **options):
-        print(text)
+    texts = generate_texts(arguments.model, prompts, stop_strings=arguments.stop, **options)
+    for number, text in enumerate(texts, 1):
+        _print_answer(text, f" of prompt {number}" if len(texts) > 1 else "", arguments.stop)
     return 0
 
 
@@ -304,8 +179,19 @@ def _infill(arguments) -> int:
     from stellarator.evaluate.commands import infill_location
 
     options = _sampling(arguments)
-    print(infill_location(arguments.model, arguments.location, mode=arguments.mode, **options))
+    options.update(mode=arguments.mode, context=arguments.context)
+    text = infill_location(arguments.model, arguments.location, **options)
+    _print_answer(text)
     return 0
+
+
+def _print_answer(text: str, which: str = "", stops: Sequence[str] = ()) -> None:
+    """The answer on stdout, and if that is an empty line, why on stderr."""
+    print(text, flush=True)
+    if not text:
+        began = ", or began with a --stop text" if stops else ""
+        note = f"note: the answer{which} is empty: the model ended at once{began}"
+        print(note, file=sys.stderr)
 
 
 def _doctor(arguments) -> int:
@@ -325,6 +211,20 @@ def _demo(arguments) -> int:
     from stellarator.demo import run
 
     return run(arguments.sources, arguments.output, arguments.minutes)
+
+
+_VERBS = {
+    "train": _train,
+    "data prepare": _prepare,
+    "data inspect": _inspect,
+    "export": _export,
+    "recipes": _recipes,
+    "generate": _generate,
+    "infill": _infill,
+    "doctor": _doctor,
+    "report": _report,
+    "demo": _demo,
+}
 
 
 if __name__ == "__main__":

@@ -5,59 +5,19 @@ be exactly the documents that the account says were kept, laid out by `formats`.
 corpora larger than memory.
 """
 
-import fcntl
 import hashlib
 import json
-import os
-import re
-import signal
-import subprocess
-import sys
-import time
 
 import numpy as np
 import pytest
+from prepare_helpers import files_of, make_corpus, run
 
 from stellarator.data import prepare as module
-from stellarator.data.documents import Document, Limits
+from stellarator.data.documents import Limits
 from stellarator.data.filters import Filters
-from stellarator.data.prepare import prepare
 from stellarator.data.shards import Shard
 from stellarator.data.sources import SourceError, read_sources
-from stellarator.data.spool import Spool, hold_out, seed_of, units_of
 from stellarator.data.tokenizer import Tokenizer
-
-SENTINELS = re.compile(r"<repo_name>|<file_sep>|<reponame>|<filename>|<gh_stars>")
-
-
-def code(rng: np.random.Generator, lines: int) -> str:
-    """Text like Python; about half of it is the same in all files."""
-    names = ["value", "index", "self", "node", "left", "caf\u00e9", "total_", "x1", "y23"]
-    body = [
-        f"    {rng.choice(names)} = {rng.choice(names)} + {rng.integers(100)}" for _ in range(lines)
-    ]
-    return f"def f{rng.integers(1 << 30)}():\n" + "\n".join(body) + "\n"
-
-
-def make_corpus(root, *, repositories: int = 12, seed: int = 0):
-    """A folder of packages with 1 to 5 files each; returns {(repository, path): text}."""
-    rng = np.random.default_rng(seed)
-    texts = {}
-    for number in range(repositories):
-        for file in range(int(rng.integers(1, 6))):
-            path = f"package{number}/module{file}.py"
-            texts[f"{root.name}/package{number}", path] = code(rng, int(rng.integers(2, 40)))
-    evil = "x = '<|endoftext|><fim_prefix><file_sep><repo_name>'  # <gh_stars>\n" + code(rng, 5)
-    texts[f"{root.name}/package0", "package0/evil.py"] = evil
-    for (_, path), text in texts.items():
-        (root / path).parent.mkdir(parents=True, exist_ok=True)
-        (root / path).write_bytes(text.encode())
-    return texts
-
-
-def run(sources, output, **options):
-    options = {"vocab_size": 330, "validation_fraction": 0.2, "seed": 3} | options
-    return prepare(sources, output, **options)
 
 
 def parts_of(ids, tokenizer: Tokenizer):
@@ -91,15 +51,6 @@ def read_side(output, side: str, tokenizer: Tokenizer):
             path, _, body = text.partition("\n") if repository else (None, "", text)
             found.append((repository, path, body))
     return found
-
-
-def files_of(output) -> dict[str, str]:
-    """Hash of every file but the timings."""
-    paths = [path for path in output.rglob("*") if path.is_file() and path.name != "timings.json"]
-    return {
-        str(path.relative_to(output)): hashlib.sha256(path.read_bytes()).hexdigest()
-        for path in paths
-    }
 
 
 @pytest.fixture(scope="module")
@@ -233,10 +184,10 @@ def test_two_runs_are_the_same_to_the_bit(tmp_path, monkeypatch, format):
     first = run(["lib"], tmp_path / "a", **options)
     monkeypatch.chdir(tmp_path / "two")
     run(["lib"], tmp_path / "b", **options | {"seed": 99})
-    second = run(["lib"], tmp_path / "b", **options)
+    second = run(["lib"], tmp_path / "b", **options, overwrite=True)
     assert first == second
     one, two = files_of(tmp_path / "a"), files_of(tmp_path / "b")
-    assert one == two and len(one) == 10
+    assert one == two and len(one) == 9
     other = run(["lib"], tmp_path / "c", **options | {"seed": 4})
     assert other["train"]["sha256"] != second["train"]["sha256"]
 
@@ -324,7 +275,7 @@ def test_nothing_to_split(tmp_path):
     (tmp_path / "d.jsonl").write_text('{"content": "x = 1"}\n{"content": "y = 2"}\n')
     with pytest.raises(ValueError, match="expected at least 2 repositories.*got.*d.jsonl"):
         run([tmp_path / "d.jsonl"], tmp_path / "out")
-    assert os.listdir(tmp_path / "out") == [".lock"]
+    assert not (tmp_path / "out").exists()
     manifest = run([tmp_path / "d.jsonl"], tmp_path / "out", validation_fraction=0)
     assert (manifest["train"]["documents"], manifest["validation"]["documents"]) == (2, 0)
     assert len(Shard(tmp_path / "out" / "validation")) == 0
@@ -365,215 +316,9 @@ def test_limits_and_filters_are_passed_on(tmp_path):
     assert manifest["report"]["skipped"].keys() == {"too large"}
     assert manifest["limits"]["max_file_bytes"] == limit
     filters = Filters(max_line_length=25)
-    manifest = run([tmp_path / "lib"], tmp_path / "out", filters=filters)
+    manifest = run([tmp_path / "lib"], tmp_path / "other", filters=filters)
     assert manifest["report"]["skipped"].keys() == {"long line"}
     assert manifest["filters"]["max_line_length"] == 25
-
-
-def test_a_failure_leaves_the_old_result_and_no_rest(tmp_path, monkeypatch):
-    make_corpus(tmp_path / "lib")
-    run([tmp_path / "lib"], tmp_path / "out")
-    (tmp_path / "out" / "mine.txt").write_text("keep")
-    before = files_of(tmp_path / "out")
-
-    def full(*arguments):
-        raise OSError(28, "No space left on device", "held_out.jsonl")
-
-    monkeypatch.setattr(module, "_write_held_out", full)
-    with pytest.raises(OSError, match="No space left on device"):
-        run([tmp_path / "lib"], tmp_path / "out", seed=5)
-    assert files_of(tmp_path / "out") == before
-    monkeypatch.undo()
-    run([tmp_path / "lib"], tmp_path / "out", seed=5)
-    assert files_of(tmp_path / "out") != before
-    assert (tmp_path / "out" / "mine.txt").read_text() == "keep"
-
-
-@pytest.mark.parametrize("limit", [2_000, 8_000, 14_000, 20_000])
-def test_files_that_cannot_grow_are_one_clear_line(tmp_path, limit):
-    """As on a full disk, at several stages: the spool, the tokenizer, the shards."""
-    make_corpus(tmp_path / "lib")
-    program = (
-        "import sys, resource\nfrom stellarator.data.prepare import prepare\n"
-        "resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[3]),) * 2)\n"
-        "try:\n    prepare([sys.argv[1]], sys.argv[2], vocab_size=400)\n"
-        "except OSError as error:\n    print(error)\n"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", program, str(tmp_path / "lib"), str(tmp_path / "out"), str(limit)],
-        env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}, timeout=60,
-        capture_output=True, text=True, check=True,
-    )  # fmt: skip
-    assert re.fullmatch(r".*File too large.*: '.*/out.*'\n", done.stdout), done.stdout
-    assert os.listdir(tmp_path / "out") == [".lock"]
-
-
-def check_whole(out) -> bool:
-    """Whether there is a result; if there is, all of it belongs together."""
-    if not (out / "manifest.json").exists():
-        return False
-    manifest = json.loads((out / "manifest.json").read_text())
-    assert Tokenizer.load(out / "tokenizer").sha256 == manifest["tokenizer"]["sha256"]
-    for side in module.SIDES:
-        assert Shard(out / side).num_tokens == manifest[side]["tokens"]
-        for kind, digest in manifest[side]["sha256"].items():
-            assert digest == hashlib.sha256((out / f"{side}.{kind}").read_bytes()).hexdigest()
-    held_out = list(read_sources([out / "held_out.jsonl"]))
-    assert {d.repository for d in held_out} == set(manifest["split"]["held_out"])
-    return True
-
-
-def test_stopped_while_the_files_are_put_in_place(tmp_path, monkeypatch):
-    """Before every one of the ten renames: with a manifest the result is whole."""
-    make_corpus(tmp_path / "lib")
-    out, rename, stops, whole = tmp_path / "out", os.rename, 0, 0
-    for stop in range(20):
-        run([tmp_path / "lib"], out, seed=1)
-        left = stop
-
-        def replace(source, target):
-            nonlocal left, stops
-            if ".partial" in str(source) and ".partial" not in str(target):
-                if left == 0:
-                    stops += 1
-                    raise KeyboardInterrupt
-                left -= 1
-            rename(source, target)
-
-        monkeypatch.setattr(os, "replace", replace)
-        try:
-            run([tmp_path / "lib"], out, seed=2)
-        except KeyboardInterrupt:
-            pass
-        monkeypatch.undo()
-        whole += check_whole(out)
-    assert stops == 10 and whole == 20 - stops
-
-
-def test_two_runs_into_one_folder_at_a_time_are_refused(tmp_path):
-    make_corpus(tmp_path / "lib")
-    (tmp_path / "out").mkdir()
-    with open(tmp_path / "out" / ".lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        with pytest.raises(RuntimeError, match="another run is writing to it"):
-            run([tmp_path / "lib"], tmp_path / "out")
-    run([tmp_path / "lib"], tmp_path / "out")
-
-
-def test_kill_at_any_moment_leaves_a_whole_result_or_none(tmp_path):
-    make_corpus(tmp_path / "lib")
-    program = (
-        "import sys, itertools\nfrom stellarator.data.prepare import prepare\n"
-        "for seed in itertools.count():\n"
-        "    prepare([sys.argv[1]], sys.argv[2], vocab_size=400, seed=seed)\n"
-        "    print(seed, flush=True)\n"
-    )
-    rng = np.random.default_rng(0)
-    out = tmp_path / "out"
-    for _ in range(4):
-        process = subprocess.Popen(
-            [sys.executable, "-c", program, str(tmp_path / "lib"), str(out)],
-            env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}, stdout=subprocess.PIPE,
-        )  # fmt: skip
-        process.stdout.readline()
-        time.sleep(rng.random() * 0.3)
-        process.send_signal(signal.SIGKILL)
-        process.stdout.close()
-        process.wait()
-        check_whole(out)
-    assert run([tmp_path / "lib"], out)["train"]["documents"] > 0
-    assert not (out / ".partial").exists()
-
-
-# The split and the spool on their own
-
-
-def test_hold_out_is_close_to_the_fraction_and_depends_on_names_only():
-    rng = np.random.default_rng(0)
-    for trial in range(200):
-        count = int(rng.integers(2, 300))
-        sizes = {f"r{i}": int(size) for i, size in enumerate(rng.lognormal(8, 2, count) + 1)}
-        fraction = float(rng.choice([0.01, 0.05, 0.2, 0.5]))
-        chosen = hold_out(sizes, fraction, trial)
-        assert chosen and chosen < sizes.keys()
-        share = sum(sizes[name] for name in chosen) / sum(sizes.values())
-        assert share <= fraction or len(chosen) == 1
-        if count > 100 and fraction >= 0.05 and max(sizes.values()) < 0.02 * sum(sizes.values()):
-            assert share > 0.9 * fraction
-        shuffled = {name: sizes[name] for name in rng.permutation(list(sizes))}
-        assert hold_out(shuffled, fraction, trial) == chosen
-    equal = dict.fromkeys((f"r{i}" for i in range(100)), 10)
-    assert hold_out(equal, 0.1, 0) != hold_out(equal, 0.1, 1)
-    assert len(hold_out(equal, 0.1, 0)) == 10
-
-
-def test_every_repository_is_held_out_as_often_as_any_other():
-    equal = dict.fromkeys((f"r{i}" for i in range(20)), 10)
-    counts = dict.fromkeys(equal, 0)
-    for seed in range(1000):
-        for name in hold_out(equal, 0.2, seed):
-            counts[name] += 1
-    # binomial(1000, 0.2): standard deviation 12.6; five of them
-    assert all(137 < count < 263 for count in counts.values())
-
-
-def test_a_huge_repository_stays_on_the_training_side():
-    sizes = {"huge": 1000, **{f"r{i}": 10 for i in range(20)}}
-    assert all("huge" not in hold_out(sizes, 0.1, seed) for seed in range(100))
-    assert hold_out({"a": 900, "b": 1000}, 0.05, 0) == {"a"}
-    assert hold_out(sizes, 0.0, 0) == set()
-
-
-def test_spool_gives_back_what_it_got(tmp_path):
-    rng = np.random.default_rng(0)
-    documents = [
-        Document(
-            f"text {i}\n\u4e2d\r", f"r{rng.integers(5)}", f"p{rng.integers(9)}\n.py", None, None, i
-        )
-        for i in range(100)
-    ]
-    spool = Spool(tmp_path / "spool")
-    for document in documents:
-        spool.add(document)
-    assert [spool[number] for number in rng.permutation(100)] != documents
-    assert [spool[number] for number in range(100)] == documents
-    assert spool.repositories() == ["r0", "r1", "r2", "r3", "r4"]
-    for repository in spool.repositories():
-        numbers = spool.numbers(repository)
-        wanted = [i for i, d in enumerate(documents) if d.repository == repository]
-        assert numbers == sorted(wanted, key=lambda i: (documents[i].path, i))
-    assert spool.num_bytes(range(100)) == sum(len(d.text.encode()) for d in documents)
-    spool.close()
-    assert not (tmp_path / "spool").exists()
-
-
-@pytest.mark.parametrize(
-    ("paths", "level", "units"),
-    [
-        (["a/x", "b/y"], 1, ["r/a", "r/b"]),
-        (["a/x", "a/y"], 2, ["r/a/x", "r/a/y"]),
-        (["a/b/x", "a/b/y", "a/c"], 2, ["r/a/b", "r/a/c"]),
-        (["x", "a/x"], 1, ["r/a", "r/x"]),
-        (["a/x"], 0, ["r"]),
-        (["", ""], 0, ["r"]),
-    ],
-)
-def test_units_of_a_single_repository(tmp_path, paths, level, units):
-    spool = Spool(tmp_path / "spool")
-    for number, path in enumerate(paths):
-        spool.add(Document(f"text {number}", "r", path))
-    found, depth = units_of(spool)
-    assert (sorted(found), depth) == (units, level)
-    assert sorted(n for numbers in found.values() for n in numbers) == list(range(len(paths)))
-    spool.close()
-
-
-def test_seeds_of_repositories():
-    assert seed_of(1, "a/b") == seed_of(1, "a/b")
-    seeds = {tuple(seed_of(s, name)) for s in (1, 2) for name in ("a", "b", "", "1\0a")}
-    assert len(seeds) == 8
-    first = np.random.default_rng(seed_of(1234, "owner/name")).random()
-    assert first == np.random.default_rng(seed_of(1234, "owner/name")).random()
 
 
 def test_the_account_is_complete_whatever_the_input(tmp_path):
@@ -591,3 +336,14 @@ def test_the_account_is_complete_whatever_the_input(tmp_path):
     report = run([tmp_path / "lib"], tmp_path / "out")["report"]
     assert report["seen"] == report["kept"] + sum(report["skipped"].values())
     assert report["seen"] >= 150
+
+
+def test_a_source_may_contain_the_output(tmp_path):
+    """Its own files, such as the held-out documents, are not read the next time."""
+    make_corpus(tmp_path / "lib")
+    out = tmp_path / "lib" / "data" / "set"
+    first = run([tmp_path / "lib"], out)
+    again = run([tmp_path / "lib"], out, overwrite=True)
+    assert again == first and first["report"]["folders_skipped"] == {"left out": 1}
+    with pytest.raises(ValueError, match="expected another folder for the output, got the source"):
+        run([tmp_path / "lib"], tmp_path / "lib" / ".", overwrite=True)

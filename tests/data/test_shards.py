@@ -219,7 +219,7 @@ def test_every_truncation_of_both_files_is_found(tmp_path):
     prefix = put(tmp_path, index, tokens)
     assert len(Shard(prefix)) == 2
     for size in range(len(index)):
-        with pytest.raises(ShardError, match=r"shard\.idx: expected .*, got "):
+        with pytest.raises(ShardError, match=r"shard\.idx: expected .*, got .* It is truncated\."):
             Shard(put(tmp_path, index[:size], tokens))
     for size in range(len(tokens)):
         with pytest.raises(ShardError, match=rf"shard\.bin: expected 18 bytes .*, got {size}\. It"):
@@ -249,6 +249,14 @@ def test_missing_files(tmp_path):
     with pytest.raises(ShardError, match=r"none\.idx: cannot be read: No such file"):
         Shard(tmp_path / "none")
     prefix = put(tmp_path, index_bytes(*GOOD), bytes(18))
+    for name in ("shard.bin", "shard.idx"):
+        with pytest.raises(ShardError, match=rf"Give {prefix} without \.{name[-3:]}\.$"):
+            Shard(tmp_path / name)
+    for folder in (tmp_path, f"{tmp_path}/"):
+        with pytest.raises(ShardError, match=f"give a shard in it, such as {prefix}\\.$"):
+            Shard(folder)
+    with pytest.raises(ShardError, match="Give the prefix of a .bin and .idx pair"):
+        Shard(tmp_path / "other.bin")
     os.remove(prefix + ".bin")
     with pytest.raises(ShardError, match=r"shard\.bin: cannot be read: No such file"):
         Shard(prefix)

@@ -128,8 +128,6 @@ def test_special_tokens_have_the_first_ids_in_order(tokenizers, generation):
     assert tokenizer.special_ids.tolist() == list(range(len(order)))
     assert (tokenizer.eod, tokenizer.fim_prefix, tokenizer.fim_middle) == (0, 1, 2)
     assert (tokenizer.fim_suffix, tokenizer.fim_pad) == (3, 4)
-    assert tokenizer.is_special(len(order) - 1) and not tokenizer.is_special(len(order))
-    assert not tokenizer.is_special(-1)
 
 
 def test_digits_are_always_single(tokenizer):
@@ -360,8 +358,9 @@ def make_ordinary(tree: dict, token: str) -> None:
 
 SPLIT = {"type": "Split", "pattern": {"Regex": "(a+)+$"}, "behavior": "Isolated", "invert": False}
 REFUSED = {
-    "not json": (lambda t: "{", "expected valid JSON"),
-    "deep": (lambda t: "[" * 100_000, "expected valid JSON"),
+    "empty": (lambda t: "", "got an empty file. It is damaged or cut: copy it again, or run `s"),
+    "truncated": (lambda t: t.to_json()[:3000], "It is damaged or cut: copy it again, or run `"),
+    "deep": (lambda t: "[" * 100_000, "expected JSON, got other text"),
     "a list": (lambda t: "[]", "a byte-level BPE tokenizer"),
     "other model": (lambda t: changed(t, lambda x: x["model"].update(type="WordPiece")), "BPE"),
     "dropout": (lambda t: changed(t, lambda x: x["model"].update(dropout=0.1)), "BPE without"),
@@ -399,13 +398,17 @@ def test_missing_large_and_binary_tokenizer_files(tmp_path):
         Tokenizer.load(tmp_path / "none")
     with pytest.raises(TokenizerError, match="tokenizer.json: cannot be read"):
         Tokenizer.load(tmp_path)
+    (tmp_path / "set" / "tokenizer").mkdir(parents=True)
+    (tmp_path / "set" / "tokenizer" / "tokenizer.json").touch()
+    with pytest.raises(TokenizerError, match=r"tokenizer.json, such as .*/set/tokenizer\.$"):
+        Tokenizer.load(tmp_path / "set")
     large = tmp_path / "large.json"
     with open(large, "wb") as file:
         file.truncate(1 << 40)
     with pytest.raises(TokenizerError, match=f"expected at most {64 << 20} bytes, got {1 << 40}"):
         Tokenizer.load(large)
     (tmp_path / "binary.json").write_bytes(b"\xff\xfe\x00")
-    with pytest.raises(TokenizerError, match="expected JSON in UTF-8"):
+    with pytest.raises(TokenizerError, match="expected JSON in UTF-8.*copy it again"):
         Tokenizer.load(tmp_path / "binary.json")
 
 

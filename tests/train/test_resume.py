@@ -297,5 +297,5 @@ def test_export_says_which_checkpoint_it_took(tiny_config, tmp_path, capfd):
 def test_a_run_folder_that_is_a_file_is_one_clear_line(tiny_config, tmp_path):
     (tmp_path / "file").write_text("x")
     config = dataclasses.replace(tiny_config, folder=str(tmp_path / "file"))
-    with pytest.raises(RuntimeError, match="expected a folder or nothing, got a file"):
+    with pytest.raises(ValueError, match="expected a folder or nothing, got a file"):
         Trainer(config).run()

@@ -3,6 +3,7 @@
 defines: documents, rows
 """
 
+import os
 from collections.abc import Iterator
 
 from stellarator.config import FimConfig
@@ -13,6 +14,7 @@ from stellarator.data.tokenizer import Tokenizer
 
 def documents(prefix: str, tokenizer_folder: str, count: int) -> Iterator[str]:
     """The first documents as text, special tokens as strings, each after a line of figures."""
+    prefix = _prefix(prefix)
     shard, tokenizer = Shard(prefix), Tokenizer.load(tokenizer_folder)
     yield f"# {prefix}: {len(shard):,} documents, {shard.num_tokens:,} tokens, {shard.dtype}"
     for index in range(min(count, len(shard))):
@@ -22,6 +24,7 @@ def documents(prefix: str, tokenizer_folder: str, count: int) -> Iterator[str]:
 
 def rows(prefix: str, tokenizer_folder: str, seq_length: int, count: int) -> Iterator[str]:
     """The first training rows of T tokens, shuffled, with fill-in-the-middle at default rates."""
+    prefix = _prefix(prefix)
     tokenizer = Tokenizer.load(tokenizer_folder)
     dataset = PackedDataset([Shard(prefix)], (), tokenizer, seq_length, FimConfig())
     yield f"# {prefix}: {dataset.rows_per_epoch:,} rows of {seq_length} tokens an epoch"
@@ -29,3 +32,10 @@ def rows(prefix: str, tokenizer_folder: str, seq_length: int, count: int) -> Ite
         row = dataset.row(index)
         yield f"# row {index}: {len(row.starts)} documents, {len(row.tokens) - row.length} padding"
         yield tokenizer.decode(row.tokens[: row.length])
+
+
+def _prefix(path: str) -> str:
+    """The prefix of a shard, also where one of its two files is given."""
+    root, extension = os.path.splitext(path)
+    is_file = extension in (".bin", ".idx") and not os.path.exists(path + ".idx")
+    return root if is_file else path

@@ -201,12 +201,14 @@ def _read_index(path: str):
     size = _size_of(path)
     with open(path, "rb") as file:
         header = file.read(_HEADER.size)
+    if MAGIC.startswith(header[: len(MAGIC)]) and size < _HEADER.size:
+        raise ShardError(
+            f"{path}: expected a header of {_HEADER.size} bytes, got {size}. It is truncated."
+        )
     if not header.startswith(MAGIC):
         raise ShardError(
             f"{path}: expected a Megatron index starting with {MAGIC!r}, got {header[:9]!r}."
         )
-    if len(header) < _HEADER.size:
-        raise ShardError(f"{path}: expected a header of {_HEADER.size} bytes, got {len(header)}.")
     _, version, code, num_sequences, num_entries = _HEADER.unpack(header)
     if version != VERSION:
         raise ShardError(f"{path}: expected version {VERSION} of the index, got {version}.")
@@ -266,9 +268,20 @@ def _size_of(path: str) -> int:
     try:
         return os.stat(path).st_size
     except OSError as error:
-        raise ShardError(
-            f"{path}: cannot be read: {error.strerror}. Give the prefix of a .bin and .idx pair."
-        ) from None
+        advice = _advice(path[: -len(".idx")])
+        raise ShardError(f"{path}: cannot be read: {error.strerror}. {advice}") from None
+
+
+def _advice(prefix: str) -> str:
+    """What to give instead of a prefix that lacks a file."""
+    root, extension = os.path.splitext(prefix)
+    if extension in (".bin", ".idx") and os.path.exists(root + ".idx"):
+        return f"Give {root} without {extension}."
+    names = sorted(os.listdir(prefix)) if os.path.isdir(prefix) else ()
+    shards = [os.path.join(prefix, name[:-4]) for name in names if name.endswith(".idx")]
+    if shards:
+        return f"That is a folder: give a shard in it, such as {shards[0]}."
+    return "Give the prefix of a .bin and .idx pair."
 
 
 def _map(path: str, dtype: np.dtype, offset: int, count: int) -> np.ndarray:

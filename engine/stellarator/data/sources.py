@@ -46,6 +46,7 @@ def read_sources(
     report: Report | None = None,
     limits: Limits | None = None,
     deduplicate: bool = True,
+    leave_out: str | os.PathLike | None = None,
 ) -> Iterator[Document]:
     """The documents of all sources, one after another.
 
@@ -54,10 +55,12 @@ def read_sources(
         report: counts every file and row; read it when the iterator has ended.
         limits: sizes; `Limits()` if not given.
         deduplicate: leave out a text that was seen before, by its hash (100 bytes of memory).
+        leave_out: a folder that is not entered, such as the one that is written to.
     Raises:
         SourceError: a path that does not exist, or no document in all of them.
     """
     report, limits = report or Report(), limits or Limits()
+    leave_out = None if leave_out is None else Path(leave_out).resolve()
     paths = [Path(path) for path in ([paths] if isinstance(paths, str | Path) else paths)]
     for path in paths:
         if not os.path.exists(path):
@@ -68,7 +71,7 @@ def read_sources(
     seen: set[bytes] = set()
     found = False
     for path in paths:
-        for document in _read(path, report, limits):
+        for document in _read(path, report, limits, leave_out):
             if deduplicate:
                 data = document.text.encode()
                 digest = hashlib.blake2b(data, digest_size=16).digest()
@@ -83,11 +86,11 @@ def read_sources(
         raise SourceError(f"sources: no documents found in {names}: {report.summary()}.")
 
 
-def _read(path: Path, report: Report, limits: Limits) -> Iterator[Document]:
+def _read(path: Path, report: Report, limits: Limits, leave_out: Path | None) -> Iterator[Document]:
     """The documents of one source."""
     path = path.resolve()
     if path.is_dir():
-        reader = _Folder(report, limits)
+        reader = _Folder(report, limits, leave_out)
         yield from reader.checkout(path) if _is_checkout(path) else reader.plain(path)
     elif is_container(path.name) and path.is_file():
         yield from read_container(path, report, limits)
@@ -99,8 +102,8 @@ def _read(path: Path, report: Report, limits: Limits) -> Iterator[Document]:
 class _Folder:
     """Walks folders; see the top of this file for the rules."""
 
-    def __init__(self, report: Report, limits: Limits):
-        self.report, self.limits = report, limits
+    def __init__(self, report: Report, limits: Limits, leave_out: Path | None = None):
+        self.report, self.limits, self.leave_out = report, limits, leave_out
 
     def plain(self, root: Path) -> Iterator[Document]:
         """A folder that is no git checkout: its top-level parts are the repositories."""
@@ -157,6 +160,8 @@ class _Folder:
                 path, name = folder / entry.name, relative + entry.name
                 if not entry.is_dir(follow_symlinks=False):
                     yield path, name, False
+                elif path == self.leave_out:
+                    self.report.skip_folder("left out", str(path))
                 elif _is_foreign(entry.name) or os.path.exists(path / "pyvenv.cfg"):
                     self.report.skip_folder("hidden or foreign", str(path))
                 elif _is_checkout(path):

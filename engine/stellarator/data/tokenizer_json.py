@@ -1,6 +1,6 @@
 """What `tokenizer.json` must say so that a tokenizer can be used here, and the bytes of its tokens.
 
-defines: TokenizerError, check_json, bytes_of_ids, hugging_face_files
+defines: TokenizerError, REPAIR, check_json, bytes_of_ids, hugging_face_files
 
 A foreign file is checked before the library sees it: a size, the shape of the model, how words
 are cut (a regular expression of somebody else could take forever), ids in range, the special
@@ -24,6 +24,9 @@ _WORDS = [
     ]
     for use_regex in (True, None)
 ]
+
+
+REPAIR = "It is damaged or cut: copy it again, or run `stellarator data prepare` again."
 
 
 class TokenizerError(ValueError):
@@ -63,7 +66,8 @@ def check_json(text: str, name: str) -> str:
     try:
         tree = json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise refuse("valid JSON", error) from None
+        got = f"other text ({error})" if text.strip() else "an empty file"
+        raise TokenizerError(f"{name}: expected JSON, got {got}. {REPAIR}") from None
     try:
         model, added, vocab = tree["model"], tree["added_tokens"], tree["model"]["vocab"]
         ids = [*vocab.values(), *(token["id"] for token in added)]

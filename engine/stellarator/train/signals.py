@@ -47,12 +47,13 @@ def folder_lock(folder: Path):
     """Hold the run folder for this process; the system lets go of it when the process ends.
 
     Raises:
+        ValueError: it is a file, or lies under one.
         RuntimeError: another process holds it.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except (FileExistsError, NotADirectoryError):
-        raise RuntimeError(
+        raise ValueError(
             f"{folder}: expected a folder or nothing, got a file. Choose another `folder`."
         ) from None
     with open(folder / ".lock", "a+", encoding="utf-8") as file:
