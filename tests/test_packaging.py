@@ -170,6 +170,9 @@ def test_installed_wheel_runs_from_any_folder(wheel, tmp_path):
         assert done.returncode == 0 and "doctor" in done.stdout, done.stderr
 
 
+ISA = ("portable", "avx2", "avx512_bf16", "avx512", "amx")
+
+
 @needs_compiler
 def test_baseline_code_has_no_wide_instructions(wheel):
     """What runs on any x86-64 is not compiled with AVX: only files named for a level are."""
@@ -177,14 +180,19 @@ def test_baseline_code_has_no_wide_instructions(wheel):
     if objdump is None or os.uname().machine != "x86_64":
         pytest.skip("needs objdump on x86-64")
     objects = sorted((wheel.parents[1] / "build").rglob("*.o"))
-    assert {"adamw.o", "adamw_portable.o", "adamw_avx2.o", "adamw_avx512.o"} <= {
-        path.name for path in objects
-    }
+    names = {f"{kernel}_{level}.o" for kernel in ("adamw", "attention") for level in ISA}
+    assert {"adamw.o", "attention.o", *names} <= {path.name for path in objects}
     for path in objects:
         assembly = subprocess.run([objdump, "-d", path], capture_output=True, text=True).stdout
+        level = next((x for x in ISA if path.stem.endswith(f"_{x}")), "")
         wide = "%ymm" in assembly or "%zmm" in assembly
-        assert wide == path.stem.endswith(("_avx2", "_avx512")), path.name
-        assert ("%zmm" in assembly) == path.stem.endswith("_avx512"), path.name
+        assert wide == (level not in ("", "portable")), path.name
+        assert ("%zmm" in assembly) == level.startswith(("avx512", "amx")), path.name
+        assert ("tdpbf16ps" in assembly) == (path.stem == "attention_amx"), path.name
+        symbols = subprocess.run([objdump, "-t", path], capture_output=True, text=True).stdout
+        # A function that other objects define too: the linker takes any of them for all.
+        weak = [x for x in symbols.splitlines() if x[17:18] == "w" and "*UND*" not in x]
+        assert not level or not weak, (path.name, weak)
 
 
 @pytest.mark.parametrize("compiler", ["/bin/false", "/no/such/compiler"])

@@ -3,6 +3,7 @@
 #include <pybind11/pybind11.h>
 
 #include "adamw.h"
+#include "bind.h"
 #include "grad_norm.h"
 #include "isa.h"
 #include "parallel.h"
@@ -11,10 +12,7 @@ namespace py = pybind11;
 
 namespace {
 
-template <typename T>
-T* pointer(uintptr_t address) {
-    return reinterpret_cast<T*>(address);
-}
+using stellarator::pointer;
 
 void adamw(uintptr_t weight, uintptr_t rounded, uintptr_t grad, bool grad_is_bfloat16,
            uintptr_t exp_avg, uintptr_t exp_avg_sq, int64_t n, double clip, double beta1,
@@ -51,7 +49,9 @@ PYBIND11_MODULE(_cpu, m) {
     py::enum_<stellarator::Isa>(m, "Isa")
         .value("portable", stellarator::Isa::portable)
         .value("avx2", stellarator::Isa::avx2)
-        .value("avx512", stellarator::Isa::avx512);
+        .value("avx512", stellarator::Isa::avx512)
+        .value("avx512_bf16", stellarator::Isa::avx512_bf16)
+        .value("amx", stellarator::Isa::amx);
     m.def("best_isa", &stellarator::best_isa);
     m.def("threads_of", &stellarator::threads_of);
     const py::call_guard<py::gil_scoped_release> without_gil;
@@ -62,4 +62,5 @@ PYBIND11_MODULE(_cpu, m) {
           py::arg("isa"));
     m.def("sum_of_squares", &sum_of_squares, without_gil, py::arg("x"), py::arg("is_bfloat16"),
           py::arg("n"), py::arg("threads"), py::arg("isa"));
+    stellarator::bind_attention(m);
 }

@@ -46,7 +46,7 @@ struct Job {
 
 void adamw(const AdamW& update, int threads, Isa isa) {
     Job job{update, STELLARATOR_SELECT(isa, adamw_range)};
-    const auto run = [](void* context, int64_t i) {
+    const auto run = [](void* context, int64_t i, int) {
         const Job& job = *static_cast<Job*>(context);
         const FlushSubnormals flush;
         job.range(job.update, i * kBlock, std::min((i + 1) * kBlock, job.update.n));

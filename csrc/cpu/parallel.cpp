@@ -39,26 +39,30 @@ GompParallel torch_parallel() {
 }
 
 struct Loop {
-    void (*run)(void*, int64_t);
+    void (*run)(void*, int64_t, int);
     void* context;
     int64_t tasks;
     std::atomic<int64_t> next{0};
+    std::atomic<int> threads{0};
 };
 
 // One thread's share: takes tasks until none is left.
 void work(void* pointer) {
     Loop& loop = *static_cast<Loop*>(pointer);
-    for (int64_t i = loop.next++; i < loop.tasks; i = loop.next++) loop.run(loop.context, i);
+    const int thread = loop.threads++;
+    for (int64_t i = loop.next++; i < loop.tasks; i = loop.next++) {
+        loop.run(loop.context, i, thread);
+    }
 }
 
 }  // namespace
 
 const char* threads_of() { return torch_parallel() != nullptr ? "torch" : "std::thread"; }
 
-void parallel_for(int64_t tasks, int threads, void (*run)(void*, int64_t), void* context) {
+void parallel_for(int64_t tasks, int threads, void (*run)(void*, int64_t, int), void* context) {
     const int64_t team = std::min<int64_t>(tasks, std::max(threads, 1));
     if (team <= 1) {
-        for (int64_t i = 0; i < tasks; ++i) run(context, i);
+        for (int64_t i = 0; i < tasks; ++i) run(context, i, 0);
         return;
     }
     Loop loop;

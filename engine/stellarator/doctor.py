@@ -20,7 +20,7 @@ from pathlib import Path
 _PACKAGES = ("torch", "triton", "numpy", "safetensors", "tokenizers", "pyarrow", "zstandard")
 _PACKAGES += ("matplotlib", "tensorboard", "transformers")
 _VARIABLES = {
-    "STELLARATOR_ISA": "instruction set of the C++ kernels: portable, avx2 or avx512",
+    "STELLARATOR_ISA": "instruction set of the C++ kernels: portable to amx",
     "STELLARATOR_TRACEBACK": "1 shows the traceback of an error",
     "TRITON_INTERPRET": "1 runs Triton kernels on the CPU, slowly",
     "TRITON_CACHE_DIR": "where compiled Triton kernels are kept",

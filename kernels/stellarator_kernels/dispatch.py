@@ -24,7 +24,7 @@ IMPLEMENTATIONS = ("triton", "cpu", "torch", "reference")
 
 # What each op has. `torch` is left out where ATen has no kernel of its own to call.
 _OPS = {
-    "flash_attention": ("triton", "torch", "reference"),
+    "flash_attention": ("triton", "cpu", "torch", "reference"),
     "decode_attention": ("torch", "reference"),
     "rope": ("triton", "torch", "reference"),
     "layer_norm": ("triton", "torch", "reference"),

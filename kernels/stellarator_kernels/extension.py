@@ -43,8 +43,9 @@ def load():
 def isa():
     """The instruction set that the kernels run on: the best of this machine, or the forced one.
 
-    STELLARATOR_ISA=portable, avx2 or avx512 forces it, to compare or to find a fault; the results
-    have the same bits.
+    STELLARATOR_ISA=portable, avx2, avx512, avx512_bf16 or amx forces it, to compare or to find a
+    fault. AdamW and the gradient norm have the same bits on all of them; kernels that multiply
+    matrices differ in rounding.
 
     Raises:
         ValueError: STELLARATOR_ISA holds another word.

@@ -5,7 +5,8 @@ that are made there. Elsewhere they run in Triton's interpreter; so they do in a
 because Triton reads TRITON_INTERPRET once, when the first of them imports it. With
 CUDA_VISIBLE_DEVICES= (empty) a machine with a GPU is like any other.
 
-defines: NATIVE, TRITON, INTERPRETED, IMPLS, KERNELS, IMPLS_ON_CPU, CASES, generator
+defines: NATIVE, TRITON, INTERPRETED, EXTENSION, CPU, IMPLS, KERNELS, IMPLS_ON_CPU, CASES, levels,
+generator
 """
 
 import os
@@ -13,6 +14,8 @@ import sys
 
 import pytest
 import torch
+
+from stellarator_kernels import extension
 
 NATIVE = (
     "triton" not in sys.modules
@@ -26,6 +29,12 @@ if NATIVE:
 INTERPRETED = pytest.mark.interpret
 TRITON = pytest.mark.gpu if NATIVE else INTERPRETED
 
+# Mark of a test of the C++ kernels, and their parameter.
+EXTENSION = pytest.mark.skipif(
+    extension.failure() is not None, reason=f"no C++ extension: {extension.failure()}"
+)
+CPU = pytest.param("cpu", marks=EXTENSION)
+
 IMPLS = ["torch", "reference", pytest.param("triton", marks=TRITON)]
 KERNELS = [IMPLS[0], IMPLS[2]]  # without the plain formulas
 IMPLS_ON_CPU = ["torch", "reference", pytest.param("triton", marks=INTERPRETED)]
@@ -37,6 +46,15 @@ CASES += [
     for dtype in (torch.float16, torch.float32, torch.bfloat16)
     if NATIVE or dtype != torch.bfloat16  # the interpreter's casts to bf16 truncate
 ]
+
+
+def levels() -> list[str]:
+    """Instruction sets of the C++ kernels that run here."""
+    if extension.failure() is not None:
+        return []
+    module = extension.load()
+    best = int(module.best_isa())
+    return [name for name, isa in module.Isa.__members__.items() if int(isa) <= best]
 
 
 def generator(seed: int) -> torch.Generator:

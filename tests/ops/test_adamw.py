@@ -18,10 +18,7 @@ from stellarator_kernels import adamw, adamw_, cost, extension
 from stellarator_kernels.testing import assert_close_to_reference
 
 BETAS, EPS, LR = (0.9, 0.95), 1e-8, 1e-2
-needs_extension = pytest.mark.skipif(
-    extension.failure() is not None, reason=f"no C++ extension: {extension.failure()}"
-)
-IMPLS = [pytest.param("cpu", marks=needs_extension), *grid.IMPLS]
+IMPLS = [grid.CPU, *grid.IMPLS]
 # Empty; one; less than a vector; around one chunk of 64; above one Triton block of 1024.
 SIZES = (0, 1, 7, 63, 64, 65, 1025)
 
@@ -258,7 +255,7 @@ def levels():
     return [name for name, isa in module.Isa.__members__.items() if int(isa) <= best]
 
 
-@needs_extension
+@grid.EXTENSION
 @pytest.mark.parametrize("grad_dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("param_dtype", [torch.float32, torch.bfloat16])
 def test_bits_do_not_depend_on_isa_or_threads(monkeypatch, param_dtype, grad_dtype):
@@ -280,7 +277,7 @@ def test_bits_do_not_depend_on_isa_or_threads(monkeypatch, param_dtype, grad_dty
         assert all(same_bits(a, b) for a, b in zip(result, results[0], strict=True))
 
 
-@needs_extension
+@grid.EXTENSION
 @pytest.mark.parametrize("offset", [0, 3])
 def test_large_tensors_are_streamed_to_the_same_bits(monkeypatch, offset):
     """From 2^20 elements the bfloat16 copy is written past the caches, if it is aligned."""
@@ -296,7 +293,7 @@ def test_large_tensors_are_streamed_to_the_same_bits(monkeypatch, offset):
         assert (buffer[:offset] == 9).all() and (buffer[offset + n :] == 9).all()
 
 
-@needs_extension
+@grid.EXTENSION
 @pytest.mark.skipif(sys.platform != "linux" or os.uname().machine != "x86_64", reason="x86 only")
 def test_subnormal_moments_become_zero_and_the_mode_is_restored():
     state = State(100)
@@ -462,7 +459,7 @@ def test_no_tensors_is_no_work():
     adamw_([], [], [], [], lr=1.0, beta1=0.9, beta2=0.9, eps=1e-8, weight_decay=0.0, step=1)
 
 
-@needs_extension
+@grid.EXTENSION
 def test_forced_instruction_set_is_checked(monkeypatch):
     monkeypatch.setenv(extension.ISA_VARIABLE, "avx1024")
     with pytest.raises(ValueError, match="STELLARATOR_ISA in .*'portable'.*, got 'avx1024'"):

@@ -12,15 +12,17 @@ import dataclasses
 import math
 import random
 
+import grid
 import pytest
 import torch
 import torch.nn.functional as F
-from grid import IMPLS, INTERPRETED, KERNELS, NATIVE, TRITON, generator
+from grid import EXTENSION, INTERPRETED, NATIVE, TRITON, generator, levels
 
-from stellarator_kernels import cost, flash_attention
+from stellarator_kernels import cost, extension, flash_attention
 from stellarator_kernels.attention import aten
 from stellarator_kernels.testing import assert_close_to_reference, poison_empty
 
+IMPLS, KERNELS = [grid.CPU, *grid.IMPLS], [grid.CPU, *grid.KERNELS]
 BF16, FP16, FP32, FP64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
 
 
@@ -188,6 +190,45 @@ def test_torch_on_other_devices(name, monkeypatch):
     """The path of a device for which ATen has no CPU flash kernels, taken here on the CPU."""
     monkeypatch.setattr(aten, "_has_kernels", lambda x: False)
     check(CASES[name], FP32, "torch")
+
+
+@EXTENSION
+@pytest.mark.parametrize("dtype", [FP32, BF16], ids=str)
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+def test_cpu(case, dtype):
+    check(case, dtype, "cpu")
+
+
+# Blocks are 64 queries by 128 keys: several of each, whole and cut, inside and at the edges.
+LONGER = {
+    "several blocks": Case(400, H=4, G=2, D=64),
+    "several blocks, window": Case(390, S=500, H=3, D=40, window=150),
+    "several blocks, bidirectional": Case(150, S=300, D=128, causal=False),
+    "several blocks, documents": Case(500, H=4, documents=(300, 7, 193), window=129),
+}
+
+
+@pytest.mark.parametrize("level", levels())
+@pytest.mark.parametrize("dtype", [FP32, BF16], ids=str)
+@pytest.mark.parametrize("case", LONGER.values(), ids=LONGER)
+def test_cpu_on_every_instruction_set(case, dtype, level, monkeypatch):
+    monkeypatch.setenv(extension.ISA_VARIABLE, level)
+    check(case, dtype, "cpu")
+
+
+@EXTENSION
+@pytest.mark.parametrize("threads", [1, 2, 5])
+def test_cpu_is_the_same_to_the_bit_on_every_run(threads):
+    case, before = LONGER["several blocks, documents"], torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        first, *others = (run(case, case.inputs(BF16), "cpu")[0] for _ in range(4))
+    finally:
+        torch.set_num_threads(before)
+    for other in others:
+        assert all(torch.equal(a, b) for a, b in zip(first, other, strict=True))
+    outside = run(case, case.inputs(BF16), "cpu")[0]  # sums of dk and dv may differ, nothing else
+    assert all(torch.equal(a, b) for a, b in zip(first[:3], outside[:3], strict=True))
 
 
 @TRITON

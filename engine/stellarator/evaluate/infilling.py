@@ -58,7 +58,7 @@ def infill(
     stop_strings: Sequence[str] = (),
     context: int | None = None,
 ) -> str:
-    """The text that the model puts between `prefix` and `suffix`.
+    """The text that the model puts between `prefix` and `suffix`: at least one token.
 
     Args:
         model, tokenizer: trained together, with fill-in-the-middle.
@@ -81,6 +81,7 @@ def infill(
         seed=seed,
         stop_ids=tuple(tokenizer.special.values()),
         stop_strings=stop_strings,
+        min_new_tokens=1,
         tokenizer=tokenizer,
     )
     return answer.text

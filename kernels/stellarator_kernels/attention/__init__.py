@@ -6,6 +6,7 @@ defines:
     forward.py    Triton forward kernel and its launcher
     backward.py   Triton backward kernels (dq, then dk and dv) and their launcher
     tiles.py      tile sizes, and which keys a row sees: shared by the kernels
+    cpu.py        the same in C++ for the CPU
     aten.py       the same op from ATen's CPU flash kernels, document by document, block by block
 """
 

@@ -8,7 +8,7 @@ implementation runs is decided inside their bodies. Packed input, (N, H, D), bec
 import torch
 
 from stellarator_kernels import checks, dispatch, reference
-from stellarator_kernels.attention import aten
+from stellarator_kernels.attention import aten, cpu
 
 _OP = "flash_attention"
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -43,7 +43,7 @@ def flash_attention(
             query sees keys of its own document only. Its values are checked on the CPU only.
         scale: of the scores; None: D**-0.5.
         return_lse: also return lse; gradients flow through it.
-        impl: "auto", "triton" (D a multiple of 8 from 16 to 256), "torch" or "reference".
+        impl: "auto", "triton" or "cpu" (D a multiple of 8 from 16 to 256), "torch" or "reference".
     Returns:
         out, of the shape and dtype of q; with `return_lse` also lse = log sum exp(scale q k^T) in
         nats, (B, H, T) or (H, N), fp32 (fp64 for fp64).
@@ -207,6 +207,8 @@ def _module(chosen: str, phase: str):
     """The module with `forward` or `backward`; the kernels' own modules import Triton."""
     if chosen == "torch":
         return aten
+    if chosen == "cpu":
+        return cpu
     if phase == "forward":
         from stellarator_kernels.attention import forward as module
     else:

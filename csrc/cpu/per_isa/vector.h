@@ -1,0 +1,84 @@
+// Vectors of the width of one instruction set, as GCC and Clang extend C++: arithmetic, comparisons
+// and `condition ? a : b` work lane by lane. For files in per_isa/ only: everything is internal to
+// the translation unit, as bfloat16.h says.
+#pragma once
+
+#include <stdint.h>
+#include <string.h>
+
+#if defined(__AVX512F__) || defined(__AVX2__)
+#include <immintrin.h>
+#endif
+
+#if defined(__AVX512F__)
+#define STELLARATOR_LANES 16
+#elif defined(__AVX2__)
+#define STELLARATOR_LANES 8
+#else
+#define STELLARATOR_LANES 4
+#endif
+
+namespace {
+
+constexpr int kLanes = STELLARATOR_LANES;
+
+typedef float Floats __attribute__((vector_size(4 * STELLARATOR_LANES)));
+typedef int32_t Ints __attribute__((vector_size(4 * STELLARATOR_LANES)));
+typedef uint32_t Bits __attribute__((vector_size(4 * STELLARATOR_LANES)));
+typedef uint16_t Halves __attribute__((vector_size(2 * STELLARATOR_LANES)));
+
+inline Floats load(const float* from) {
+    Floats x;
+    memcpy(&x, from, sizeof x);
+    return x;
+}
+
+// bfloat16 is the upper half of a float.
+inline Floats load(const uint16_t* from) {
+    Halves x;
+    memcpy(&x, from, sizeof x);
+    return (Floats)(__builtin_convertvector(x, Bits) << 16);
+}
+
+inline void store(float* to, Floats x) { memcpy(to, &x, sizeof x); }
+
+// Rounds to nearest, ties to even. A NaN stays one.
+inline void store(uint16_t* to, Floats x) {
+#if defined(__AVX512BF16__)
+    const __m256bh rounded = _mm512_cvtneps_pbh((__m512)x);  // also flushes subnormals to zero
+    memcpy(to, &rounded, sizeof rounded);
+#else
+    const Bits bits = (Bits)x;
+    const Bits rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+    const Bits result = x == x ? rounded : (rounded & 0u) + 0x7fc0u;
+    const Halves narrow = __builtin_convertvector(result, Halves);
+    memcpy(to, &narrow, sizeof narrow);
+#endif
+}
+
+inline Floats all(float x) { return x - (Floats){}; }
+inline Floats maximum(Floats a, Floats b) { return a > b ? a : b; }
+
+// 2^x with a relative error below 3e-7 for x from -126 to 127; 0 below, NaN for NaN.
+// x = n + f with |f| <= 1/2; 2^f is a minimax polynomial, n goes to the exponent bits.
+inline Floats exp2(Floats x) {
+    const float magic = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer
+    const Floats shifted = x + magic;
+    const Floats f = x - (shifted - magic);
+    Floats p = f * 1.32764678e-3f + 9.67554096e-3f;
+    p = p * f + 5.55071346e-2f;
+    p = p * f + 2.40221202e-1f;
+    p = p * f + 6.93146944e-1f;
+    p = p * f + 1.00000012f;
+    const Bits power = ((Bits)shifted << 23) + 0x3f800000u;
+    const Floats y = p * (Floats)power;
+    return x < -126.0f ? (Floats){} : y;
+}
+
+inline float sum(Floats x) {
+    float total = 0.0f;
+    for (int i = 0; i < kLanes; ++i) total += x[i];
+    return total;
+}
+
+}  // namespace
