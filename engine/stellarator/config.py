@@ -111,7 +111,7 @@ class CheckpointConfig:
 
     interval: int | None = None  # steps; one is always written at the end and on a signal
     keep: int | None = 3  # newest ones kept; at least 2, the newest may be damaged
-    resume: str = "auto"  # "none", or the path of a checkpoint
+    resume: str = "auto"  # "none", or the path of a checkpoint for the first start
 
 
 @dataclass(frozen=True)

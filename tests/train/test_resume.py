@@ -7,6 +7,7 @@ of ranks.
 import dataclasses
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -131,8 +132,9 @@ def test_another_configuration_is_refused_with_both_values(tiny_config, tmp_path
     with pytest.raises(TrainingError, match="expected no checkpoints"):
         Trainer(dataclasses.replace(tiny_config, checkpoint=none)).run()
     absent = dataclasses.replace(tiny_config.checkpoint, resume=str(tmp_path / "absent"))
+    new = dataclasses.replace(tiny_config, checkpoint=absent, folder=str(tmp_path / "new"))
     with pytest.raises(CheckpointError, match="No such file"):
-        Trainer(dataclasses.replace(tiny_config, checkpoint=absent)).run()
+        Trainer(new).run()
 
 
 def test_a_longer_run_continues_with_the_same_batches(tiny_config, tmp_path):
@@ -172,6 +174,23 @@ def test_a_run_starts_from_exported_weights_whatever_their_dropout(tiny_config, 
         Trainer(config).run()
 
 
+def test_a_run_goes_on_when_the_weights_it_began_with_are_gone(tiny_config, tmp_path):
+    from stellarator.model import build_model, save_pretrained
+
+    source = build_model(tiny_config.model, dtype=torch.float32, seed=9)
+    save_pretrained(source, tmp_path / "released")
+    start = dataclasses.replace(tiny_config.train, init_from=str(tmp_path / "released"))
+    whole = dataclasses.replace(tiny_config, train=start)
+    Trainer(whole).run()
+    broken = dataclasses.replace(whole, folder=str(tmp_path / "broken"))
+    trainer = StoppedAfter(broken)
+    trainer.stop_at = 5
+    trainer.run()
+    shutil.rmtree(tmp_path / "released")
+    assert Trainer(broken).run()["status"] == "done"
+    assert_same_run(whole.folder, broken.folder, 12)
+
+
 def test_a_step_that_was_saved_before_is_saved_again(tiny_config, unbroken, tmp_path):
     """The last checkpoint is damaged; the run that repairs it ends with a good one."""
     config = dataclasses.replace(
@@ -199,6 +218,35 @@ def test_an_older_checkpoint_is_not_continued_beside_newer_ones(tiny_config, tmp
     elsewhere = dataclasses.replace(config, checkpoint=again, folder=str(tmp_path / "other"))
     Trainer(elsewhere).run()
     assert_weights(config.folder, elsewhere.folder, 12)
+
+
+def test_a_run_that_began_at_another_checkpoint_goes_on_from_its_own(tiny_config, tmp_path, capfd):
+    """The same command after a stop: what was trained since, and its records, stay as they are."""
+    config = dataclasses.replace(
+        tiny_config, checkpoint=dataclasses.replace(tiny_config.checkpoint, interval=4)
+    )
+    Trainer(config).run()
+    first = str(Path(config.folder, "checkpoints", "step_00000004"))
+    again = dataclasses.replace(config.checkpoint, resume=first)
+    branch = dataclasses.replace(config, checkpoint=again, folder=str(tmp_path / "branch"))
+    trainer = StoppedAfter(branch)
+    trainer.stop_at = 7
+    assert trainer.run()["step"] == 7
+    metrics = Path(branch.folder, "metrics.jsonl")
+    before = metrics.read_text()
+    capfd.readouterr()
+    assert Trainer(branch).run()["status"] == "done"
+    output = capfd.readouterr()
+    own = Path(branch.folder, "checkpoints", "step_00000007")
+    assert f"resumed {own} at step 7" in output.out
+    assert f"{first} was for the first start" in output.err
+    assert metrics.read_text().startswith(before)
+    assert [r[0] for r in train_records(branch.folder)] == list(range(5, 13))
+    assert_weights(config.folder, branch.folder, 12)
+    for damaged in own.parent.glob("step_*/manifest.json"):
+        damaged.write_text("{")
+    with pytest.raises(TrainingError, match="expected a checkpoint that can be read"):
+        Trainer(branch).run()  # not from the beginning again, over its own records
 
 
 def assert_weights(one, other, step: int) -> None:
@@ -245,8 +293,6 @@ def test_training_goes_on_when_the_disk_is_full(tiny_config, tmp_path, capfd, mo
 
 
 def test_other_tokens_of_equal_lengths_are_another_data_set(tiny_config, tiny_corpus, tmp_path):
-    import shutil
-
     for name in ("train.bin", "train.idx"):
         shutil.copy(tiny_corpus / name, tmp_path / name)
     data = dataclasses.replace(tiny_config.data, train=(str(tmp_path / "train"),))
@@ -262,8 +308,6 @@ def test_other_tokens_of_equal_lengths_are_another_data_set(tiny_config, tiny_co
 
 
 def test_shards_of_another_tokenizer_are_refused(tiny_config, tiny_corpus, tmp_path):
-    import shutil
-
     from stellarator.data.tokenizer import Tokenizer
 
     for name in ("train.bin", "train.idx"):

@@ -26,7 +26,7 @@ from stellarator.data.batches import Batch, Batches
 from stellarator.data.packing import PackedDataset
 from stellarator.data.shards import Shard
 from stellarator.data.tokenizer import Tokenizer
-from stellarator.model import build_model, load_pretrained
+from stellarator.model import Transformer, build_model, load_pretrained
 from stellarator.parallel import mesh as meshes
 from stellarator.train import checkpoint, flops, metrics, resume
 from stellarator.train.metrics import RunLog, StepMetrics, ZScore, step_line, write_status
@@ -131,9 +131,21 @@ class Trainer:
     # Making everything, and going on from a checkpoint.
 
     def _build(self) -> None:
-        """Data, model, optimizer."""
+        """Data, the checkpoint to go on from, model, optimizer."""
         config, device = self.config, self.mesh.device
+        self._open_data()
+        self._find_checkpoint()
         self.dtype = DTYPES[config.train.precision]
+        self.model = self._make_model()
+        self.optimizer = FlatOptimizer(self.model, config.optim, config.train.kernels, self.dtype)
+        self.clock = Stopwatch(device)
+        self.peak, self.peak_source = flops.peak_flops(
+            device, self.dtype, config.metrics.peak_tflops
+        )
+
+    def _open_data(self) -> None:
+        """Tokenizer and batches."""
+        config = self.config
         self.tokenizer = Tokenizer.load(config.data.tokenizer)
         if self.tokenizer.vocab_size > config.model.vocab_size:
             raise TrainingError(
@@ -146,26 +158,6 @@ class Trainer:
         self.validation = None
         if config.data.validation:
             self.validation = self._batches(config.data.validation, validation=True)
-        options = {
-            "device": device,
-            # bf16 is rounded from masters that keep all digits of the initial or loaded weights.
-            "dtype": torch.float32 if self.dtype == torch.bfloat16 else self.dtype,
-            "kernels": config.train.kernels,
-            "recompute": config.train.recompute,
-        }
-        if config.train.init_from:
-            self.model = load_pretrained(config.train.init_from, **options)
-            if wrong := resume.model_difference(
-                config.train.init_from, self.model.config, config.model
-            ):
-                raise TrainingError(wrong)
-        else:
-            self.model = build_model(config.model, seed=config.train.seed, **options)
-        self.optimizer = FlatOptimizer(self.model, config.optim, config.train.kernels, self.dtype)
-        self.clock = Stopwatch(device)
-        self.peak, self.peak_source = flops.peak_flops(
-            device, self.dtype, config.metrics.peak_tflops
-        )
 
     def _batches(self, prefixes: tuple[str, ...], validation: bool = False) -> Batches:
         """Batches of token shards; validation rows are neither shuffled nor transformed."""
@@ -179,11 +171,10 @@ class Trainer:
         )
         return Batches(dataset, config.train.global_batch_size, config.train.micro_batch_size)
 
-    def _resume(self) -> None:
-        """Continue from a checkpoint, as `checkpoint.resume` says."""
-        config = self.config
-        self.fingerprint = resume.fingerprint(config.data.train, self.tokenizer.sha256)
-        found = resume.find(config, self.log.warn)
+    def _find_checkpoint(self) -> None:
+        """`self.found`: the checkpoint to go on from, as `checkpoint.resume` says, or None."""
+        self.fingerprint = resume.fingerprint(self.config.data.train, self.tokenizer.sha256)
+        found = self.found = resume.find(self.config, self.log.warn)
         seal = hashlib.sha256(json.dumps(found.manifest).encode() if found else b"").digest()
         if not self.mesh.agrees_on(int.from_bytes(seal[:7])):
             raise TrainingError(
@@ -191,10 +182,33 @@ class Trainer:
                 f"ones (rank {self.mesh.dp_rank}: {found and found.folder}). Put `folder` on a "
                 "file system that all machines share."
             )
-        self._saved_step = None
         if found is not None:
-            for line in resume.compare(found, config, self.fingerprint):
+            for line in resume.compare(found, self.config, self.fingerprint):
                 self.log.say(line)
+
+    def _make_model(self) -> Transformer:
+        """The model with its first weights; without any where a checkpoint holds them."""
+        config, start = self.config, self.config.train.init_from
+        options = {
+            "device": self.mesh.device,
+            # bf16 is rounded from masters that keep all digits of the initial or loaded weights.
+            "dtype": torch.float32 if self.dtype == torch.bfloat16 else self.dtype,
+            "kernels": config.train.kernels,
+            "recompute": config.train.recompute,
+        }
+        if self.found is not None:
+            return Transformer(config.model, **options)
+        if start is None:
+            return build_model(config.model, seed=config.train.seed, **options)
+        model = load_pretrained(start, **options)
+        if wrong := resume.model_difference(start, model.config, config.model):
+            raise TrainingError(wrong)
+        return model
+
+    def _resume(self) -> None:
+        """Take over the state of the checkpoint that was found."""
+        found, self._saved_step = self.found, None
+        if found is not None:
             found.load_into(self.optimizer.state())
             self.optimizer.after_load()
             self.progress = resume.Progress(**found.manifest["state"]["progress"])

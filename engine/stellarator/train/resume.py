@@ -78,34 +78,43 @@ def check_tokenizer(shards: Sequence[str], tokenizer_sha256: str) -> None:
 def find(config: RunConfig, warn: Callable[[str], None]) -> checkpoint.Checkpoint | None:
     """The checkpoint that `checkpoint.resume` asks for; None to start afresh.
 
+    A run that has checkpoints of its own goes on from those: a path elsewhere is for its first
+    start, so that the same command goes on after a stop.
+
     Raises:
-        TrainingError: resume=none in a folder with checkpoints.
+        TrainingError: resume=none in a folder with checkpoints, a path to an older one of them, or
+            none of them can be read.
         CheckpointError: the named checkpoint cannot be trusted.
     """
     folder, resume = Path(config.folder) / "checkpoints", config.checkpoint.resume
-    if resume == "auto":
-        found = checkpoint.find(folder, warn)
-        if found is None and any(folder.glob("step_*")):
+    own = sorted(folder.glob("step_*"))
+    if resume == "none":
+        if own:
             raise TrainingError(
-                f"{folder}: expected a checkpoint that can be read, got none among those there. "
-                "Repair or remove them, or choose another `folder`; nothing was changed."
+                f"{folder}: expected no checkpoints with checkpoint.resume=none, got some. "
+                "Choose another `folder`, or checkpoint.resume=auto to go on."
             )
-        return found
-    if resume != "none":
+        return None
+    if resume != "auto" and Path(resume).resolve().parent == folder.resolve():
         found = checkpoint.load(Path(resume))
-        newer = [f.name for f in folder.glob("step_*") if f.name > found.folder.name]
-        if newer and found.folder.resolve().parent == folder.resolve():
+        if newer := [f.name for f in own if f.name > found.folder.name]:
             raise TrainingError(
-                f"{folder}: expected no checkpoints after {found.folder.name}, got {max(newer)}. "
-                "Choose another `folder` for a second continuation, or remove the newer ones."
+                f"{folder}: expected no checkpoints after {found.folder.name}, got {newer[-1]}. "
+                "Choose another `folder` for a second continuation, remove the newer ones, or pass "
+                "checkpoint.resume=auto to go on from them."
             )
         return found
-    if any(folder.glob("step_*")):
+    if resume != "auto" and not own:
+        return checkpoint.load(Path(resume))
+    if resume != "auto":
+        warn(f"{resume} was for the first start: going on from the checkpoints in {folder}")
+    found = checkpoint.find(folder, warn)
+    if found is None and own:
         raise TrainingError(
-            f"{folder}: expected no checkpoints with checkpoint.resume=none, got some. "
-            "Choose another `folder`, or checkpoint.resume=auto to go on."
+            f"{folder}: expected a checkpoint that can be read, got none among those there. "
+            "Repair or remove them, or choose another `folder`; nothing was changed."
         )
-    return None
+    return found
 
 
 def compare(found: checkpoint.Checkpoint, config: RunConfig, data_fingerprint: str) -> list[str]:
