@@ -22,6 +22,7 @@ from safetensors.torch import load_file
 from stellarator.config import OptimConfig
 from stellarator.data.shards import Shard
 from stellarator.model import build_model
+from stellarator.train import flops, loop, metrics
 from stellarator.train.loop import Trainer
 from stellarator.train.optimizer import FlatOptimizer
 from stellarator.train.resume import TrainingError
@@ -375,6 +376,66 @@ def test_evaluation_rows_are_the_documents_as_they_are(tiny_config):
     documents = np.concatenate([shard[k] for k in range(len(shard))])
     assert np.concatenate([row.tokens[: row.length] for row in rows]).tolist() == documents.tolist()
     assert seen == len(documents) - sum(len(row.starts) for row in rows) > 500
+
+
+def test_evaluation_is_the_mean_over_the_documents(tiny_config):
+    """In float64; each document on its own, from logits, without batches or bounds."""
+    config = with_(tiny_config, "train", steps=3, precision="fp64", eval_batches=1000)
+    trainer = Trainer(config)
+    trainer.run()
+    dataset, total, count = trainer.validation.dataset, 0.0, 0
+    for k in range(dataset.rows_per_epoch):
+        row = dataset.row(k)
+        for part in np.split(row.tokens[: row.length], row.starts[1:]):
+            tokens = torch.from_numpy(part)
+            with torch.no_grad():
+                logits = trainer.model(tokens[None, :-1]) if len(tokens) > 1 else None
+            if logits is not None:
+                total += float(torch.nn.functional.cross_entropy(
+                    logits[0].double(), tokens[1:], reduction="sum"
+                ))  # fmt: skip
+                count += len(tokens) - 1
+    last = records(config.folder, "eval")[-1]
+    assert last["step"] == 3 and last["tokens"] == count
+    assert last["loss"] == pytest.approx(total / count, rel=1e-6)
+
+
+def test_speed_and_mfu_are_those_of_the_batch(tiny_config):
+    config = with_(tiny_config, "metrics", peak_tflops=0.5)
+    trainer = Trainer(config)
+    trainer.run()
+    for r in records(config.folder):
+        batches = list(trainer.batches.micro_batches(r["step"] - 1))
+        lengths = [np.diff(b.cu_seqlens.numpy()).tolist() for b in batches]
+        needed = sum(flops.batch_flops(config.model, each) for each in lengths)
+        seconds = r["step_ms"] / 1e3
+        assert r["mfu"] * 0.5e12 * seconds == pytest.approx(needed, rel=1e-9)
+        assert r["tokens"] == sum(b.num_targets for b in batches)
+        assert r["tokens_per_second"] * seconds == pytest.approx(r["tokens"], rel=1e-9)
+
+
+def test_the_time_that_is_left_counts_the_steps_of_this_start(tiny_config, monkeypatch):
+    """Every step takes 10 s of a clock that nothing else moves; the second start takes 20 s."""
+
+    class Slow(Signalled):
+        seconds = 10
+
+        def _one_step(self):
+            clock[0] += self.seconds
+            return super()._one_step()
+
+    clock = [1000.0]
+    monkeypatch.setattr(loop.time, "monotonic", lambda: clock[0])
+    trainer = Slow(tiny_config)
+    trainer.signals = (signal.SIGTERM,)
+    trainer.run()
+    trainer = Slow(tiny_config)
+    trainer.seconds = 20
+    trainer.run()
+    lines = Path(tiny_config.folder, "log.txt").read_text().splitlines()
+    left = [line.rpartition(" eta ")[2] for line in lines if line.startswith("step ")]
+    expected = [10 * (12 - k) for k in (1, 2, 3)] + [20 * (12 - k) for k in range(4, 13)]
+    assert left == [metrics.duration(seconds) for seconds in expected]
 
 
 # The optimizer.

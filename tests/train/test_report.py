@@ -1,0 +1,119 @@
+"""report.html: what each plot holds, figure by figure, against metrics.jsonl and summary.json.
+
+The data are read from the axes that are drawn on, just before they become an image. Not covered:
+how it looks.
+"""
+
+import json
+import math
+
+import pytest
+from matplotlib.figure import Figure
+
+from stellarator.train.report import write_report
+
+PHASES = ("forward", "backward", "optimizer", "data", "reduce")
+SUMMARY = {"untrained_loss": 7.0, "unigram_loss": 5.5}
+
+
+def record(step: int) -> dict:
+    """A step whose every figure is another one."""
+    return {
+        "kind": "train",
+        "step": step,
+        "loss": None if step == 3 else 6.0 / step,
+        "lr": 1e-3 * step,
+        "grad_norm": 2.0 + step,
+        "tokens": 64,
+        "tokens_total": 64 * step,
+        "tokens_per_second": 100.0 * step,
+        "memory_bytes": step << 28,
+        "time_ms": {phase: step + 10.0 * k for k, phase in enumerate(PHASES)},
+    }
+
+
+@pytest.fixture
+def drawn(tmp_path, monkeypatch):
+    """(records, {name of a plot: its axes}, the page)."""
+    train = [record(step) for step in range(1, 7)]
+    evals = [{"kind": "eval", "step": s, "loss": 5.0 - s, "tokens": 9} for s in (0, 3, 6)]
+    lines = [json.dumps(r) for r in (evals[0], *train[:3], evals[1], *train[3:], evals[2])]
+    (tmp_path / "metrics.jsonl").write_text("\n".join(lines) + '\n{"kind": "tra')
+    (tmp_path / "summary.json").write_text(json.dumps(SUMMARY))
+    axes, save = {}, Figure.savefig
+
+    def savefig(figure, path, **options):
+        (axes[path.stem],) = figure.axes
+        save(figure, path, **options)
+
+    monkeypatch.setattr(Figure, "savefig", savefig)
+    page = write_report(tmp_path).read_text()
+    return train, axes, page
+
+
+def lines_of(axes) -> dict[str, list[tuple[float, float]]]:
+    """The points of every line by its label, those without one under their colour."""
+    return {line.get_label(): list(zip(*line.get_data(), strict=True)) for line in axes.lines}
+
+
+def test_losses_stand_beside_their_references(drawn):
+    train, axes, _ = drawn
+    found = lines_of(axes["loss"])
+    training = found["training (with FIM)"]
+    assert [x for x, _ in training] == [1, 2, 3, 4, 5, 6]
+    assert math.isnan(training[2][1])  # a loss that was not finite is a gap
+    assert [y for _, y in training if y == y] == [6.0, 3.0, 1.5, 1.2, 1.0]
+    assert found["held out"] == [(0, 5.0), (3, 2.0), (6, -1.0)]
+    levels = [line.get_ydata()[0] for line in axes["loss"].lines if len(line.get_xdata()) == 2]
+    assert levels == [7.0, 5.5]
+    assert [(t.get_text(), t.xy[1]) for t in axes["loss"].texts] == [
+        ("untrained", 7.0), ("unigram model", 5.5)
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("name", "key"),
+    [
+        ("learning_rate", "lr"),
+        ("gradient_norm", "grad_norm"),
+        ("throughput", "tokens_per_second"),
+    ],
+)
+def test_each_plot_shows_its_own_figure(drawn, name, key):
+    train, axes, _ = drawn
+    (points,) = lines_of(axes[name]).values()
+    assert points == [(r["step"], r[key]) for r in train]
+    assert axes[name].get_ylim()[0] == 0.0
+
+
+def test_phases_lie_one_above_the_other(drawn):
+    train, axes, _ = drawn
+    areas = axes["time_split"].collections
+    assert [area.get_label() for area in areas] == list(PHASES)
+    bottom = [0.0] * len(train)
+    for phase, area in zip(PHASES, areas, strict=True):
+        top = [b + r["time_ms"][phase] for b, r in zip(bottom, train, strict=True)]
+        corners = {tuple(point) for path in area.get_paths() for point in path.vertices.tolist()}
+        expected = {(r["step"], y) for side in (bottom, top) for r, y in zip(train, side)}
+        assert corners == expected, phase
+        bottom = top
+
+
+def test_the_page_has_the_figures_and_the_plots(drawn):
+    _, axes, page = drawn
+    assert page.count("<img") == len(axes) == 5
+    for cells in (
+        "<td>steps</td><td class=number>6</td>",
+        "<td>target tokens</td><td class=number>384</td>",
+        "<td>held-out loss, last</td><td class=number>-1.0000 nats per token</td>",
+        "<td>training loss of the last step</td><td class=number>1.0000 nats per token</td>",
+        "<td>tokens per second, median</td><td class=number>400</td>",
+        "<td>peak memory</td><td class=number>1.50 GiB</td>",
+        "<td>unigram loss</td><td class=number>5.5</td>",
+    ):
+        assert cells in page, cells
+
+
+def test_a_folder_without_steps_is_the_users_mistake(tmp_path):
+    with pytest.raises(ValueError, match="got none. Pass a run folder"):
+        write_report(tmp_path)
