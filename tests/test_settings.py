@@ -120,10 +120,60 @@ def test_unknown_names_get_the_nearest_valid_one(typo):
         ("model.attention_dropout=0.1", "without dropout"),
         ("model.positions=learned", "starcoder2 has rope"),
         ("data.fim.rate=1.5", "[0.0, 1.0]"),
+        ("data.fim.rate=nan", "[0.0, 1.0]"),
+        ("metrics.peak_tflops=0", "metrics.peak_tflops: expected a finite number above 0, got 0.0"),
+        ("metrics.peak_tflops=-1", "metrics.peak_tflops"),
+        ("metrics.peak_tflops=nan", "metrics.peak_tflops"),
+        ("metrics.peak_tflops=inf", "metrics.peak_tflops"),
+        ("model.rope_theta=0", "model.rope_theta: expected a finite number above 0"),
+        ("model.rope_theta=nan", "model.rope_theta"),
+        ("model.init_std=-0.1", "model.init_std: expected a finite number of at least 0"),
+        ("model.init_std=inf", "model.init_std"),
+        ("model.norm_eps=0", "model.norm_eps: expected a finite number above 0"),
+        ("data.seed=-1", "data.seed: expected a value in [0, 18446744073709551615], got -1"),
+        ("train.seed=18446744073709551616", "train.seed: expected a value in [0, "),
+        ("optim.lr=nan", "optim.lr: expected a finite number of at least 0, got nan"),
+        ("optim.lr=inf", "optim.lr"),
+        (f"optim.lr={10**400}", "optim.lr: expected float"),
+        ("optim.min_lr=nan", "optim.min_lr"),
+        ("optim.weight_decay=inf", "optim.weight_decay"),
+        ("optim.weight_decay=nan", "optim.weight_decay"),
+        ("optim.clip_norm=nan", "optim.clip_norm"),
+        ("optim.eps=inf", "optim.eps: expected a finite number above 0"),
+        ("optim.beta1=nan", "optim.beta1"),
     ],
 )
 def test_each_rule_is_named(override, part):
     assert any(part in problem for problem in problems_of(override))
+
+
+def test_numbers_that_break_rules_do_not_hide_each_other():
+    found = problems_of(
+        "model.family=gpt", "model.num_layers=0", "model.rope_theta=nan", "model.norm_eps=-1",
+        "data.train=a,b,c,d", "data.weights=1,nan,inf,-1", "data.seed=-1", "train.seed=-1",
+        "optim.lr=inf", "optim.eps=nan", "metrics.peak_tflops=0", "train.kernels=magic",
+    )  # fmt: skip
+    assert [problem.split(":")[0] for problem in found] == [
+        "model.family", "model.num_layers", "model.rope_theta", "model.norm_eps", "data.weights",
+        "data.seed", "optim.lr", "optim.eps", "train.kernels", "train.seed", "metrics.peak_tflops",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("weights", [(1.0, float("nan")), (float("inf"), 1.0), (0.0, 1.0)])
+def test_weights_are_positive_and_finite(weights):
+    data = dataclasses.replace(RunConfig().data, train=("a", "b"), weights=weights)
+    (problem,) = check(dataclasses.replace(RunConfig(), data=data))
+    assert "data.weights: expected positive finite numbers" in problem
+
+
+def test_limits_themselves_are_allowed():
+    most = str(2**64 - 1)
+    config = resolve(
+        RunConfig(), None,
+        [f"data.seed={most}", f"train.seed={most}", "model.init_std=0", "optim.lr=0",
+         "optim.min_lr=0", "optim.weight_decay=0", "optim.clip_norm=none"],
+    )  # fmt: skip
+    assert config.data.seed == config.train.seed == 2**64 - 1
 
 
 def test_file_errors_name_file_and_line(tmp_path):

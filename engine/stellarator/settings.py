@@ -6,15 +6,17 @@ All errors of a configuration are collected and reported together, each with whe
 nearest valid name. Standard library only, so a typo costs milliseconds and not an import of torch.
 """
 
+import contextlib
 import dataclasses
 import difflib
+import math
 import re
 import tomllib
 import types
 import typing
 from pathlib import Path
 
-from stellarator.config import RunConfig
+from stellarator.config import ModelConfig, RunConfig
 
 
 class ConfigError(ValueError):
@@ -171,7 +173,8 @@ def _convert_scalar(value, hint):
     elif hint in (int, float) and not isinstance(value, bool):
         number = _number(value) if text else value
         if hint is float and isinstance(number, (int, float)):
-            return float(number)
+            with contextlib.suppress(OverflowError):
+                return float(number)
         if hint is int and isinstance(number, int):
             return number
         if hint is int and isinstance(number, float) and number.is_integer():
@@ -218,17 +221,43 @@ def _within(name: str, value: float, low: float, high: float) -> list[str]:
     return [f"{name}: expected a value in [{low}, {high}], got {value}"]
 
 
+def _finite(name: str, value: float | None, above: float | None = None) -> list[str]:
+    """A finite number above `above`, or of at least 0."""
+    if value is None or math.isfinite(value) and (value >= 0 if above is None else value > above):
+        return []
+    expected = "of at least 0" if above is None else f"above {above}"
+    return [f"{name}: expected a finite number {expected}, got {value}"]
+
+
+def _seed(name: str, value: int) -> list[str]:
+    return _within(name, value, 0, 2**64 - 1)
+
+
 def _check_model(config: RunConfig) -> list[str]:
     model = config.model
     problems = _one_of("model.family", model.family, ("starcoder2", "gpt_bigcode"))
     problems += _one_of("model.positions", model.positions, ("rope", "learned"))
     problems += _one_of("model.activation", model.activation, ("gelu_tanh", "gelu_erf"))
     sizes = ("vocab_size", "num_layers", "width", "num_heads", "num_kv_heads", "ffn_width")
-    for name in (*sizes, "max_positions"):
+    for name in (*sizes, "max_positions", "window"):
         problems += _at_least(f"model.{name}", getattr(model, name), 1)
-    problems += _at_least("model.window", model.window, 1)
-    if problems:
-        return problems
+    if not problems:  # else the numbers cannot be compared
+        problems += _check_shape(model)
+    problems += _finite("model.rope_theta", model.rope_theta, above=0)
+    problems += _finite("model.norm_eps", model.norm_eps, above=0)
+    problems += _finite("model.init_std", model.init_std)
+    for name in ("residual_dropout", "embedding_dropout", "attention_dropout"):
+        if getattr(model, name) != 0.0:
+            problems.append(
+                f"model.{name}: expected 0.0, got {getattr(model, name)}: this version trains "
+                f"without dropout. Pass model.{name}=0.0"
+            )
+    return problems
+
+
+def _check_shape(model: ModelConfig) -> list[str]:
+    """What the sizes of a model must be to each other."""
+    problems = []
     if model.width % model.num_heads:
         problems.append(
             f"model.width: expected a multiple of num_heads = {model.num_heads}, got {model.width}"
@@ -252,12 +281,6 @@ def _check_model(config: RunConfig) -> list[str]:
     if (model.positions == "learned") != learned:
         expected = "learned" if learned else "rope"
         problems.append(f"model.positions: {model.family} has {expected}, got {model.positions}")
-    for name in ("residual_dropout", "embedding_dropout", "attention_dropout"):
-        if getattr(model, name) != 0.0:
-            problems.append(
-                f"model.{name}: expected 0.0, got {getattr(model, name)}: this version trains "
-                f"without dropout. Pass model.{name}=0.0"
-            )
     return problems
 
 
@@ -273,8 +296,9 @@ def _check_data(config: RunConfig) -> list[str]:
             f"data.weights: expected one per shard of data.train ({len(data.train)}), "
             f"got {len(data.weights)}"
         )
-    if any(weight <= 0 for weight in data.weights):
-        problems.append(f"data.weights: expected positive numbers, got {data.weights}")
+    if not all(math.isfinite(weight) and weight > 0 for weight in data.weights):
+        problems.append(f"data.weights: expected positive finite numbers, got {data.weights}")
+    problems += _seed("data.seed", data.seed)
     if data.seq_length > model.max_positions:
         problems.append(
             f"data.seq_length: expected at most model.max_positions = {model.max_positions}, "
@@ -287,13 +311,13 @@ def _check_optim(config: RunConfig) -> list[str]:
     optim, steps = config.optim, config.train.steps
     problems = _one_of("optim.schedule", optim.schedule, ("cosine", "wsd", "constant"))
     problems += _one_of("optim.wsd_shape", optim.wsd_shape, ("linear", "cosine", "sqrt"))
-    for name in ("lr", "min_lr", "weight_decay", "warmup_steps", "clip_norm"):
-        problems += _at_least(f"optim.{name}", getattr(optim, name), 0)
+    for name in ("lr", "min_lr", "weight_decay", "clip_norm"):
+        problems += _finite(f"optim.{name}", getattr(optim, name))
+    problems += _finite("optim.eps", optim.eps, above=0)
+    problems += _at_least("optim.warmup_steps", optim.warmup_steps, 0)
     problems += _within("optim.beta1", optim.beta1, 0.0, 0.999999)
     problems += _within("optim.beta2", optim.beta2, 0.0, 0.99999999)
     problems += _at_least("optim.decay_steps", optim.decay_steps, 1)
-    if not optim.eps > 0:
-        problems.append(f"optim.eps: expected a positive number, got {optim.eps}")
     if optim.min_lr > optim.lr:
         problems.append(f"optim.min_lr: expected at most lr = {optim.lr}, got {optim.min_lr}")
     if optim.schedule == "cosine" and (optim.decay_steps or steps) <= optim.warmup_steps < steps:
@@ -324,13 +348,14 @@ def _check_train(config: RunConfig) -> list[str]:
             "train.global_batch_size: expected a multiple of micro_batch_size = "
             f"{train.micro_batch_size}, got {train.global_batch_size}"
         )
-    return problems
+    return problems + _seed("train.seed", train.seed)
 
 
 def _check_rest(config: RunConfig) -> list[str]:
     problems = _at_least("checkpoint.interval", config.checkpoint.interval, 1)
     problems += _at_least("checkpoint.keep", config.checkpoint.keep, 2)
     problems += _at_least("metrics.log_interval", config.metrics.log_interval, 1)
+    problems += _finite("metrics.peak_tflops", config.metrics.peak_tflops, above=0)
     if not config.folder:
         problems.append("folder: expected a path, got an empty string")
     return problems

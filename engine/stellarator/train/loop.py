@@ -28,7 +28,7 @@ from stellarator.data.shards import Shard
 from stellarator.data.tokenizer import Tokenizer
 from stellarator.model import Transformer, build_model, load_pretrained
 from stellarator.parallel import mesh as meshes
-from stellarator.train import checkpoint, flops, metrics, resume
+from stellarator.train import checkpoint, flops, kernels, metrics, resume
 from stellarator.train.metrics import RunLog, StepMetrics, ZScore, step_line, write_status
 from stellarator.train.optimizer import FlatOptimizer
 from stellarator.train.resume import TrainingError
@@ -133,9 +133,10 @@ class Trainer:
     def _build(self) -> None:
         """Data, the checkpoint to go on from, model, optimizer."""
         config, device = self.config, self.mesh.device
+        self.dtype = DTYPES[config.train.precision]
+        kernels.check(config, device, self.dtype)
         self._open_data()
         self._find_checkpoint()
-        self.dtype = DTYPES[config.train.precision]
         self.model = self._make_model()
         self.optimizer = FlatOptimizer(self.model, config.optim, config.train.kernels, self.dtype)
         self.clock = Stopwatch(device)

@@ -1,0 +1,47 @@
+"""Whether `train.kernels` names an implementation that every op of a training step has.
+
+defines: check
+"""
+
+import torch
+
+from stellarator.config import ModelConfig, RunConfig
+from stellarator_kernels import dispatch
+
+
+def check(config: RunConfig, device: torch.device, dtype: torch.dtype) -> None:
+    """Raise before anything is read or made, and not in the middle of the first step.
+
+    Args:
+        config: of the run.
+        device, dtype: of the parameters.
+    Raises:
+        ValueError: an op does not have that implementation, or not here; all of them are named.
+    """
+    impl = config.train.kernels
+    if impl == "auto":
+        return
+    refused = []
+    for op, (shape, kind) in _deciding(config.model, dtype).items():
+        given = dispatch.facts(op, torch.empty(shape, dtype=kind, device=device))
+        if reason := dispatch.refusal(op, impl, given):
+            refused.append(f"{op}: {reason}")
+    if refused:
+        raise ValueError(
+            f"train.kernels: expected an implementation that every op has here, got {impl!r} "
+            f"({'; '.join(refused)}). Pass train.kernels=auto."
+        )
+
+
+def _deciding(model: ModelConfig, dtype: torch.dtype) -> dict[str, tuple[tuple, torch.dtype]]:
+    """Of each op of a training step the shape and dtype that its implementation depends on."""
+    heads, width = (0, model.num_heads, model.head_width), (0, model.width)
+    ops = {
+        "flash_attention": (heads, dtype),
+        "layer_norm": (width, dtype),
+        "bias_gelu": ((0, model.ffn_width), dtype),
+        "linear_cross_entropy": (width, dtype),
+        "adamw_": ((0,), dtype),
+        "grad_norm": ((0,), torch.promote_types(dtype, torch.float32)),
+    }
+    return ops | ({"rope": (heads, dtype)} if model.positions == "rope" else {})
