@@ -214,22 +214,27 @@ def pieces_of(row) -> list[np.ndarray]:
     return [row.tokens[a:b] for a, b in zip(bounds[:-1], bounds[1:])]
 
 
-def test_names_of_repositories_are_never_transformed(words):
-    """Also where a row begins inside the name, which the tokens of the row alone do not show."""
+@pytest.mark.parametrize("max_text", [None, 32])
+def test_names_of_repositories_are_never_transformed(words, max_text):
+    """Also where a row, or a part of a divided text, begins inside the name: its tokens alone do
+    not show it.
+    """
     name = "organisation/" + "a-very-long-repository-name-" * 3
     separator = words.special["<file_sep>"]
     body = [separator, *words.encode("f.py\nx = 1\n")]
     document = [words.special["<repo_name>"], *words.encode(name), *body, *body, words.eod]
-    dataset = PackedDataset([Listed([document] * 40)], (), words, 32, ALWAYS)
-    inside = 0
+    fim = replace(ALWAYS, max_text_tokens=max_text)
+    dataset = PackedDataset([Listed([document] * 40)], (), words, 512 if max_text else 32, fim)
+    inside = files = 0
     for k in range(dataset.rows_per_epoch):
-        for new in pieces_of(dataset.row(k)):
-            first = new[: np.flatnonzero(np.append(new, separator) == separator)[0]]
+        for new, raw in zip(pieces_of(dataset.row(k)), dataset.raw_pieces(k)):
+            first = raw[: np.flatnonzero(np.append(raw, separator) == separator)[0]]
             text = words.decode(first.tolist())
-            if "very-long" in text:
-                assert words.fim_prefix not in first
+            if text and text in f"<repo_name>{name}":
+                assert new[: len(first)].tolist() == first.tolist()
                 inside += not text.startswith("<repo_name>")
-    assert inside > 20
+            files += words.fim_prefix in new
+    assert inside > 20 and files > 20  # and files after the name are transformed
 
 
 def test_padding_is_below_two_percent(words):

@@ -216,7 +216,9 @@ class PackedDataset:
             while len(ids) > most:
                 size = most // 2 + int(rng.random() * (most - most // 2 + 1))
                 result.append((ids[:size], in_metadata))
-                ids, in_metadata = ids[size:], False
+                # The rest of a name is one until the first file begins.
+                in_metadata = in_metadata and self._fim.file_sep not in ids[:size]
+                ids = ids[size:]
             result.append((ids, in_metadata))
         return result
 
