@@ -51,6 +51,7 @@ class FimConfig:
     spm_rate: float = 0.5  # suffix-prefix-middle (variant 2) among transformed samples
     split_at_files: bool = True  # StarCoder2: files of a repository are transformed one by one
     keep_metadata: bool = True  # `<repo_name>...` is never transformed
+    drop_empty_texts: bool = False  # of a chosen repository, each with the `<file_sep>` after it
     max_middle_tokens: int | None = None
     max_text_tokens: int | None = None  # longer texts are divided at random, for long files
     end_cut_middles: bool = True  # `<|endoftext|>` after a middle whose document the row cuts off

@@ -327,8 +327,12 @@ def _gpt_bigcode(layers: int, width: int, heads: int, *, init_std: float) -> Mod
 def _first_generation(
     name: str, model: ModelConfig, optim: OptimConfig, *, steps: int, rows: int, micro: int = 1
 ) -> RunConfig:
-    """Megatron's data of the first generation: FIM by document, attention across documents."""
-    fim = FimConfig(rate=0.5, spm_rate=0.5, split_at_files=False)
+    """Megatron's data of the first generation: FIM by document, attention across documents.
+
+    A middle whose document the row cuts off ends there, without `<|endoftext|>`: its loader adds
+    nothing, and these models saw most long documents that way.
+    """
+    fim = FimConfig(rate=0.5, spm_rate=0.5, split_at_files=False, end_cut_middles=False)
     return RunConfig(
         name=name,
         folder=f"runs/{name}",

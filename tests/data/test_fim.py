@@ -323,6 +323,42 @@ def test_files_of_candidate_repositories_one_by_one(words, name):
     assert 0.23 < transformed / (repositories * files) < 0.27
 
 
+def public_loader(ids: list[int], separator: int) -> list[int]:
+    """What is left of a chosen repository there: an empty text goes with the separator after it."""
+    out, start = [], 0
+    for at in [k for k, token in enumerate(ids) if token == separator]:
+        if at > start:
+            out += [*ids[start:at], separator]
+        start = at + 1
+    return out + ids[start:]
+
+
+@pytest.mark.parametrize("fragment_rate", [0.0, 1.0])
+def test_separators_of_empty_texts_go_as_in_the_public_loader_on_request(words, fragment_rate):
+    separator, name = words.special["<file_sep>"], words.special["<repo_name>"]
+    x, y = words.encode("a.py\nx = 1\n"), words.encode("b.py\n")
+    drop = FimConfig(rate=1.0, fragment_rate=fragment_rate, drop_empty_texts=True)
+    fim, keep = Fim(words, drop), Fim(words, dataclasses.replace(drop, drop_empty_texts=False))
+    for ids in (
+        [separator, *x, separator, *y],
+        [separator, separator, *x, separator, separator, *y, separator],
+        [name, *y, separator, *x],
+        [*x, separator],
+    ):
+        for end in ([], [words.eod]):
+            piece = np.array([*ids, *end])
+            new = fim.transform(piece, generator(8, 1))
+            wanted = [*public_loader(ids, separator), *end]
+            assert inverse(new, words) == words.decode_bytes(wanted)
+            assert (new.tolist() == wanted) == (fragment_rate == 0.0)
+            unchanged = inverse(keep.transform(piece, generator(8, 1)), words)
+            assert unchanged == words.decode_bytes(piece)
+    for ids in ([separator, separator], [separator, separator, words.eod]):  # never nothing
+        assert fim.transform(np.array(ids), generator(8, 1)).tolist() == ids
+    never = Fim(words, dataclasses.replace(drop, rate=0.0))
+    assert never.transform(np.array([separator, *x]), generator(8, 1)).tolist() == [separator, *x]
+
+
 def test_metadata(words):
     special = words.special
     name = [special["<repo_name>"], *words.encode("org/name")]

@@ -54,7 +54,11 @@ def test_published_constants():
     starcoder = recipes.get("starcoderbase")
     assert starcoder.train.global_batch_size * starcoder.data.seq_length == 4_194_304
     assert (starcoder.optim.lr, starcoder.optim.min_lr) == (3e-4, 3e-5)
-    assert starcoder.model.num_kv_heads == 1 and starcoder.data.fim.split_at_files is False
+    assert starcoder.model.num_kv_heads == 1
+    first = [n for n in COUNTS if not n.startswith("starcoder2")]
+    assert len(first) == 6
+    for fim in (recipes.get(n).data.fim for n in first):  # as Megatron's loader has it
+        assert (fim.split_at_files, fim.end_cut_middles) == (False, False)
     for name, config in ((n, recipes.get(n)) for n in COUNTS):
         assert config.model.head_width == 128, name
         optim = config.optim

@@ -20,6 +20,7 @@ import torch
 from safetensors.torch import load_file
 
 from stellarator import settings
+from stellarator.train import checkpoint, resume
 from stellarator.train.checkpoint import CheckpointError
 from stellarator.train.loop import Trainer
 from stellarator.train.resume import TrainingError
@@ -136,6 +137,19 @@ def test_another_configuration_is_refused_with_both_values(tiny_config, tmp_path
     new = dataclasses.replace(tiny_config, checkpoint=absent, folder=str(tmp_path / "new"))
     with pytest.raises(CheckpointError, match="No such file"):
         Trainer(new).run()
+
+
+def test_a_setting_that_is_newer_than_the_checkpoint_had_its_default(tiny_config, tmp_path):
+    before = dataclasses.asdict(tiny_config)
+    del before["data"]["fim"]["drop_empty_texts"], before["metrics"]["peak_tflops"]
+    state = {"config": before, "data_fingerprint": "x"}
+    found = checkpoint.Checkpoint(tmp_path, {"state": state})
+    said = resume.compare(found, tiny_config, "x")
+    assert said == ["changed since the checkpoint: metrics.peak_tflops: None -> 1.0"]
+    fim = dataclasses.replace(tiny_config.data.fim, drop_empty_texts=True)
+    data = dataclasses.replace(tiny_config.data, fim=fim)
+    with pytest.raises(TrainingError, match="drop_empty_texts: False there, True here"):
+        resume.compare(found, dataclasses.replace(tiny_config, data=data), "x")
 
 
 def test_a_longer_run_continues_with_the_same_batches(tiny_config, tmp_path):
@@ -276,8 +290,6 @@ def test_unreadable_checkpoints_do_not_start_the_run_again(tiny_config):
 
 
 def test_training_goes_on_when_the_disk_is_full(tiny_config, tmp_path, capfd, monkeypatch):
-    from stellarator.train import checkpoint
-
     save, failures = checkpoint.save, []
 
     def full(folder, step, tensors, state):

@@ -19,10 +19,11 @@ tokens that hold its halves stay as they are, at the outer ends of p and s: byte
 
 Repository context (`split_at_files`, StarCoder2): a piece with `<file_sep>` is a candidate with
 probability `rate`; the files of a candidate are transformed one by one with probability
-`fragment_rate`, every `<file_sep>` stays where it was (the leading one too, which the public loader
-drops). With `keep_metadata` a fragment that begins with `<repo_name>` is never transformed. The
-header of StarCoder v1 (`<reponame>..<filename>..<gh_stars>..`) is part of the text that is cut, as
-in the public loader: an editor puts it at the start of its prefix.
+`fragment_rate`, every `<file_sep>` stays where it was. With `drop_empty_texts` it goes where
+nothing stands before it, so the leading one of a candidate does, as in the public loader. With
+`keep_metadata` a fragment that begins with `<repo_name>` is never transformed. The header of
+StarCoder v1 (`<reponame>..<filename>..<gh_stars>..`) is part of the text that is cut, as in the
+public loader: an editor puts it at the start of its prefix.
 
 Tokenizing again, locally. A byte-level vocabulary of this family has no token in which white space
 follows something else, because the pattern that splits words puts white space first. So wherever
@@ -164,15 +165,18 @@ class Fim:
         if not len(separators):
             choice = not self._is_metadata(body, starts_in_metadata)
             return [(body, choice and rng.random() < self.config.rate), end]
-        if rng.random() >= self.config.rate:
+        if rng.random() >= self.config.rate or len(separators) == len(body):
             return [(body, False), end]
-        texts = []
+        texts, after_nothing = [], False
         for k, text in enumerate(np.split(body, separators)):
             skip = int(k > 0)  # every text but the first begins with its separator
             name, text = text[:skip], text[skip:]
             choice = len(text) > 0 and not self._is_metadata(text, starts_in_metadata and k == 0)
             choice = choice and rng.random() < self.config.fragment_rate
-            texts += [(name, False), (text, choice)]
+            if not (self.config.drop_empty_texts and after_nothing):
+                texts.append((name, False))
+            texts.append((text, choice))
+            after_nothing = not len(text)
         return [*texts, end]
 
     def _is_metadata(self, text: np.ndarray, starts_in_metadata: bool) -> bool:

@@ -120,11 +120,14 @@ def find(config: RunConfig, warn: Callable[[str], None]) -> checkpoint.Checkpoin
 def compare(found: checkpoint.Checkpoint, config: RunConfig, data_fingerprint: str) -> list[str]:
     """One line for every setting that changed since the checkpoint and may change.
 
+    A setting that the checkpoint does not know yet had its default: that is what there was before.
+
     Raises:
         TrainingError: a setting changed that would make this another run; all of them are named.
     """
     state = found.manifest["state"]
-    before, now = _flat(state["config"]), _flat(dataclasses.asdict(config))
+    now = _flat(dataclasses.asdict(config))
+    before = _flat(dataclasses.asdict(RunConfig())) | _flat(state["config"])
     changed = sorted(k for k in before.keys() | now.keys() if before.get(k) != now.get(k))
     fatal = [
         f"{k}: {before.get(k)} there, {now.get(k)} here"
