@@ -3,7 +3,7 @@
 defines:
     attention    flash_attention, decode_attention
     positions    rope
-    layers       layer_norm, bias_gelu
+    layers       embedding, layer_norm, bias_gelu
     losses       cross_entropy, linear_cross_entropy
     optimizer    adamw_, grad_norm
     questions    explain, available
@@ -18,6 +18,7 @@ from stellarator_kernels.attention import decode_attention, flash_attention
 from stellarator_kernels.bias_gelu import bias_gelu
 from stellarator_kernels.cross_entropy import cross_entropy
 from stellarator_kernels.dispatch import available, explain
+from stellarator_kernels.embedding import embedding
 from stellarator_kernels.grad_norm import grad_norm
 from stellarator_kernels.layer_norm import layer_norm
 from stellarator_kernels.linear_cross_entropy import linear_cross_entropy
@@ -29,6 +30,7 @@ __all__ = [
     "bias_gelu",
     "cross_entropy",
     "decode_attention",
+    "embedding",
     "explain",
     "flash_attention",
     "grad_norm",

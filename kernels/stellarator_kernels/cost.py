@@ -3,7 +3,7 @@
 Docstrings, benchmarks and the MFU figure of a run all use these functions.
 A multiply-add counts as two operations. Bytes are what must cross memory once; caches are ignored.
 
-defines: Cost, visible_pairs, flash_attention, rope, layer_norm, bias_gelu, cross_entropy,
+defines: Cost, visible_pairs, flash_attention, embedding, rope, layer_norm, bias_gelu, cross_entropy,
     linear_cross_entropy, adamw, grad_norm
 """
 
@@ -44,6 +44,11 @@ def flash_attention(pairs: int, N_q: int, N_k: int, H: int, G: int, D: int, item
         2 * q + kv + 4 * N_q * H,
         4 * q + 2 * kv + 8 * N_q * H,
     )
+
+
+def embedding(N: int, V: int, C: int, itemsize: int) -> Cost:
+    """N rows of C are read and written; back, they are read and added into (V, C) in fp32."""
+    return Cost(0, N * C, 2 * N * C * itemsize, N * C * itemsize + 8 * N * C + V * C * itemsize)
 
 
 def rope(M: int, H: int, G: int, D: int, itemsize: int) -> Cost:

@@ -26,6 +26,7 @@ IMPLEMENTATIONS = ("triton", "cpu", "torch", "reference")
 _OPS = {
     "flash_attention": ("triton", "cpu", "torch", "reference"),
     "decode_attention": ("torch", "reference"),
+    "embedding": ("torch", "reference"),
     "rope": ("triton", "torch", "reference"),
     "layer_norm": ("triton", "torch", "reference"),
     "bias_gelu": ("triton", "torch", "reference"),
@@ -38,6 +39,7 @@ _OPS = {
 _DECIDING = {
     "flash_attention": "q",
     "decode_attention": "q",
+    "embedding": "weight",
     "rope": "q",
     "layer_norm": "x",
     "bias_gelu": "x",

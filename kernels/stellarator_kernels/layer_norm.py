@@ -29,6 +29,7 @@ from stellarator_kernels.dispatch import choose
 from stellarator_kernels.layout import dense_rows
 
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+_ROWS = 512  # of a block that `_parameter_sums` widens
 
 
 @triton.jit
@@ -171,15 +172,33 @@ def _forward_torch(x, residual, weight, bias, eps):
 
 
 def _backward_torch(dy, dsummed, summed, weight, mean, rstd, has_bias, need_params):
-    """ATen's native_layer_norm_backward, then the gradient of the sum added in place."""
+    """ATen's native_layer_norm_backward, then the gradient of the sum added in place.
+
+    For 16-bit rows ATen's CPU kernel adds dweight and dbias up in 16 bits, whatever the dtype of
+    the weight: half of dbias is lost at 4,096 rows. So there they are summed here.
+    """
     (weight32,) = _atens_parameters(summed, weight)
+    own_sums = need_params and weight32 is not weight
     dx, dweight, dbias = torch.ops.aten.native_layer_norm_backward(
         dy, summed, summed.shape[-1:], mean, rstd, weight32, weight32 if has_bias else None,
-        [True, need_params, need_params and has_bias],
+        [True, need_params and not own_sums, need_params and has_bias and not own_sums],
     )  # fmt: skip
+    if own_sums:
+        dweight, dbias = _parameter_sums(dy, summed, mean, rstd)
     if dsummed is not None:
         dx.add_(dsummed)
     return dx, *(None if p is None else p.to(weight.dtype) for p in (dweight, dbias))
+
+
+def _parameter_sums(dy, summed, mean, rstd):
+    """dweight and dbias in fp32, over blocks of rows so that the fp32 copies stay small."""
+    dweight, dbias = (mean.new_zeros(summed.shape[1]) for _ in range(2))
+    parts = (t.split(_ROWS) for t in (dy, summed, mean, rstd))
+    for dy_part, summed_part, mean_part, rstd_part in zip(*parts, strict=True):
+        dy32 = dy_part.float()
+        dweight += torch.linalg.vecdot(dy32, (summed_part.float() - mean_part) * rstd_part, dim=0)
+        dbias += dy32.sum(0)
+    return dweight, dbias
 
 
 @torch.library.custom_op("stellarator::layer_norm_forward", mutates_args=())

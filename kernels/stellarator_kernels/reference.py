@@ -1,6 +1,6 @@
 """The specification: every op in plain torch, forward and backward, in any float dtype.
 
-Sections, in the order of a model: attention, rope, layer_norm, bias_gelu, cross_entropy,
+Sections, in the order of a model: attention, embedding, rope, layer_norm, bias_gelu, cross_entropy,
 linear_cross_entropy, adamw, grad_norm. Each computes in float32, or in float64 for float64 input,
 and returns the dtype of its input. No Triton, no cleverness: this file is meant to be read.
 """
@@ -88,6 +88,13 @@ def decode_attention_ref(q, k_cache, v_cache, lengths, window, scale):
         row = (q[b : b + 1], k_cache[b : b + 1, :length], v_cache[b : b + 1, :length])
         rows.append(flash_attention_ref(*row, visible, scale)[0])
     return torch.cat(rows) if rows else torch.empty_like(q)
+
+
+def embedding_backward_ref(dy, ids, num_rows):
+    """dweight (num_rows, C): row v is the sum of dy[i] over all i with ids[i] = v."""
+    dtype = compute_dtype(dy)
+    sums = torch.zeros(num_rows, dy.shape[1], dtype=dtype, device=dy.device)
+    return sums.index_add_(0, ids, dy.to(dtype)).to(dy.dtype)
 
 
 def rope_table(positions: torch.Tensor, D: int, theta: float) -> tuple[torch.Tensor, torch.Tensor]:

@@ -95,6 +95,7 @@ def arguments(dtype, width=16):
     return {
         "flash_attention": ((heads, heads, heads), {"window": 512}),
         "decode_attention": ((heads[:, :1], heads, heads, torch.tensor([2])), {"window": 512}),
+        "embedding": ((ids, x), {}),
         "rope": ((heads, heads), {"positions": ids[None], "theta": 1e4}),
         "layer_norm": ((x, x[0], x[0]), {"residual": x}),
         "bias_gelu": ((), {"x": x, "bias": x[0]}),

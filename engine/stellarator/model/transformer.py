@@ -16,7 +16,7 @@ Letters: B rows, T tokens, N = B*T, C width, V vocabulary, D head width.
 from functools import partial
 
 import torch
-from torch.nn.functional import embedding, linear
+from torch.nn.functional import linear
 from torch.utils.checkpoint import (
     CheckpointPolicy,
     checkpoint,
@@ -28,7 +28,7 @@ from stellarator.model.attention import Attention, Context
 from stellarator.model.cache import KVCache
 from stellarator.model.layers import LayerNorm, parameter
 from stellarator.model.mlp import Mlp
-from stellarator_kernels import linear_cross_entropy
+from stellarator_kernels import embedding, linear_cross_entropy
 from stellarator_kernels.checks import expect, expect_dtype, expect_shape
 from stellarator_kernels.rope import rope_table
 
@@ -64,12 +64,14 @@ class Layer(torch.nn.Module):
 class Embedding(torch.nn.Module):
     """ids -> rows of weight (rows, C)."""
 
-    def __init__(self, rows: int, width: int, *, device, dtype):
+    def __init__(self, rows: int, width: int, kernels: str, *, device, dtype):
         super().__init__()
+        # Other ops have implementations that this one lacks.
+        self.kernels = "reference" if kernels == "reference" else "auto"
         self.weight = parameter(rows, width, device=device, dtype=dtype)
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
-        return embedding(ids, self.weight)
+        return embedding(ids, self.weight, impl=self.kernels)
 
 
 class Head(torch.nn.Module):
@@ -106,9 +108,9 @@ class Transformer(torch.nn.Module):
         _check_config(config, recompute)
         self.config, self.kernels, self.recompute = config, kernels, recompute
         to = {"device": device, "dtype": dtype}
-        self.embedding = Embedding(config.vocab_size, config.width, **to)
+        self.embedding = Embedding(config.vocab_size, config.width, kernels, **to)
         if config.positions == "learned":
-            self.position_embedding = Embedding(config.max_positions, config.width, **to)
+            self.position_embedding = Embedding(config.max_positions, config.width, kernels, **to)
         self.layers = torch.nn.ModuleList(
             Layer(config, kernels, **to) for _ in range(config.num_layers)
         )
