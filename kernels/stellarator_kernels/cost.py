@@ -3,8 +3,8 @@
 Docstrings, benchmarks and the MFU figure of a run all use these functions.
 A multiply-add counts as two operations. Bytes are what must cross memory once; caches are ignored.
 
-defines: Cost, visible_pairs, flash_attention, embedding, rope, layer_norm, bias_gelu, cross_entropy,
-    linear_cross_entropy, adamw, grad_norm
+defines: Cost, visible_pairs, flash_attention, embedding, rope, layer_norm, bias_gelu,
+    cross_entropy, linear_cross_entropy, adamw, grad_norm
 """
 
 from dataclasses import dataclass

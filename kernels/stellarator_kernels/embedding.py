@@ -4,9 +4,9 @@ forward:  y[i] = weight[ids[i]]
 backward: dweight[v] = sum of dy[i] over all i with ids[i] = v
 
 For 16-bit gradients ATen's CPU kernel adds in 16 bits: 4,096 gradients of 1 for one id give 256 in
-bf16, and a text repeats its newlines and its indentation that often. So dy is widened first, and
-dweight is rounded once. ATen's kernels add in a fixed order (ids are sorted on a GPU, and shared out
-to threads by their value on a CPU), so the result is the same to the bit on every run.
+bf16, and a text repeats its newlines and its indentation that often. So dy is widened first and
+dweight is rounded once. ATen's kernels add in a fixed order (a GPU sorts the ids, the threads of a
+CPU share them out by their value), so the result is the same to the bit on every run.
 
 Bytes: forward reads and writes (N, C); backward reads dy and an fp32 copy of it, and writes (V, C).
 """
