@@ -229,7 +229,9 @@ inline void transpose_16x16(const uint32_t* from, int64_t from_stride, uint32_t*
     for (int i = 0; i < 16; ++i) _mm512_storeu_si512(to + i * to_stride, y[i]);
 #else
     for (int i = 0; i < 16; ++i) {
-        for (int j = 0; j < 16; ++j) to[j * to_stride + i] = from[i * from_stride + j];
+        for (int j = 0; j < 16; ++j) {  // the words may be floats or pairs of bfloat16
+            memcpy(to + j * to_stride + i, from + i * from_stride + j, sizeof *to);
+        }
     }
 #endif
 }
