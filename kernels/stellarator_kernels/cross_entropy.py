@@ -6,8 +6,8 @@ backward: dlogits = ((1 + 2*z_loss*lse) * softmax - onehot(target)) * dloss
 Saved: the logits as they came and lse (N,), fp32; so the gradient has a relative error of about
 eps * |lse|, far below the rounding of 16-bit logits. Exponentials and sums are fp32 whatever the
 dtype of the logits. The Triton kernels read a row in blocks and keep the running maximum and sum of
-each lane ("online" softmax); ATen's path takes blocks of rows that stay in a CPU's cache, so that
-no fp32 copy of the logits is ever whole.
+each lane ("online" softmax). On a CPU a row stays in the cache: the C++ kernel reads it three
+times, ATen's path takes blocks of rows, so that no fp32 copy of the logits is ever whole.
 
 Bytes: forward reads the logits once, backward reads them and writes dlogits.
 Source: online softmax, Milakov & Gimelshein 2018, arXiv:1805.02867; z_loss: PaLM, arXiv:2204.02311.
@@ -15,7 +15,7 @@ Source: online softmax, Milakov & Gimelshein 2018, arXiv:1805.02867; z_loss: PaL
 
 import torch
 
-from stellarator_kernels import reference
+from stellarator_kernels import extension, reference
 from stellarator_kernels._triton import tl, triton
 from stellarator_kernels.checks import expect, expect_dtype, expect_same_device, expect_shape
 from stellarator_kernels.dispatch import choose
@@ -192,6 +192,44 @@ def _backward_torch(dloss, logits, targets, lse, ignore_index, z_loss):
     return dlogits
 
 
+def forward_cpu(logits, targets, dloss, ignore_index, z_loss):
+    """What `launch_forward` does, in C++."""
+    loss, lse = (logits.new_empty(logits.shape[0], dtype=torch.float32) for _ in range(2))
+    _run_cpu(logits, targets, lse, loss, dloss, logits, ignore_index, z_loss)
+    return loss, lse
+
+
+def _backward_cpu(dloss, logits, targets, lse, ignore_index, z_loss):
+    """The backward in C++."""
+    logits, dlogits = dense_rows(logits), logits.new_empty(logits.shape)
+    _run_cpu(logits, targets, lse, None, dloss, dlogits, ignore_index, z_loss)
+    return dlogits
+
+
+def _run_cpu(logits, targets, lse, loss, dloss, gradient, ignore_index, z_loss):
+    """One call of the extension; forward with `loss`, with a gradient if there is `dloss`."""
+    targets = targets.contiguous()
+    extension.load().cross_entropy(
+        is_bfloat16=logits.dtype == torch.bfloat16,
+        N=logits.shape[0],
+        V=logits.shape[1],
+        logits=logits.data_ptr(),
+        stride=logits.stride(0),
+        targets=targets.data_ptr(),
+        ignore_index=ignore_index,
+        z_loss=z_loss,
+        forward=loss is not None,
+        loss=0 if loss is None else loss.data_ptr(),
+        lse=lse.data_ptr(),
+        dloss=0 if dloss is None else dloss.data_ptr(),
+        dloss_stride=0 if dloss is None else dloss.stride(0),
+        gradient=gradient.data_ptr(),
+        gradient_stride=gradient.stride(0),
+        threads=torch.get_num_threads(),
+        isa=extension.isa(),
+    )
+
+
 def _zero_rows_(x, ignored):
     """Zeros, not a factor of zero, since what is ignored may be NaN; usually there is none."""
     if ignored.any():
@@ -217,6 +255,8 @@ def _cross_entropy_forward(
     check_targets("cross_entropy", targets, logits.shape[1], ignore_index)
     if chosen == "triton":
         return launch_forward(dense_rows(logits), targets, None, ignore_index, z_loss)
+    if chosen == "cpu":
+        return forward_cpu(dense_rows(logits), targets, None, ignore_index, z_loss)
     if chosen == "torch":
         return forward_torch(logits, targets, None, ignore_index, z_loss)
     return reference.cross_entropy_ref(logits, targets, ignore_index, z_loss)
@@ -240,6 +280,7 @@ def _cross_entropy_backward(
 ) -> torch.Tensor:
     backward = {
         "triton": _backward_triton,
+        "cpu": _backward_cpu,
         "torch": _backward_torch,
         "reference": reference.cross_entropy_backward_ref,
     }[choose("cross_entropy", impl, logits)]

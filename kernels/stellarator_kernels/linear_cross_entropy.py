@@ -10,6 +10,8 @@ twice. So "mean" and "sum" compute their gradients in the forward pass, when one
 backward only multiplies them by the incoming scalar. For "none" the gradient of each loss is known
 in the backward alone, which computes the logits of a chunk again (8*N*V*C).
 
+`cpu` is `torch` with the losses and their gradient in C++; the products are those of torch.
+
 Precision: the logits of a chunk have the dtype of hidden, rounded once from an fp32 accumulator,
 and are overwritten in place. (fp32 logits out of a 16-bit product do not exist on a CPU, where the
 fp32 product takes 7 times as long; on a GPU they would triple the memory of a chunk.) Softmax and
@@ -24,7 +26,12 @@ import torch
 
 from stellarator_kernels import reference
 from stellarator_kernels.checks import expect, expect_dtype, expect_same_device, expect_shape
-from stellarator_kernels.cross_entropy import check_targets, forward_torch, launch_forward
+from stellarator_kernels.cross_entropy import (
+    check_targets,
+    forward_cpu,
+    forward_torch,
+    launch_forward,
+)
 from stellarator_kernels.dispatch import choose
 
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -97,7 +104,7 @@ def _chunked(
     if need[0]:
         dhidden = hidden.new_empty(hidden.shape) if all_count else hidden.new_zeros(hidden.shape)
     buffer = hidden.new_empty(min(rows, K), V)
-    compute = launch_forward if chosen == "triton" else forward_torch
+    compute = {"triton": launch_forward, "cpu": forward_cpu, "torch": forward_torch}[chosen]
     for start in range(0, K, rows):
         stop = min(K, start + rows)
         index = slice(start, stop) if all_count else kept[start:stop]

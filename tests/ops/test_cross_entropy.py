@@ -7,12 +7,13 @@ target that is no class on a GPU.
 
 import sys
 
+import grid
 import pytest
 import torch
 import torch.nn.functional as F
-from grid import CASES, IMPLS, IMPLS_ON_CPU, KERNELS, TRITON, generator
+from grid import TRITON, generator, levels
 
-from stellarator_kernels import cost, cross_entropy
+from stellarator_kernels import cost, cross_entropy, extension
 from stellarator_kernels.cross_entropy import (
     _cross_entropy_backward,
     _cross_entropy_forward,
@@ -21,6 +22,13 @@ from stellarator_kernels.cross_entropy import (
     tiles,
 )
 from stellarator_kernels.testing import assert_close_to_reference, poison_empty
+
+IMPLS, KERNELS = [grid.CPU, *grid.IMPLS], [grid.CPU, *grid.KERNELS]
+IMPLS_ON_CPU = [grid.CPU, *grid.IMPLS_ON_CPU]
+CASES = [
+    pytest.param("cpu", dtype, marks=grid.EXTENSION) for dtype in (torch.bfloat16, torch.float32)
+] + grid.CASES
+
 
 SHAPES = {
     "one_class": (2, 1),
@@ -229,3 +237,25 @@ def test_messages(change, message):
     } | change
     with pytest.raises(ValueError, match="^cross_entropy: .*" + message):
         cross_entropy(**arguments)
+
+
+@pytest.mark.parametrize("level", levels())
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("V", [1, 37, 64, 1000])
+def test_cpu_on_every_instruction_set(V, dtype, level, monkeypatch):
+    monkeypatch.setenv(extension.ISA_VARIABLE, level)
+    compare("cpu", *make(5, V, dtype), z_loss=1e-2)
+
+
+@grid.EXTENSION
+def test_cpu_has_the_same_bits_with_any_number_of_threads():
+    logits, targets, dloss = make(600, 1000, torch.bfloat16)  # several tasks
+    before, results = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 5):
+            torch.set_num_threads(threads)
+            results.append(run(lambda x: cross_entropy(x, targets, impl="cpu"), logits, dloss))
+    finally:
+        torch.set_num_threads(before)
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))

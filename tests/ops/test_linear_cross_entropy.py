@@ -7,10 +7,11 @@ sees every allocation of ATen. Not covered: memory on a GPU and the waiting ther
 
 import sys
 
+import grid
 import pytest
 import torch
 import torch.nn.functional as F
-from grid import CASES, IMPLS, IMPLS_ON_CPU, INTERPRETED, KERNELS, TRITON, generator
+from grid import INTERPRETED, TRITON, generator
 from torch.profiler import ProfilerActivity, profile
 
 from stellarator_kernels import cost, linear_cross_entropy
@@ -22,6 +23,13 @@ from stellarator_kernels.linear_cross_entropy import (
     counted,
 )
 from stellarator_kernels.testing import assert_close_to_reference, poison_empty
+
+IMPLS, KERNELS = [grid.CPU, *grid.IMPLS], [grid.CPU, *grid.KERNELS]
+IMPLS_ON_CPU = [grid.CPU, *grid.IMPLS_ON_CPU]
+CASES = [
+    pytest.param("cpu", dtype, marks=grid.EXTENSION) for dtype in (torch.bfloat16, torch.float32)
+] + grid.CASES
+
 
 SHAPES = {
     "one_token": (1, 8, 5),
