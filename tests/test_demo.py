@@ -5,12 +5,18 @@ The long form is `make demo`. The unigram loss is checked against a direct count
 
 import json
 import math
+import os
+import shutil
+import signal
+import subprocess
+import sys
 import sysconfig
 from collections import Counter
 from pathlib import Path
 
 import pytest
 
+from stellarator import demo as demo_module
 from stellarator.cli import main
 from stellarator.data.shards import Shard
 from stellarator.evaluate.unigram import unigram_loss
@@ -64,6 +70,82 @@ def test_a_second_demo_goes_on_and_other_sources_are_refused(demo, capsys):
     assert "data of an earlier demo found" in capsys.readouterr().out
     assert main(["demo", sources[0], "--output", str(output)]) == 2
     assert "expected a new folder" in capsys.readouterr().err
+
+
+@pytest.fixture
+def sources(tmp_path, monkeypatch):
+    """A folder to be in, with two repositories of code in src."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("a", "b"):
+        (tmp_path / "src" / name).mkdir(parents=True)
+        (tmp_path / "src" / name / "m.py").write_text(f"{name} = 'some text'\n" * 20)
+    return tmp_path / "src"
+
+
+def listing(folder: Path) -> dict[str, bytes]:
+    return {str(p): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+def test_data_of_others_are_not_replaced(sources, capsys):
+    """A data set, and a run, that are no demo's stay as they are."""
+    command = ["data", "prepare", "src", "--output", "mine/data", "--vocab-size", "300"]
+    assert main([*command, "--validation-fraction", "0.5"]) == 0
+    Path("run").mkdir()
+    Path("run/config.toml").write_text('name = "mine"\n')
+    before = listing(Path.cwd())
+    for output, found in (("mine", "mine/data"), ("run", "run/config.toml")):
+        assert main(["demo", "src", "--output", output]) == 2
+        error = capsys.readouterr().err
+        assert f"{found} that no demo made" in error and "OUTPUT=" in error
+    assert listing(Path.cwd()) == before
+
+
+def test_a_demo_that_was_moved_is_not_trained_elsewhere(demo, tmp_path, capsys):
+    output, sources = demo
+    shutil.copytree(output, tmp_path / "copy")
+    shutil.rmtree(tmp_path / "copy" / "checkpoints")
+    assert main(["demo", *sources, "--output", str(tmp_path / "copy")]) == 2
+    assert "expected the configuration of a demo in" in capsys.readouterr().err
+    assert not (tmp_path / "copy" / "checkpoints").exists()
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from stellarator import demo
+from stellarator.data import prepare as module
+
+original = module.prepare
+
+def killed(*arguments, **options):
+    if sys.argv[1] == "after":
+        original(*arguments, **options)
+    os.kill(os.getpid(), signal.SIGKILL)
+
+module.prepare = killed
+demo._prepare_data(["src"], Path("out"))
+"""
+
+
+@pytest.mark.parametrize("moment", ["before", "after"])
+def test_a_demo_that_was_killed_while_preparing_goes_on(sources, monkeypatch, moment):
+    from stellarator.data import prepare as module
+
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    killed = subprocess.run([sys.executable, "-c", KILLED, moment], env=environment)
+    assert killed.returncode == -signal.SIGKILL and Path("out/sources.json").exists()
+    original, calls = module.prepare, []
+    monkeypatch.setattr(module, "prepare", lambda *a, **o: calls.append(o) or original(*a, **o))
+    demo_module._prepare_data(["src"], Path("out"))
+    assert len(calls) == (moment == "before") and Path("out/data/manifest.json").exists()
+
+
+@pytest.mark.parametrize("output", ["out", "new/out", "file", "file/out"])
+def test_a_demo_that_cannot_begin_leaves_nothing(sources, capsys, output):
+    Path("file").touch()
+    assert main(["demo", "absent", "--output", output]) == 2
+    assert capsys.readouterr().err.count("\n") == 1
+    assert sorted(os.listdir()) == ["file", "src"]
 
 
 def test_unigram_loss_is_that_of_a_direct_count(demo):

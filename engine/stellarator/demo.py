@@ -7,6 +7,7 @@ fill-in-the-middle -> evaluation on held-out files -> export -> report. Every pa
 real runs use; only the sizes are small. An interrupted demo goes on where it stopped.
 """
 
+import contextlib
 import dataclasses
 import json
 import sys
@@ -17,6 +18,7 @@ from pathlib import Path
 
 from stellarator import recipes
 from stellarator.config import RunConfig
+from stellarator.files import replace_text
 
 _CALIBRATION_STEPS = 6
 _MIN_STEPS, _MAX_STEPS = 40, 20_000
@@ -52,7 +54,7 @@ def run(sources: Sequence[str] = (), output: str = "runs/demo", minutes: float =
     _say("evaluating on held-out files")
     summary = _evaluate(config, result)
     summary["total_seconds"] = round(time.monotonic() - started, 1)
-    _write_json(folder / "summary.json", summary)
+    replace_text(folder / "summary.json", _json(summary))
     from stellarator.train.report import write_report
 
     report = write_report(folder)
@@ -65,38 +67,77 @@ def _say(text: str) -> None:
 
 
 def _prepare_data(sources: list[str], folder: Path) -> None:
-    """Tokenizer and shards in `folder/data`, unless an earlier demo of these sources made them."""
+    """Tokenizer and shards in `folder/data`, unless an earlier demo of these sources made them.
+
+    sources.json is written first: where it stands, what is in the folder is a demo's, and what an
+    interrupted one left is replaced.
+    """
     from stellarator.cli import manifest_lines
     from stellarator.data.prepare import prepare
     from stellarator.progress import Progress
 
-    data, request = folder / "data", {"sources": [str(Path(s).resolve()) for s in sources]}
-    manifest_path, request_path = data / "manifest.json", folder / "sources.json"
-    if manifest_path.exists() and _read_json(request_path) == request:
+    data, noted = folder / "data", folder / "sources.json"
+    request = _json({"sources": [str(Path(s).resolve()) for s in sources]})
+    ours = _check_folder(folder, request)
+    if ours and (data / "manifest.json").exists():
         _say(f"data of an earlier demo found in {data}")
         return
-    if request_path.exists():
-        raise ValueError(
-            f"{folder}: expected a new folder, got the demo of other sources. "
-            "Choose another one (make demo OUTPUT=...) or remove it."
-        )
     _say(f"reading {', '.join(sources)}")
-    vocab_size = recipes.demo().model.vocab_size
-    with Progress("demo: prepare") as progress:
+    with _noted(noted, request), Progress("demo: prepare") as progress:
         manifest = prepare(
             sources,
             data,
-            vocab_size=vocab_size,
+            vocab_size=recipes.demo().model.vocab_size,
             generation="starcoder2",
             format="starcoder2",
             validation_fraction=0.08,
             seed=1234,
-            overwrite=True,  # only where an earlier demo stopped before it noted its sources
+            overwrite=ours,
             progress=progress,
         )
-    _write_json(request_path, request)
     for line in manifest_lines(manifest):
         _say(line)
+
+
+def _check_folder(folder: Path, request: str) -> bool:
+    """Whether a demo of these sources began in `folder`.
+
+    Raises:
+        ValueError: it holds what is not to be replaced, or cannot be a folder.
+    """
+    noted = folder / "sources.json"
+    if noted.exists():
+        if noted.read_text(encoding="utf-8", errors="replace") == request:
+            return True
+        raise ValueError(
+            f"{folder}: expected a new folder, got the demo of other sources. "
+            "Choose another one (make demo OUTPUT=...) or remove it."
+        )
+    for path in (folder / "data", folder / "config.toml", folder / "checkpoints"):
+        if path.exists():
+            raise ValueError(
+                f"{folder}: expected a new folder, got one with {path} that no demo made. "
+                "Choose another one (make demo OUTPUT=...)."
+            )
+    return False
+
+
+@contextlib.contextmanager
+def _noted(path: Path, request: str):
+    """`path` says for whom the folder is; after a failure only if something else is there, too."""
+    from stellarator.data.prepare import make_folder
+
+    made = make_folder(path.parent)
+    replace_text(path, request)
+    try:
+        yield
+    except BaseException:
+        if not any(other != path for other in path.parent.iterdir()):
+            path.unlink()
+        for folder in made:
+            with contextlib.suppress(OSError):  # it is not empty
+                folder.rmdir()
+        raise
 
 
 def _configure(folder: Path, minutes: float) -> RunConfig:
@@ -106,8 +147,15 @@ def _configure(folder: Path, minutes: float) -> RunConfig:
 
     written = folder / "config.toml"
     if written.exists():
+        config = settings.resolve(recipes.demo(), str(written))
+        there = [Path(path).resolve() for path in (config.folder, *config.data.train)]
+        if there != [folder.resolve(), (folder / "data" / "train").resolve()]:
+            raise ValueError(
+                f"{written}: expected the configuration of a demo in {folder}, got one in "
+                f"{config.folder}. Choose another folder (make demo OUTPUT=...) or remove it."
+            )
         _say(f"going on with the steps of {written}")
-        return settings.resolve(recipes.demo(), str(written))
+        return config
     base, data = recipes.demo(), folder / "data"
     config = dataclasses.replace(
         base,
@@ -261,12 +309,8 @@ def _sample(holes, predictions: list[str], kind: str) -> dict:
     }
 
 
-def _read_json(path: Path):
-    return json.loads(path.read_text()) if path.exists() else None
-
-
-def _write_json(path: Path, value) -> None:
-    path.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
+def _json(value) -> str:
+    return json.dumps(value, indent=1) + "\n"
 
 
 def _print_summary(summary: dict, folder: Path, report: Path) -> None:

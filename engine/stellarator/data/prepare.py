@@ -1,6 +1,6 @@
 """From source code to token shards, a tokenizer, a held-out set and an account of it all.
 
-defines: prepare
+defines: prepare, make_folder
 
     output/tokenizer/         as transformers reads it
     output/train.bin .idx     training side; each document ends with <|endoftext|>
@@ -305,7 +305,7 @@ def _write_json(path: Path, value: dict) -> None:
 @contextlib.contextmanager
 def _work_folder(output: Path, overwrite: bool) -> Iterator[Path]:
     """A folder inside `output` that is gone in the end, and `output` with it if it stays empty."""
-    made = _make_folder(output)
+    made = make_folder(output)
     try:
         with _lock(output):
             _check_free(output, overwrite)
@@ -328,7 +328,7 @@ def _work_folder(output: Path, overwrite: bool) -> Iterator[Path]:
                 folder.rmdir()
 
 
-def _make_folder(folder: Path) -> list[Path]:
+def make_folder(folder: Path) -> list[Path]:
     """Make a folder; returns it and those above it that were not there, the innermost first."""
     missing = list(itertools.takewhile(lambda path: not path.exists(), [folder, *folder.parents]))
     nearest = [folder, *folder.parents][len(missing)]
