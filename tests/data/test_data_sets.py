@@ -266,3 +266,15 @@ def test_a_text_repeated_in_a_parquet_dictionary_is_held_once(tmp_path):
     texts, skipped, seen = read_apart(path)
     assert texts == [text]
     assert skipped["compression bomb"] == 1 and seen < 100
+
+
+@pytest.mark.parametrize("form", ["d.jsonl", "d.parquet"])
+def test_stars_are_counts_that_a_file_can_hold(tmp_path, form):
+    """Anything else is as if there were no count, and the row is a document."""
+    counts = {0: 0, 7: 7, 3.0: 3, 1e18: 10**18, 2**63 - 1: 2**63 - 1, -1: None, -1e300: None}
+    if form == "d.jsonl":
+        counts |= {10**400: None, -(10**400): None, 2**63: None}
+    for number, (written, expected) in enumerate(counts.items()):
+        path = write_as(tmp_path / f"{number}{form}", [ROWS[0] | {"max_stars_count": written}])
+        (document,), report = read(path)
+        assert document.stars == expected and report.kept == 1, written

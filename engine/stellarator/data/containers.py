@@ -10,7 +10,6 @@ of The Stack v1 and v2, of the data sets made from them, and the obvious ones.
 
 import gzip
 import json
-import math
 import os
 import zlib
 from collections.abc import Callable, Iterator
@@ -337,6 +336,7 @@ def _licence(value: object) -> str | None:
 
 
 def _stars(value: object) -> int | None:
-    if isinstance(value, int | float) and math.isfinite(value):
+    # JSON knows numbers of any length, NaN and infinity; none of those lies within.
+    if isinstance(value, int | float) and 0 <= value < 1 << 63:
         return int(value)
     return None
