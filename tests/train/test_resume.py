@@ -347,6 +347,16 @@ def test_shards_of_another_tokenizer_are_refused(tiny_config, tiny_corpus, tmp_p
     assert Trainer(config).run()["status"] == "done"
 
 
+FOREIGN = [b"[1]", b"5", b'{"tokenizer": "x"}', b'{"tokenizer": {"sha256": 5}}', b"{", b"\xff",
+           b"[" * 50_000, b"{}"]  # fmt: skip
+
+
+@pytest.mark.parametrize("content", FOREIGN, ids=lambda content: repr(content[:20]))
+def test_a_manifest_that_is_not_ours_says_nothing(tmp_path, content):
+    (tmp_path / "manifest.json").write_bytes(content)
+    resume.check_tokenizer([str(tmp_path / "train")], "0" * 64)
+
+
 def test_export_says_which_checkpoint_it_took(tiny_config, tmp_path, capfd):
     from stellarator.train.export import export
 

@@ -61,18 +61,26 @@ def fingerprint(shards: Sequence[str], tokenizer_sha256: str) -> str:
 def check_tokenizer(shards: Sequence[str], tokenizer_sha256: str) -> None:
     """Raise TrainingError for shards that `data prepare` made with another tokenizer.
 
-    Shards without a manifest.json beside them, such as Megatron's, are taken as they are.
+    Shards without a manifest of ours beside them, such as Megatron's, are taken as they are.
     """
     for prefix in shards:
         path = Path(prefix).parent / "manifest.json"
-        if not path.exists():
-            continue
-        made_with = json.loads(path.read_text(encoding="utf-8")).get("tokenizer", {}).get("sha256")
-        if made_with not in (None, tokenizer_sha256):
+        if _made_with(path) not in (None, tokenizer_sha256):
             raise TrainingError(
                 f"{prefix}: expected shards of the tokenizer in data.tokenizer, got those of "
                 f"another one ({path}). Pass data.tokenizer={path.parent / 'tokenizer'}."
             )
+
+
+def _made_with(path: Path) -> str | None:
+    """The hash of the tokenizer in a manifest of `data prepare`; None if it is not one."""
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return None
+    tokenizer = manifest.get("tokenizer") if isinstance(manifest, dict) else None
+    found = tokenizer.get("sha256") if isinstance(tokenizer, dict) else None
+    return found if isinstance(found, str) else None
 
 
 def find(config: RunConfig, warn: Callable[[str], None]) -> checkpoint.Checkpoint | None:
