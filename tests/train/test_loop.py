@@ -19,6 +19,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from stellarator import settings
 from stellarator.config import OptimConfig
 from stellarator.data.shards import Shard
 from stellarator.model import build_model
@@ -332,6 +333,18 @@ def test_wsd_run_follows_its_schedule(tiny_config):
     assert losses[-1] < losses[0] - 0.5
     first, last = (r["loss"] for r in records(config.folder, "eval"))
     assert last < first - 0.5
+
+
+def test_the_configuration_is_replaced_in_one_step(tiny_config):
+    """A second name of the old file still has all of the old content: it was not written over."""
+    config = with_(tiny_config, "train", steps=3)
+    Trainer(config).run()
+    written = Path(config.folder, "config.toml")
+    before = written.read_text()
+    os.link(written, Path(config.folder, "old.toml"))
+    Trainer(with_(config, "train", steps=4)).run()
+    assert Path(config.folder, "old.toml").read_text() == before == settings.to_toml(config)
+    assert written.read_text() == before.replace("\nsteps = 3\n", "\nsteps = 4\n")
 
 
 def test_tensorboard_reads_the_metrics(tiny_config):

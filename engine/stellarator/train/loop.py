@@ -26,6 +26,7 @@ from stellarator.data.batches import Batch, Batches
 from stellarator.data.packing import PackedDataset
 from stellarator.data.shards import Shard
 from stellarator.data.tokenizer import Tokenizer
+from stellarator.files import replace_text
 from stellarator.model import Transformer, build_model, load_pretrained
 from stellarator.parallel import mesh as meshes
 from stellarator.train import checkpoint, flops, kernels, metrics, resume
@@ -96,7 +97,7 @@ class Trainer:
             self._build()
             self._resume()
             if main:
-                (self.folder / "config.toml").write_text(settings.to_toml(config), "utf-8")
+                replace_text(self.folder / "config.toml", settings.to_toml(config))
                 write_status(self.folder, "running", self.step)
             self._print_header()
             started = time.monotonic()
