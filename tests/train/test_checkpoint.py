@@ -142,3 +142,41 @@ def test_saving_a_step_again_replaces_it(tmp_path):
         load_file(folder / "tensors.safetensors")["master.a"], tensors(2)["master.a"]
     )
     assert sorted(os.listdir(tmp_path)) == ["latest", "step_00000001"]
+
+
+def test_a_kill_while_a_step_is_replaced_loses_nothing(tmp_path, monkeypatch):
+    """Between the two renames neither the old nor the new folder has its name."""
+    write(tmp_path, 1, seed=1)
+    write(tmp_path, 2, seed=1)
+    renames, rename = [], type(tmp_path).rename
+
+    def killed(path, target):
+        renames.append(path)
+        if len(renames) == 2:
+            raise KeyboardInterrupt  # as any end of the process: nothing after it runs
+        return rename(path, target)
+
+    monkeypatch.setattr(type(tmp_path), "rename", killed)
+    with pytest.raises(KeyboardInterrupt):
+        write(tmp_path, 2, seed=2)
+    monkeypatch.undo()
+    assert [f.name for f in tmp_path.glob("step_*")] == ["step_00000001"]
+    checkpoint.take_back(tmp_path)
+    found = checkpoint.find(tmp_path, pytest.fail)
+    assert found.manifest["step"] == 2
+    loaded = tensors()
+    found.load_into(loaded)
+    assert torch.equal(loaded["master.a"], tensors(1)["master.a"])
+    checkpoint.rotate(tmp_path, 2)
+    assert sorted(os.listdir(tmp_path)) == ["latest", "step_00000001", "step_00000002"]
+
+
+def test_only_what_is_missing_is_taken_back(tmp_path):
+    write(tmp_path, 2, seed=2)
+    write(tmp_path / "other", 2, seed=1).rename(tmp_path / ".tmp-old-00000002-dead")
+    (tmp_path / ".tmp-old-dead").mkdir()
+    checkpoint.take_back(tmp_path)
+    assert (tmp_path / ".tmp-old-00000002-dead").exists()
+    file = load_file(tmp_path / "step_00000002" / "tensors.safetensors")
+    assert torch.equal(file["master.a"], tensors(2)["master.a"])
+    checkpoint.take_back(tmp_path / "absent")

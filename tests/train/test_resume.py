@@ -231,6 +231,22 @@ def test_a_step_that_was_saved_before_is_saved_again(tiny_config, unbroken, tmp_
     assert len(list(newest.parent.parent.glob("damaged-*"))) == 1
 
 
+def test_a_checkpoint_that_was_being_replaced_is_the_newest(tiny_config, unbroken, tmp_path, capfd):
+    config = dataclasses.replace(
+        tiny_config,
+        folder=str(tmp_path / "killed"),
+        checkpoint=dataclasses.replace(tiny_config.checkpoint, interval=4),
+    )
+    trainer = StoppedAfter(config)
+    trainer.stop_at = 10
+    trainer.run()
+    newest = Path(config.folder, "checkpoints", "step_00000010")
+    newest.rename(newest.parent / ".tmp-old-00000010-0123abcd")
+    Trainer(config).run()
+    assert f"resumed {newest} at step 10" in capfd.readouterr().out
+    assert_same_run(unbroken, config.folder, 12)
+
+
 def test_an_older_checkpoint_is_not_continued_beside_newer_ones(tiny_config, tmp_path):
     config = dataclasses.replace(
         tiny_config, checkpoint=dataclasses.replace(tiny_config.checkpoint, interval=4)

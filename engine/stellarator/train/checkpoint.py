@@ -1,6 +1,6 @@
 """Checkpoints: tensors in safetensors and a JSON manifest with hashes, put there by one rename.
 
-defines: save, load, find, set_aside_newer, rotate, Checkpoint, CheckpointError
+defines: save, load, find, take_back, set_aside_newer, rotate, Checkpoint, CheckpointError
 
     checkpoints/step_00000100/tensors.safetensors   names like master.layers.0.mlp.up.weight
     checkpoints/step_00000100/manifest.json         step, state, sizes, SHA-256 of files and tensors
@@ -28,6 +28,7 @@ from stellarator.files import replace_text, sync, write_text
 
 FORMAT_VERSION = 1
 _TENSORS, _MANIFEST = "tensors.safetensors", "manifest.json"
+_OLD = ".tmp-old-"  # of a step that is being saved again; its number follows
 _DTYPES = {
     torch.float64: "F64",
     torch.float32: "F32",
@@ -105,8 +106,8 @@ def save(folder: Path, step: int, tensors: dict[str, torch.Tensor], state: dict)
         sync(aside)
         if final.exists():
             # The same step was saved before (a resumed run): keep the old folder until the new one
-            # is there.
-            old = folder / f".tmp-old-{uuid.uuid4().hex[:8]}"
+            # is there. After a kill in between `take_back` gives it its name again.
+            old = folder / f"{_OLD}{step:08d}-{uuid.uuid4().hex[:8]}"
             final.rename(old)
             aside.rename(final)
             shutil.rmtree(old, ignore_errors=True)
@@ -226,6 +227,17 @@ def find(folder: Path, warn: Callable[[str], None]) -> Checkpoint | None:
         except CheckpointError as error:
             warn(f"passed over a damaged checkpoint: {error}")
     return None
+
+
+def take_back(folder: Path) -> None:
+    """Give a step that was being replaced when a run was killed its name again.
+
+    For the process that owns the folder, before it looks for the newest checkpoint.
+    """
+    for old in sorted(folder.glob(f"{_OLD}????????-*")):
+        final = folder / f"step_{old.name.removeprefix(_OLD)[:8]}"
+        if not final.exists():
+            old.rename(final)
 
 
 def set_aside_newer(folder: Path, step: int) -> list[str]:

@@ -176,6 +176,9 @@ class Trainer:
     def _find_checkpoint(self) -> None:
         """`self.found`: the checkpoint to go on from, as `checkpoint.resume` says, or None."""
         self.fingerprint = resume.fingerprint(self.config.data.train, self.tokenizer.sha256)
+        if self.mesh.dp_rank == 0:
+            checkpoint.take_back(self.folder / "checkpoints")
+        self.mesh.barrier()
         found = self.found = resume.find(self.config, self.log.warn)
         seal = hashlib.sha256(json.dumps(found.manifest).encode() if found else b"").digest()
         if not self.mesh.agrees_on(int.from_bytes(seal[:7])):
