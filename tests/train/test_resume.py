@@ -135,7 +135,7 @@ def test_another_configuration_is_refused_with_both_values(tiny_config, tmp_path
         Trainer(dataclasses.replace(tiny_config, checkpoint=none)).run()
     absent = dataclasses.replace(tiny_config.checkpoint, resume=str(tmp_path / "absent"))
     new = dataclasses.replace(tiny_config, checkpoint=absent, folder=str(tmp_path / "new"))
-    with pytest.raises(CheckpointError, match="No such file"):
+    with pytest.raises(TrainingError, match="absent: expected a checkpoint, got nothing there"):
         Trainer(new).run()
 
 
@@ -392,3 +392,33 @@ def test_a_run_folder_that_is_a_file_is_one_clear_line(tiny_config, tmp_path):
     config = dataclasses.replace(tiny_config, folder=str(tmp_path / "file"))
     with pytest.raises(ValueError, match="expected a folder or nothing, got a file"):
         Trainer(config).run()
+
+
+def test_mistakes_of_use_exit_with_2_and_damage_with_1(tiny_config, tmp_path, capsys):
+    """What the same command meets again is told apart from what went wrong on the way."""
+    from stellarator.cli import main
+
+    def code(*overrides: str) -> tuple[int, str]:
+        path = tmp_path / "run.toml"
+        path.write_text(settings.to_toml(tiny_config))
+        got = main(["train", "--config", str(path), *overrides])
+        return got, capsys.readouterr().err
+
+    assert code()[0] == 0
+    checkpoints = Path(tiny_config.folder, "checkpoints")
+    newer = shutil.copytree(checkpoints / "step_00000012", checkpoints / "step_00000011")
+    for overrides, part in (
+        (["data.seed=5"], "is of another configuration"),
+        (["model.vocab_size=300"], "expected at least the tokenizer's"),
+        (["checkpoint.resume=none"], "expected no checkpoints"),
+        ([f"checkpoint.resume={newer}"], "expected no checkpoints after step_00000011"),
+        (["checkpoint.resume=absent", f"folder={tmp_path / 'new'}"], "absent: expected a checkp"),
+    ):
+        got, error = code(*overrides)
+        assert got == 2 and part in error, (overrides, error)
+    for manifest in checkpoints.glob("*/manifest.json"):
+        manifest.write_text("{")
+    got, error = code()
+    assert got == 1 and "expected a checkpoint that can be read" in error
+    got, error = code(f"checkpoint.resume={newer}", f"folder={tmp_path / 'new'}")
+    assert got == 1 and "damaged" in error

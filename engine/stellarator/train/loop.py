@@ -32,7 +32,7 @@ from stellarator.parallel import mesh as meshes
 from stellarator.train import checkpoint, flops, kernels, metrics, resume
 from stellarator.train.metrics import RunLog, StepMetrics, ZScore, step_line, write_status
 from stellarator.train.optimizer import FlatOptimizer
-from stellarator.train.resume import TrainingError
+from stellarator.train.resume import RefusedError, TrainingError
 from stellarator.train.schedule import learning_rate
 from stellarator.train.signals import StopRequest, folder_lock
 from stellarator.train.timing import Stopwatch
@@ -150,7 +150,7 @@ class Trainer:
         config = self.config
         self.tokenizer = Tokenizer.load(config.data.tokenizer)
         if self.tokenizer.vocab_size > config.model.vocab_size:
-            raise TrainingError(
+            raise RefusedError(
                 f"model.vocab_size: expected at least the tokenizer's {self.tokenizer.vocab_size}, "
                 f"got {config.model.vocab_size}. Pass model.vocab_size={self.tokenizer.vocab_size}."
             )
@@ -207,7 +207,7 @@ class Trainer:
             return build_model(config.model, seed=config.train.seed, **options)
         model = load_pretrained(start, **options)
         if wrong := resume.model_difference(start, model.config, config.model):
-            raise TrainingError(wrong)
+            raise RefusedError(wrong)
         return model
 
     def _resume(self) -> None:

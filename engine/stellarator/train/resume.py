@@ -1,6 +1,7 @@
 """What a run must remember to go on exactly, and what may not change in between.
 
-defines: TrainingError, Progress, fingerprint, check_tokenizer, find, compare, model_difference
+defines: TrainingError, RefusedError, Progress, fingerprint, check_tokenizer, find, compare,
+model_difference
 """
 
 import dataclasses
@@ -31,6 +32,10 @@ class TrainingError(RuntimeError):
     """The run cannot go on; the message says what to do."""
 
 
+class RefusedError(TrainingError, ValueError):
+    """The run cannot be done as it was asked for: the same command fails again."""
+
+
 @dataclasses.dataclass
 class Progress:
     """Everything of a run that is not a tensor and not a function of the step number."""
@@ -59,14 +64,14 @@ def fingerprint(shards: Sequence[str], tokenizer_sha256: str) -> str:
 
 
 def check_tokenizer(shards: Sequence[str], tokenizer_sha256: str) -> None:
-    """Raise TrainingError for shards that `data prepare` made with another tokenizer.
+    """Raise RefusedError for shards that `data prepare` made with another tokenizer.
 
     Shards without a manifest of ours beside them, such as Megatron's, are taken as they are.
     """
     for prefix in shards:
         path = Path(prefix).parent / "manifest.json"
         if _made_with(path) not in (None, tokenizer_sha256):
-            raise TrainingError(
+            raise RefusedError(
                 f"{prefix}: expected shards of the tokenizer in data.tokenizer, got those of "
                 f"another one ({path}). Pass data.tokenizer={path.parent / 'tokenizer'}."
             )
@@ -90,37 +95,47 @@ def find(config: RunConfig, warn: Callable[[str], None]) -> checkpoint.Checkpoin
     start, so that the same command goes on after a stop.
 
     Raises:
-        TrainingError: resume=none in a folder with checkpoints, a path to an older one of them, or
-            none of them can be read.
+        RefusedError: resume=none in a folder with checkpoints, a path to an older one of them or to
+            nothing.
+        TrainingError: none of the checkpoints of the run can be read.
         CheckpointError: the named checkpoint cannot be trusted.
     """
     folder, resume = Path(config.folder) / "checkpoints", config.checkpoint.resume
     own = sorted(folder.glob("step_*"))
     if resume == "none":
         if own:
-            raise TrainingError(
+            raise RefusedError(
                 f"{folder}: expected no checkpoints with checkpoint.resume=none, got some. "
                 "Choose another `folder`, or checkpoint.resume=auto to go on."
             )
         return None
-    if resume != "auto" and Path(resume).resolve().parent == folder.resolve():
-        found = checkpoint.load(Path(resume))
-        if newer := [f.name for f in own if f.name > found.folder.name]:
-            raise TrainingError(
-                f"{folder}: expected no checkpoints after {found.folder.name}, got {newer[-1]}. "
-                "Choose another `folder` for a second continuation, remove the newer ones, or pass "
-                "checkpoint.resume=auto to go on from them."
-            )
-        return found
-    if resume != "auto" and not own:
-        return checkpoint.load(Path(resume))
     if resume != "auto":
-        warn(f"{resume} was for the first start: going on from the checkpoints in {folder}")
+        path = Path(resume)
+        if not own or path.resolve().parent == folder.resolve():
+            return _named(path, own)
+        warn(f"{path} was for the first start: going on from the checkpoints in {folder}")
     found = checkpoint.find(folder, warn)
     if found is None and own:
         raise TrainingError(
             f"{folder}: expected a checkpoint that can be read, got none among those there. "
             "Repair or remove them, or choose another `folder`; nothing was changed."
+        )
+    return found
+
+
+def _named(path: Path, beside: list[Path]) -> checkpoint.Checkpoint:
+    """The checkpoint at `path`, which must be the newest of those beside it."""
+    if not path.is_dir():
+        raise RefusedError(
+            f"{path}: expected a checkpoint, got nothing there. Pass the folder of one, such as "
+            "RUN/checkpoints/step_00000100."
+        )
+    found = checkpoint.load(path)
+    if newer := [f.name for f in beside if f.name > path.name]:
+        raise RefusedError(
+            f"{path.parent}: expected no checkpoints after {path.name}, got {newer[-1]}. "
+            "Choose another `folder` for a second continuation, remove the newer ones, or pass "
+            "checkpoint.resume=auto to go on from them."
         )
     return found
 
@@ -131,7 +146,7 @@ def compare(found: checkpoint.Checkpoint, config: RunConfig, data_fingerprint: s
     A setting that the checkpoint does not know yet had its default: that is what there was before.
 
     Raises:
-        TrainingError: a setting changed that would make this another run; all of them are named.
+        RefusedError: a setting changed that would make this another run; all of them are named.
     """
     state = found.manifest["state"]
     now = _flat(dataclasses.asdict(config))
@@ -145,7 +160,7 @@ def compare(found: checkpoint.Checkpoint, config: RunConfig, data_fingerprint: s
     if state["data_fingerprint"] != data_fingerprint:
         fatal.append("data.train or data.tokenizer: other content")
     if fatal:
-        raise TrainingError(
+        raise RefusedError(
             f"{found.folder}: is of another configuration ({'; '.join(fatal)}). Choose another "
             "`folder`, or the values of that run; train.init_from starts from exported weights."
         )
