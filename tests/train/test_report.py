@@ -6,6 +6,9 @@ how it looks.
 
 import json
 import math
+import os
+import subprocess
+import sys
 
 import pytest
 from matplotlib.figure import Figure
@@ -117,3 +120,20 @@ def test_the_page_has_the_figures_and_the_plots(drawn):
 def test_a_folder_without_steps_is_the_users_mistake(tmp_path):
     with pytest.raises(ValueError, match="got none. Pass a run folder"):
         write_report(tmp_path)
+
+
+PROGRAM = """
+import sys
+import matplotlib
+matplotlib.use("svg")
+from stellarator.train.report import write_report
+write_report(sys.argv[1])
+assert matplotlib.get_backend() == "svg" and "matplotlib.pyplot" not in sys.modules
+"""
+
+
+def test_the_backend_of_the_caller_stays(drawn, tmp_path):
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    command = [sys.executable, "-c", PROGRAM, str(tmp_path)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

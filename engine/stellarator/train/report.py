@@ -12,10 +12,7 @@ import json
 import math
 from pathlib import Path
 
-import matplotlib
-
-matplotlib.use("Agg")
-from matplotlib import pyplot as plt  # noqa: E402  (the backend is chosen first)
+from matplotlib.figure import Figure  # without pyplot, which chooses a backend for everybody
 
 _BLUE, _ORANGE, _GREY = "#2060a0", "#d06010", "#909090"
 _PHASES = {
@@ -59,13 +56,13 @@ def write_report(folder: str | Path) -> Path:
     images = []
     for name, title, draw in _plots(train, evals, summary):
         path = folder / "plots" / f"{name}.png"
-        figure, axes = plt.subplots(figsize=(8, 3.2), dpi=110)
+        figure = Figure(figsize=(8, 3.2), dpi=110)
+        axes = figure.subplots()
         draw(axes)
         axes.set_title(title, loc="left", fontsize=11)
         axes.spines[["top", "right"]].set_visible(False)
         figure.tight_layout()
         figure.savefig(path)
-        plt.close(figure)
         data = base64.b64encode(path.read_bytes()).decode()
         images.append(f'<img alt="{html.escape(title)}" src="data:image/png;base64,{data}">')
     page = _page(
