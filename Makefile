@@ -1,5 +1,6 @@
 # install: .venv with everything; demo: the whole path on real code; test: what CI runs.
-# DATA="folder ..." gives `make demo` other sources than this Python's standard library.
+# DATA="folder ..." gives `make demo` other sources than this Python's standard library. The shell
+# reads it, so a path with spaces is quoted once more: DATA="'my code' other" OUTPUT="runs/my code".
 
 PYTHON ?= python3
 VENV := .venv
@@ -19,7 +20,7 @@ $(INSTALLED): setup.py pyproject.toml constraints.txt $(wildcard csrc/*/*.cpp cs
 	touch $@
 
 demo: install
-	$(VENV)/bin/stellarator demo $(DATA) --output $(OUTPUT)
+	$(VENV)/bin/stellarator demo $(DATA) --output "$(OUTPUT)"
 
 test: install
 	$(VENV)/bin/python -m pytest -q -n 2 --dist loadfile --durations 10

@@ -6,6 +6,7 @@ isolated and the editable install, which `make install` itself does before these
 
 import email
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -238,3 +239,10 @@ print(len(units))
     )
     assert done.returncode == 0, done.stderr
     assert int(done.stdout) >= 3
+
+
+def test_make_demo_takes_paths_with_spaces():
+    command = ["make", "-n", "demo", "DATA='my code' other", "OUTPUT=runs/my code"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    words = shlex.split(done.stdout.splitlines()[-1])
+    assert words[1:] == ["demo", "my code", "other", "--output", "runs/my code"], done.stdout
