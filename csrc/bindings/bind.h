@@ -14,5 +14,6 @@ T* pointer(uintptr_t address) {
 
 void bind_attention(pybind11::module_& m);
 void bind_cross_entropy(pybind11::module_& m);
+void bind_layer_norm(pybind11::module_& m);
 
 }  // namespace stellarator

@@ -64,4 +64,5 @@ PYBIND11_MODULE(_cpu, m) {
           py::arg("n"), py::arg("threads"), py::arg("isa"));
     stellarator::bind_attention(m);
     stellarator::bind_cross_entropy(m);
+    stellarator::bind_layer_norm(m);
 }

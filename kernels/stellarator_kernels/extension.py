@@ -1,6 +1,6 @@
 """The C++ extension `stellarator_kernels._cpu`: loading it, and which instruction set it uses.
 
-defines: failure, load, isa, ISA_VARIABLE
+defines: failure, load, isa, address, rows, ISA_VARIABLE
 
 The extension is optional. `dispatch` asks here, at first use, whether it loads: a file that
 is there may be made for another machine or another Python.
@@ -44,8 +44,8 @@ def isa():
     """The instruction set that the kernels run on: the best of this machine, or the forced one.
 
     STELLARATOR_ISA=portable, avx2, avx512, avx512_bf16 or amx forces it, to compare or to find a
-    fault. AdamW and the gradient norm have the same bits on all of them; kernels that multiply
-    matrices differ in rounding.
+    fault. AdamW and the gradient norm have the same bits on all of them; the others differ in
+    rounding.
 
     Raises:
         ValueError: STELLARATOR_ISA holds another word.
@@ -68,3 +68,13 @@ def isa():
             f"got {name!r}. Unset it for the best."
         )
     return forced
+
+
+def address(x: torch.Tensor | None) -> int:
+    """Where the first element lies; 0 for None."""
+    return 0 if x is None else x.data_ptr()
+
+
+def rows(x: torch.Tensor | None) -> tuple[int, int]:
+    """Address and stride of the rows of a matrix, whose elements are adjacent; zeros for None."""
+    return (0, 0) if x is None else (x.data_ptr(), x.stride(0))

@@ -13,7 +13,10 @@ many multiprocessors).
 
 A Triton program holds one row in registers as a block of the next power of two: of the lanes 25 %
 (C = 3072, 6144) or 44 % (4608) idle, but they move no bytes, and one pass then feeds dx and both
-partial sums. Rows wider than 8192 are refused (registers of the backward).
+partial sums. Rows wider than 8192 are refused (registers of the backward, stack of the C++).
+
+The C++ kernel reads a row from memory once and keeps it in fp32 in the nearest cache; its partial
+sums are those of blocks of 64 rows or more, whatever the number of threads.
 
 Bytes: forward reads x (and residual), writes y (and s); backward reads dy and s (and dsummed),
 writes dx.
@@ -22,7 +25,7 @@ Source: Ba et al. 2016, arXiv:1607.06450; partial sums per persistent program: Q
 
 import torch
 
-from stellarator_kernels import reference
+from stellarator_kernels import extension, reference
 from stellarator_kernels._triton import tl, triton
 from stellarator_kernels.checks import expect, expect_dtype, expect_same_device, expect_shape
 from stellarator_kernels.dispatch import choose
@@ -156,6 +159,44 @@ def _backward_triton(dy, dsummed, summed, weight, mean, rstd, has_bias, need_par
     return dx, *(p.sum(0).to(weight.dtype) if need_params else None for p in partials)
 
 
+def _forward_cpu(x, residual, weight, bias, eps):
+    """Allocate and call the C++ kernel."""
+    x, residual, weight, bias = (dense_rows(t) for t in (x, residual, weight, bias))
+    N, C = x.shape
+    y = x.new_empty(N, C)
+    summed = None if residual is None else x.new_empty(N, C)
+    mean, rstd = (x.new_empty((N, 1), dtype=torch.float32) for _ in range(2))
+    results = {"y": y, "summed": summed, "mean": mean, "rstd": rstd}
+    extension.load().layer_norm_forward(
+        **{"is_bfloat16": x.dtype == torch.bfloat16, "N": N, "C": C, "eps": eps},
+        **{"x": extension.rows(x), "residual": extension.rows(residual)},
+        **{"weight": extension.address(weight), "bias": extension.address(bias)},
+        **{name: extension.address(t) for name, t in results.items()},
+        **{"threads": torch.get_num_threads(), "isa": extension.isa()},
+    )
+    return y, x if residual is None else summed, mean, rstd
+
+
+def _backward_cpu(dy, dsummed, summed, weight, mean, rstd, has_bias, need_params):
+    """Allocate and call the C++ kernel."""
+    dy, dsummed, summed, weight = (dense_rows(t) for t in (dy, dsummed, summed, weight))
+    module, (N, C) = extension.load(), summed.shape
+    dx, dweight, dbias, sums = summed.new_empty(N, C), None, None, None
+    if need_params:
+        dweight, dbias = weight.new_empty(C), weight.new_empty(C) if has_bias else None
+        sums = mean.new_empty(module.blocks_of_rows(N), 2, C)
+    plain = {"weight": weight, "mean": mean, "rstd": rstd, "dx": dx}
+    plain |= {"dweight": dweight, "dbias": dbias, "sums": sums}
+    module.layer_norm_backward(
+        **{"is_bfloat16": summed.dtype == torch.bfloat16, "N": N, "C": C},
+        **{"dy": extension.rows(dy), "dsummed": extension.rows(dsummed)},
+        **{"summed": extension.rows(summed)},
+        **{name: extension.address(t) for name, t in plain.items()},
+        **{"threads": torch.get_num_threads(), "isa": extension.isa()},
+    )
+    return dx, dweight, dbias
+
+
 def _atens_parameters(x, *parameters):
     """fp32 for 16-bit x on a CPU: with 16-bit parameters ATen would round mean and rstd too."""
     if x.device.type != "cpu" or x.dtype not in (torch.bfloat16, torch.float16):
@@ -217,8 +258,8 @@ def _layer_norm_forward(
         # A formula's result takes the layout of its inputs, an operator's must not.
         y, summed = y.contiguous(), summed.contiguous()
     else:
-        forward = _forward_triton if chosen == "triton" else _forward_torch
-        y, summed, mean, rstd = forward(x, residual, weight, bias, eps)
+        by = {"triton": _forward_triton, "cpu": _forward_cpu, "torch": _forward_torch}[chosen]
+        y, summed, mean, rstd = by(x, residual, weight, bias, eps)
     return y, x.new_empty(0) if residual is None else summed, mean, rstd
 
 
@@ -245,8 +286,8 @@ def _layer_norm_backward(
     if chosen == "reference":
         gradients = reference.layer_norm_backward_ref(dy, summed, weight, mean, rstd, dsummed)
     else:
-        backward = _backward_triton if chosen == "triton" else _backward_torch
-        gradients = backward(dy, dsummed, summed, weight, mean, rstd, has_bias, need_params)
+        by = {"triton": _backward_triton, "cpu": _backward_cpu, "torch": _backward_torch}[chosen]
+        gradients = by(dy, dsummed, summed, weight, mean, rstd, has_bias, need_params)
     return (
         gradients[0].contiguous(),
         gradients[1] if need_params else weight.new_empty(0),

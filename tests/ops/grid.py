@@ -5,10 +5,11 @@ that are made there. Elsewhere they run in Triton's interpreter; so they do in a
 because Triton reads TRITON_INTERPRET once, when the first of them imports it. With
 CUDA_VISIBLE_DEVICES= (empty) a machine with a GPU is like any other.
 
-defines: NATIVE, TRITON, INTERPRETED, EXTENSION, CPU, IMPLS, KERNELS, IMPLS_ON_CPU, CASES, levels,
-generator
+defines: NATIVE, TRITON, INTERPRETED, EXTENSION, CPU, CPU_CASES, IMPLS, KERNELS, IMPLS_ON_CPU,
+CASES, levels, threads, generator
 """
 
+import contextlib
 import os
 import sys
 
@@ -29,11 +30,14 @@ if NATIVE:
 INTERPRETED = pytest.mark.interpret
 TRITON = pytest.mark.gpu if NATIVE else INTERPRETED
 
-# Mark of a test of the C++ kernels, and their parameter.
+# Mark of a test of the C++ kernels, and their parameters.
 EXTENSION = pytest.mark.skipif(
     extension.failure() is not None, reason=f"no C++ extension: {extension.failure()}"
 )
 CPU = pytest.param("cpu", marks=EXTENSION)
+CPU_CASES = [
+    pytest.param("cpu", dtype, marks=EXTENSION) for dtype in (torch.bfloat16, torch.float32)
+]
 
 IMPLS = ["torch", "reference", pytest.param("triton", marks=TRITON)]
 KERNELS = [IMPLS[0], IMPLS[2]]  # without the plain formulas
@@ -55,6 +59,17 @@ def levels() -> list[str]:
     module = extension.load()
     best = int(module.best_isa())
     return [name for name, isa in module.Isa.__members__.items() if int(isa) <= best]
+
+
+@contextlib.contextmanager
+def threads(count: int):
+    """torch's number of threads, which the C++ kernels take, is `count` within this block."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def generator(seed: int) -> torch.Generator:

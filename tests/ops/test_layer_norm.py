@@ -4,12 +4,13 @@ Tolerance: testing.assert_close_to_reference, with F.layer_norm in the tested dt
 Where Triton runs: grid.py.
 """
 
+import grid
 import pytest
 import torch
 import torch.nn.functional as F
-from grid import CASES, IMPLS, KERNELS, TRITON, generator
+from grid import CASES, CPU_CASES, TRITON, generator
 
-from stellarator_kernels import cost, explain, layer_norm
+from stellarator_kernels import cost, explain, extension, layer_norm
 from stellarator_kernels.layer_norm import (
     _layer_norm_backward,
     _layer_norm_forward,
@@ -18,9 +19,11 @@ from stellarator_kernels.layer_norm import (
 )
 from stellarator_kernels.testing import assert_close_to_reference, poison_empty
 
+IMPLS, KERNELS = [grid.CPU, *grid.IMPLS], [grid.CPU, *grid.KERNELS]
 SHAPES = {
     "one_value": (1, 1),
     "odd": (7, 13),
+    "several_blocks_and_rests": (150, 37),
     "demo_width": (9, 384),
     "3b": (3, 3072),
     "7b": (5, 4608),
@@ -36,6 +39,11 @@ def make(N, C, dtype, seed=0, residual=True, bias=True):
     r = torch.randn(N, C, generator=g)
     inputs = (x, weight, b if bias else None, r if residual else None)
     return [None if t is None else t.to(dtype).requires_grad_() for t in inputs]
+
+
+def narrow(impl):
+    """A 16-bit dtype that it takes; the interpreter's casts to bf16 truncate."""
+    return torch.bfloat16 if impl == "cpu" else torch.float16
 
 
 def eager(x, weight, bias, residual):
@@ -88,9 +96,29 @@ def compare(impl, dtype, N, C, *, residual=True, bias=True, with_dy=True, with_d
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize(("impl", "dtype"), [("torch", torch.float16), *CASES])
+@pytest.mark.parametrize(("impl", "dtype"), [("torch", torch.float16), *CASES, *CPU_CASES])
 def test_results_and_every_gradient(impl, dtype, shape):
     compare(impl, dtype, *SHAPES[shape])
+
+
+@pytest.mark.parametrize("level", grid.levels())
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_cpu_on_every_instruction_set(dtype, level, monkeypatch):
+    monkeypatch.setenv(extension.ISA_VARIABLE, level)
+    compare("cpu", dtype, *SHAPES["several_blocks_and_rests"])
+    compare("cpu", dtype, *SHAPES["3b"], residual=False, bias=False)
+
+
+@grid.EXTENSION
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_cpu_is_the_same_to_the_bit_on_any_number_of_threads(dtype):
+    inputs, dy = make(1000, 48, dtype), torch.randn(1000, 48)
+    results = []
+    for count in (1, 2, 5):
+        with grid.threads(count):
+            results.append(results_and_gradients(lambda *a: ours(*a, "cpu"), inputs, dy, dy))
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
 
 
 @pytest.mark.parametrize("impl", IMPLS)
@@ -123,10 +151,11 @@ def test_frozen_parameters_get_no_gradient(impl):
 
 @pytest.mark.parametrize("impl", IMPLS)
 def test_statistics_are_those_of_the_rounded_sum(impl):
-    # 512 + 0.25 rounds to 512 in fp16: rows of x are constant after the sum, so y is the bias.
-    x = torch.full((2, 8), 512.0, dtype=torch.float16)
-    residual = torch.linspace(0.0, 0.2, 8, dtype=torch.float16).expand(2, 8)
-    weight, bias = torch.ones(8, dtype=torch.float16), torch.arange(8.0).half()
+    # 512 + 0.2 rounds to 512 in 16 bits: rows of x are constant after the sum, so y is the bias.
+    dtype = narrow(impl)
+    x = torch.full((2, 8), 512.0, dtype=dtype)
+    residual = torch.linspace(0.0, 0.2, 8, dtype=dtype).expand(2, 8)
+    weight, bias = torch.ones(8, dtype=dtype), torch.arange(8.0).to(dtype)
     y, summed = layer_norm(x, weight, bias, 1e-5, residual, impl=impl)
     assert torch.equal(summed, x)
     assert torch.equal(y, bias.expand(2, 8))
@@ -134,7 +163,7 @@ def test_statistics_are_those_of_the_rounded_sum(impl):
 
 @pytest.mark.parametrize("impl", IMPLS)
 def test_statistics_are_kept_in_fp32(impl):
-    x, weight, bias, residual = (t.detach() for t in make(5, 384, torch.float16))
+    x, weight, bias, residual = (t.detach() for t in make(5, 384, narrow(impl)))
     y, summed, mean, rstd = _layer_norm_forward(x, residual, weight, bias, 1e-5, impl)
     variance, exact = torch.var_mean(summed.double(), -1, correction=0, keepdim=True)
     assert mean.dtype == rstd.dtype == torch.float32
@@ -219,13 +248,14 @@ def test_the_same_to_the_bit_on_every_run(impl):
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
+@pytest.mark.parametrize("impl", [grid.CPU, "torch"])
 @pytest.mark.parametrize("residual", [True, False])
-def test_opcheck(residual):
+def test_opcheck(residual, impl):
     x, weight, bias, r = make(4, 8, torch.float32, residual=residual)
-    torch.library.opcheck(_layer_norm_forward, (x, r, weight, bias, 1e-5, "torch"))
+    torch.library.opcheck(_layer_norm_forward, (x, r, weight, bias, 1e-5, impl))
     stats = torch.randn(4, 1), torch.rand(4, 1)
     dsummed = x.detach() if residual else None
-    arguments = (x.detach(), dsummed, x.detach(), weight.detach(), *stats, True, residual, "torch")
+    arguments = (x.detach(), dsummed, x.detach(), weight.detach(), *stats, True, residual, impl)
     torch.library.opcheck(_layer_norm_backward, arguments)
 
 
@@ -249,11 +279,12 @@ def test_tiles_and_partials():
     assert [num_partials(N, 132) for N in (0, 1, 100, 264, 10**6)] == [1, 1, 100, 264, 264]
 
 
-@TRITON
-def test_a_row_too_wide_for_the_kernels_is_refused_with_its_reason():
+@pytest.mark.parametrize("impl", [grid.CPU, pytest.param("triton", marks=TRITON)])
+def test_a_row_too_wide_for_the_kernels_is_refused_with_its_reason(impl):
     x, weight = torch.randn(2, 8193), torch.ones(8193)
-    with pytest.raises(RuntimeError, match="layer_norm: impl='triton' cannot run: .*at most 8192"):
-        layer_norm(x, weight, None, impl="triton")
+    message = f"layer_norm: impl='{impl}' cannot run: .*at most 8192"
+    with pytest.raises(RuntimeError, match=message):
+        layer_norm(x, weight, None, impl=impl)
     exact = F.layer_norm(x.double(), (8193,))
     assert_close_to_reference(layer_norm(x, weight, None), exact, reduction_length=8193)
     assert "-> layer_norm: torch" in explain("layer_norm", x, weight, None)

@@ -33,11 +33,17 @@ inline Floats load(const float* from) {
     return x;
 }
 
-// bfloat16 is the upper half of a float.
+// bfloat16 is the upper half of a float. By hand, because GCC 12 widens in two halves.
 inline Floats load(const uint16_t* from) {
+#if defined(__AVX512F__)
+    return (Floats)((Bits)_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i_u*)from)) << 16);
+#elif defined(__AVX2__)
+    return (Floats)((Bits)_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i_u*)from)) << 16);
+#else
     Halves x;
     memcpy(&x, from, sizeof x);
     return (Floats)(__builtin_convertvector(x, Bits) << 16);
+#endif
 }
 
 inline void store(float* to, Floats x) { memcpy(to, &x, sizeof x); }
@@ -51,8 +57,17 @@ inline void store(uint16_t* to, Floats x) {
     const Bits bits = (Bits)x;
     const Bits rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
     const Bits result = x == x ? rounded : (rounded & 0u) + 0x7fc0u;
+#if defined(__AVX512F__)
+    _mm256_storeu_si256((__m256i_u*)to, _mm512_cvtepi32_epi16((__m512i)result));
+#elif defined(__AVX2__)
+    const __m256i y = (__m256i)result;
+    const __m128i narrow = _mm_packus_epi32(_mm256_castsi256_si128(y),
+                                            _mm256_extracti128_si256(y, 1));
+    _mm_storeu_si128((__m128i_u*)to, narrow);
+#else
     const Halves narrow = __builtin_convertvector(result, Halves);
     memcpy(to, &narrow, sizeof narrow);
+#endif
 #endif
 }
 
@@ -76,10 +91,17 @@ inline Floats exp2(Floats x) {
     return x < -126.0f ? (Floats){} : y;
 }
 
+// The sum of all lanes: halves of the vector are added until four lanes are left.
 inline float sum(Floats x) {
-    float total = 0.0f;
-    for (int i = 0; i < kLanes; ++i) total += x[i];
-    return total;
+#if defined(__AVX512F__)
+    const __m256 half = _mm512_castps512_ps256((__m512)x) + _mm512_extractf32x8_ps((__m512)x, 1);
+    const __m128 four = _mm256_castps256_ps128(half) + _mm256_extractf128_ps(half, 1);
+#elif defined(__AVX2__)
+    const __m128 four = _mm256_castps256_ps128((__m256)x) + _mm256_extractf128_ps((__m256)x, 1);
+#else
+    const Floats four = x;
+#endif
+    return (four[0] + four[2]) + (four[1] + four[3]);
 }
 
 }  // namespace
