@@ -68,7 +68,7 @@ def test_every_op_is_explained(text):
     if not torch.cuda.is_available():
         expected = "cpu" if extension.failure() is None else "torch"
         assert choices["adamw_"] == choices["grad_norm"] == expected
-        assert choices["layer_norm"] == "torch"
+        assert choices["layer_norm"] == expected and choices["embedding"] == "torch"
 
 
 @pytest.mark.skipif(extension.failure() is not None, reason="no C++ extension")
