@@ -48,7 +48,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ValueError, RuntimeError, OSError, ImportError) as error:
         if os.environ.get("STELLARATOR_TRACEBACK") == "1":
             raise
-        print(f"error: {_line(error)}", file=sys.stderr)
+        if not getattr(error, "told", False):  # by another process of the same run
+            # In one piece: the lines of several ranks do not run into each other.
+            sys.stderr.write(f"error: {_line(error)}\n")
         _empty_stdout()
         return 2 if isinstance(error, ValueError) else 1
 
@@ -73,13 +75,19 @@ def _line(error: Exception) -> str:
 def _train(arguments) -> int:
     from stellarator import recipes, settings
 
-    config = settings.resolve(recipes.get(arguments.recipe), arguments.config, arguments.overrides)
-    if arguments.print_config:
-        print(settings.to_toml(config), end="")
-        return 0
-    from stellarator.train.loop import Trainer
+    try:
+        base = recipes.get(arguments.recipe)
+        config = settings.resolve(base, arguments.config, arguments.overrides)
+        if arguments.print_config:
+            print(settings.to_toml(config), end="")
+            return 0
+        from stellarator.train.loop import Trainer
 
-    return EXIT_CODES[Trainer(config).run()["status"]]
+        trainer = Trainer(config)
+    except ValueError as error:  # the same for every process that torchrun started on this machine
+        error.told = os.environ.get("LOCAL_RANK", "0") != "0"
+        raise
+    return EXIT_CODES[trainer.run()["status"]]
 
 
 def _prepare(arguments) -> int:

@@ -89,7 +89,7 @@ def demo() -> RunConfig:
 def tiny() -> RunConfig:
     """Two layers for tests and for trying out an installation; seconds on a CPU.
 
-    Command: torchrun -m stellarator.train --recipe tiny data.train=...
+    Command: torchrun -m stellarator.train --recipe tiny data.train=..., on one or two processes.
     """
     model = ModelConfig(
         vocab_size=512,
@@ -107,7 +107,7 @@ def tiny() -> RunConfig:
         model=model,
         data=DataConfig(seq_length=64),
         optim=OptimConfig(lr=1e-3, min_lr=1e-4, warmup_steps=2),
-        train=TrainConfig(steps=20, global_batch_size=4, micro_batch_size=4, precision="fp32"),
+        train=TrainConfig(steps=20, global_batch_size=4, micro_batch_size=2, precision="fp32"),
     )
 
 

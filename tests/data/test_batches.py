@@ -5,7 +5,9 @@ memory (`to` is tested on the CPU and on the meta device).
 """
 
 import dataclasses
+import itertools
 import json
+import re
 import textwrap
 import threading
 import time
@@ -259,16 +261,31 @@ def test_moving(tokenizer):
         batch.num_targets = 0
 
 
+def test_the_advice_for_ranks_that_cannot_share_a_step_works(tokenizer):
+    dataset, refused = make_dataset(tokenizer), 0
+    for rows, width, size in itertools.product((4, 6, 8, 12, 30), (1, 2, 3, 4, 6), range(1, 9)):
+        if rows % width or rows // width % size == 0:
+            continue
+        with pytest.raises(ValueError) as error:
+            Batches(dataset, rows, width).num_micro_batches(size)
+        key, value = re.search(r"Pass train\.(\w+)=(\d+)\.$", str(error.value)).groups()
+        sizes = {"global_batch_size": rows, "micro_batch_size": width} | {key: int(value)}
+        assert Batches(dataset, **sizes).num_micro_batches(size) >= 1
+        assert (key == "global_batch_size") == (rows % size > 0)  # the batch is kept if it can be
+        refused += 1
+    assert refused > 20
+
+
 def test_errors(tokenizer):
     dataset = make_dataset(tokenizer)
     for sizes in ((6, 4), (0, 1), (4, 0), (-4, 2)):
-        with pytest.raises(ValueError, match="to be a positive multiple"):
+        with pytest.raises(ValueError, match="train.global_batch_size to be a positive multiple"):
             Batches(dataset, *sizes)
     batches = Batches(dataset, 8, 2)
     for size in (3, 8, 0):
-        with pytest.raises(ValueError, match=f"multiple of {size} ranks"):
+        with pytest.raises(ValueError, match=f"micro-batches that {size} ranks can share"):
             batches.batch(0, 0, 0, size)
-        with pytest.raises(ValueError, match=f"multiple of {size} ranks"):
+        with pytest.raises(ValueError, match=f"micro-batches that {size} ranks can share"):
             batches.steps(0, 0, size)
     for arguments in ((-1, 0, 0, 1), (0, 4, 0, 1), (0, 2, 0, 2), (0, 0, 2, 2), (0, -1, 0, 1)):
         with pytest.raises(ValueError, match="batches: expected step >= 0, micro_index in"):

@@ -33,13 +33,16 @@ def assert_same_state(one, other, step: int) -> None:
 
 
 def torchrun(
-    config, tmp_path, processes: int, program=("-m", "stellarator.train")
+    config, tmp_path, processes: int, program=("-m", "stellarator.train"), traceback: bool = True
 ) -> subprocess.CompletedProcess:
     path = tmp_path / f"run{processes}.toml"
     path.write_text(settings.to_toml(config))
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     command += ["--nproc-per-node", str(processes), *program, "--config", str(path)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "STELLARATOR_TRACEBACK": "1"}
+    environment = os.environ | {
+        "OMP_NUM_THREADS": "1",
+        "STELLARATOR_TRACEBACK": str(int(traceback)),
+    }
     return subprocess.run(command, capture_output=True, text=True, timeout=200, env=environment)
 
 
@@ -100,6 +103,49 @@ def test_two_ranks_stopped_and_resumed_by_one(one, tmp_path):
 def test_a_batch_that_two_ranks_cannot_share_is_refused(tiny_config, tmp_path):
     train = dataclasses.replace(tiny_config.train, global_batch_size=3, micro_batch_size=1)
     config = dataclasses.replace(tiny_config, train=train)
-    done = torchrun(config, tmp_path, 2)
+    done = torchrun(config, tmp_path, 2, traceback=False)
     assert done.returncode != 0
-    assert "expected the 3 micro-batches of a step" in done.stderr
+    assert errors(done) == [
+        "error: batches: expected micro-batches that 2 ranks can share equally, got 3 "
+        "(train.global_batch_size=3 by train.micro_batch_size=1). Pass train.global_batch_size=4."
+    ]
+
+
+def errors(done: subprocess.CompletedProcess) -> list[str]:
+    """The lines of ours among those of torchrun."""
+    return [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+
+
+def test_what_all_ranks_refuse_alike_is_said_once(tiny_config, tmp_path):
+    """Before there is a process group, too."""
+    for section, change in (("optim", {"lr": -1.0}), ("train", {"micro_batch_size": 8})):
+        part = dataclasses.replace(getattr(tiny_config, section), **change)
+        config = dataclasses.replace(tiny_config, **{section: part})
+        assert len(errors(torchrun(config, tmp_path, 2, traceback=False))) == 1, section
+
+
+def test_what_one_rank_refuses_is_said_and_the_other_stops(tiny_config, tmp_path):
+    program = tmp_path / "one_fails.py"
+    program.write_text(ONE_FAILS)
+    done = torchrun(tiny_config, tmp_path, 2, [str(program)], traceback=False)
+    assert sorted(errors(done)) == [
+        "error: rank 0 stops, as another rank failed.",
+        "error: this machine lacks the shard",
+    ]
+
+
+ONE_FAILS = """
+import sys
+from stellarator.cli import main
+from stellarator.train.loop import Trainer
+
+class Fails(Trainer):
+    def _open_data(self):
+        super()._open_data()
+        if self.mesh.dp_rank == 1:
+            raise RuntimeError("this machine lacks the shard")
+
+import stellarator.train.loop
+stellarator.train.loop.Trainer = Fails
+sys.exit(main(["train", *sys.argv[1:], "train.micro_batch_size=2"]))
+"""

@@ -65,8 +65,8 @@ class Batches:
     def __init__(self, dataset: PackedDataset, global_batch_size: int, micro_batch_size: int):
         if micro_batch_size < 1 or global_batch_size < 1 or global_batch_size % micro_batch_size:
             raise ValueError(
-                "batches: expected global_batch_size to be a positive multiple of "
-                f"micro_batch_size, got {global_batch_size} and {micro_batch_size}."
+                "batches: expected train.global_batch_size to be a positive multiple of "
+                f"train.micro_batch_size, got {global_batch_size} and {micro_batch_size}."
             )
         self.dataset = dataset
         self.global_batch_size = global_batch_size
@@ -81,11 +81,20 @@ class Batches:
         total = self.global_batch_size // self.micro_batch_size
         if size < 1 or total % size:
             raise ValueError(
-                f"batches: expected the {total} micro-batches of a step ({self.global_batch_size} "
-                f"rows by {self.micro_batch_size}) to be a multiple of {size} ranks. Change "
-                "global_batch_size or micro_batch_size."
+                f"batches: expected micro-batches that {size} ranks can share equally, got {total} "
+                f"(train.global_batch_size={self.global_batch_size} by "
+                f"train.micro_batch_size={self.micro_batch_size}). {self._advice(size)}"
             )
         return total // size
+
+    def _advice(self, size: int) -> str:
+        """A value with which `size` ranks share a step; the batch stays as it is if it can."""
+        rows, rest = divmod(self.global_batch_size, max(1, size))
+        if rest or not rows:
+            unit = self.micro_batch_size * max(1, size)
+            return f"Pass train.global_batch_size={-(-self.global_batch_size // unit) * unit}."
+        width = next(b for b in range(min(self.micro_batch_size, rows), 0, -1) if rows % b == 0)
+        return f"Pass train.micro_batch_size={width}."
 
     def batch(self, step: int, micro_index: int = 0, rank: int = 0, size: int = 1) -> Batch:
         """One micro-batch, a pure function of the arguments.

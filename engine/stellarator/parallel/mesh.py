@@ -5,7 +5,10 @@ defines: Mesh, start, stop
 Only the data-parallel axis exists so far: every rank holds the whole model.
 """
 
+import contextlib
+import hashlib
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -42,6 +45,29 @@ class Mesh:
         """Whether every rank passed the same number, below 2**62; all ranks get the same answer."""
         both = self.max_(torch.tensor([value, -value], dtype=torch.int64, device=self.device))
         return int(both[0]) == -int(both[1])
+
+    @contextlib.contextmanager
+    def together(self) -> Iterator[None]:
+        """A block without collectives, which all ranks leave together, or none does.
+
+        An error that every rank has alike is marked with `told` = True on all but rank 0: to print
+        it once is enough.
+
+        Raises:
+            RuntimeError: it failed on another rank only.
+        """
+        error: Exception | None = None
+        try:
+            yield
+        except Exception as caught:
+            error = caught
+        text = "" if error is None else f"{type(error).__name__}: {error}"
+        alike = self.agrees_on(int.from_bytes(hashlib.sha256(text.encode()).digest()[:7]))
+        if error is not None:
+            error.told = alike and self.dp_rank > 0
+            raise error
+        if not alike:
+            raise RuntimeError(f"rank {self.dp_rank} stops, as another rank failed.")
 
 
 def start(device: str = "auto", timeout_seconds: float = 600.0) -> Mesh:

@@ -135,8 +135,9 @@ class Trainer:
         """Data, the checkpoint to go on from, model, optimizer."""
         config, device = self.config, self.mesh.device
         self.dtype = DTYPES[config.train.precision]
-        kernels.check(config, device, self.dtype)
-        self._open_data()
+        with self.mesh.together():
+            kernels.check(config, device, self.dtype)
+            self._open_data()
         self._find_checkpoint()
         self.model = self._make_model()
         self.optimizer = FlatOptimizer(self.model, config.optim, config.train.kernels, self.dtype)
