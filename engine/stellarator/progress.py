@@ -1,11 +1,27 @@
 """A progress line with an ETA: redrawn in place on a terminal, a line now and then in a log.
 
-defines: Progress
+defines: Progress, show
 """
 
+import errno
+import os
 import sys
 import time
 from typing import TextIO
+
+
+def show(text: str, stream: TextIO) -> None:
+    """Print a line. Where it cannot be written that costs the line, and not what is going on.
+
+    Where the terminal or the pipe is gone, all lines to come are dropped as well.
+    """
+    try:
+        print(text, file=stream, flush=True)
+    except OSError as error:
+        if error.errno in (errno.EIO, errno.EPIPE):
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, stream.fileno())
+            os.close(nowhere)
 
 
 class Progress:

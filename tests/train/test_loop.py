@@ -5,7 +5,10 @@ learning rates worked out by hand. Not covered: several ranks (test_data_paralle
 (test_resume.py), CUDA.
 """
 
+import contextlib
 import dataclasses
+import errno
+import io
 import json
 import os
 import signal
@@ -96,6 +99,7 @@ class Poisoned(Trainer):
         ([signal.SIGUSR2], "preempted"),
         ([signal.SIGTERM, signal.SIGTERM], "preempted"),  # torchrun passes on what it also gets
         ([signal.SIGUSR1, signal.SIGTERM], "preempted"),
+        ([signal.SIGHUP], "preempted"),
     ],
 )
 def test_signals_save_and_leave(tiny_config, numbers, expected):
@@ -108,6 +112,68 @@ def test_signals_save_and_leave(tiny_config, numbers, expected):
     assert (status["status"], status["step"]) == (expected, 3)
     assert_equal(saved(tiny_config.folder, 3), trainer.optimizer.state())
     assert [signal.getsignal(number) for number in numbers] == before
+
+
+def test_a_terminal_that_closes_does_not_stop_a_run_under_nohup(tiny_config):
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        trainer = Signalled(tiny_config)
+        trainer.signals = (signal.SIGHUP,)
+        assert trainer.run()["status"] == "done"
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+@pytest.mark.parametrize("number", [errno.EIO, errno.EPIPE])
+def test_a_terminal_that_is_gone_costs_its_lines_only(tiny_config, tmp_path, monkeypatch, number):
+    class Gone(io.TextIOWrapper):
+        def flush(self):
+            raise OSError(number, "gone")
+
+    config = with_(tiny_config, "train", steps=3)
+    with open(tmp_path / "out", "wb") as out:
+        monkeypatch.setattr(sys, "stdout", Gone(out))
+        assert Trainer(config).run()["status"] == "done"
+        assert os.readlink(f"/proc/self/fd/{out.fileno()}") == os.devnull
+        monkeypatch.undo()
+    assert "done at step 3" in Path(config.folder, "log.txt").read_text()
+
+
+@pytest.mark.parametrize("method", ["_open_data", "_find_checkpoint", "_make_model", "_resume"])
+@pytest.mark.parametrize(
+    ("numbers", "expected"),
+    [([signal.SIGTERM] * 2, "preempted"), ([signal.SIGINT], "interrupted")],
+)
+def test_a_signal_before_the_first_step_leaves_at_once(tiny_config, method, numbers, expected):
+    """There is nothing to save, and making a large model takes minutes."""
+    reached = []
+
+    def slow(self):
+        for number in numbers:
+            os.kill(os.getpid(), number)
+        reached.append(time.sleep(0.01))
+
+    result = type("Slow", (Trainer,), {method: slow})(tiny_config).run()
+    assert (result["status"], result["step"], reached) == (expected, 0, [])
+    status = json.loads(Path(tiny_config.folder, "status.json").read_text())
+    assert (status["status"], status["reason"]) == (expected, "stopped before the first step")
+    assert not Path(tiny_config.folder, "checkpoints").exists()
+    assert Trainer(with_(tiny_config, "train", steps=3)).run()["status"] == "done"
+
+
+def test_a_signal_whose_exception_is_lost_is_found_before_the_first_step(tiny_config):
+    class Careless(Trainer):
+        def _make_model(self):
+            with contextlib.suppress(BaseException):  # as ctypes does with errors in callbacks
+                os.kill(os.getpid(), signal.SIGTERM)
+                time.sleep(0.01)
+            return super()._make_model()
+
+        def _resume(self):
+            raise AssertionError("it had been told to stop")
+
+    assert Careless(tiny_config).run()["status"] == "preempted"
 
 
 def test_a_second_ctrl_c_does_not_wait_for_the_step(tiny_config):

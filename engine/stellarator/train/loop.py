@@ -29,12 +29,13 @@ from stellarator.data.tokenizer import Tokenizer
 from stellarator.files import replace_text
 from stellarator.model import Transformer, build_model, load_pretrained
 from stellarator.parallel import mesh as meshes
-from stellarator.train import checkpoint, flops, kernels, metrics, resume
+from stellarator.progress import show
+from stellarator.train import checkpoint, flops, kernels, memory, metrics, resume
 from stellarator.train.metrics import RunLog, StepMetrics, ZScore, step_line, write_status
 from stellarator.train.optimizer import FlatOptimizer
 from stellarator.train.resume import RefusedError, TrainingError
 from stellarator.train.schedule import learning_rate
-from stellarator.train.signals import StopRequest, folder_lock
+from stellarator.train.signals import Stopped, StopRequest, folder_lock
 from stellarator.train.timing import Stopwatch
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp64": torch.float64}
@@ -66,17 +67,21 @@ class Trainer:
 
         Returns:
             {"status", "step", "loss", "validation_loss", "tokens", "seconds", "memory_bytes"};
-            status is done, preempted (SIGTERM, SIGUSR1, SIGUSR2) or interrupted (SIGINT).
+            status is done, preempted (SIGTERM, SIGHUP, SIGUSR1, SIGUSR2) or interrupted (SIGINT).
+            Before the first step, when there is nothing to save, a signal stops it at once.
         Raises:
             TrainingError, CheckpointError, ShardError, ...: with one line that says what to do.
         """
         self.mesh = meshes.start(self.config.train.device)
-        with StopRequest() as self.stop:
-            if self.mesh.dp_rank > 0:
-                summary = self._run()
-            else:
-                with folder_lock(self.folder):
-                    summary = self._run_and_tell()
+        try:
+            with StopRequest() as self.stop:
+                if self.mesh.dp_rank > 0:
+                    summary = self._run()
+                else:
+                    with folder_lock(self.folder):
+                        summary = self._run_and_tell()
+        except Stopped:
+            return self._summary(float("nan"), time.monotonic())
         # Not after an error: other ranks may be inside a collective that leaving would wait for.
         meshes.stop()
         return summary
@@ -85,6 +90,10 @@ class Trainer:
         """`_run` of rank 0: what went wrong also goes into status.json."""
         try:
             return self._run()
+        except Stopped:
+            show(f"{self._status()} before the first step", sys.stdout)
+            write_status(self.folder, self._status(), self.step, "stopped before the first step")
+            raise
         except BaseException as error:
             reason = (str(error) or type(error).__name__).splitlines()[0]
             with contextlib.suppress(OSError):  # a full disk may be why
@@ -95,12 +104,13 @@ class Trainer:
         config, main = self.config, self.mesh.dp_rank == 0
         with RunLog(self.folder, main, config.metrics.tensorboard) as self.log:
             self._build()
+            self.stop.check()
             self._resume()
             if main:
                 replace_text(self.folder / "config.toml", settings.to_toml(config))
                 write_status(self.folder, "running", self.step)
-            self._print_header()
             started = time.monotonic()
+            self.stop.defer()
             loss = self._loop(started)
             self._save()
             status = self._status()
@@ -110,8 +120,12 @@ class Trainer:
             if config.metrics.report and self.step:
                 self._report()
         self.mesh.barrier()  # a rank that leaves early closes connections that others still use
+        return self._summary(loss, started)
+
+    def _summary(self, loss: float, started: float) -> dict:
+        """What `run` returns."""
         return {
-            "status": status,
+            "status": self._status(),
             "step": self.step,
             "loss": loss,
             "validation_loss": self.progress.last_eval,
@@ -138,12 +152,21 @@ class Trainer:
         with self.mesh.together():
             kernels.check(config, device, self.dtype)
             self._open_data()
+            # Of a model without values, so that one that is too large costs nothing.
+            shapes = Transformer(config.model, device="meta").parameters()
+            num_parameters = sum(p.numel() for p in shapes)
+            self._print_header(num_parameters)
+            memory.check(num_parameters, config.train.precision, device)
         self._find_checkpoint()
         self.model = self._make_model()
         self.optimizer = FlatOptimizer(self.model, config.optim, config.train.kernels, self.dtype)
         self.clock = Stopwatch(device)
         self.peak, self.peak_source = flops.peak_flops(
             device, self.dtype, config.metrics.peak_tflops
+        )
+        self.log.say(
+            f"mfu: {flops.FORMULA} over {self.peak / 1e12:.3g} TFLOP/s a device "
+            f"({self.peak_source})"
         )
 
     def _open_data(self) -> None:
@@ -390,20 +413,18 @@ class Trainer:
             return "done"
         return "interrupted" if self.stop.received == signal.SIGINT else "preempted"
 
-    def _print_header(self) -> None:
+    def _print_header(self, num_parameters: int) -> None:
         config, mesh = self.config, self.mesh
         model, train, data = config.model, config.train, self.batches.dataset
         epochs = train.steps * train.global_batch_size / data.rows_per_epoch
         for line in (
-            f"{config.name}: {model.family}, {self.optimizer.num_parameters():,} parameters, "
+            f"{config.name}: {model.family}, {num_parameters:,} parameters, "
             f"L {model.num_layers} C {model.width} H {model.num_heads} G {model.num_kv_heads} "
             f"V {model.vocab_size} T {config.data.seq_length}",
             f"data: {data.num_tokens:,} tokens, {data.rows_per_epoch:,} rows an epoch; "
             f"{train.global_batch_size} rows a step, {train.steps:,} steps, {epochs:.2f} epochs",
             f"machine: {mesh.dp_size} x {flops.device_name(mesh.device)}, {train.precision}, "
             f"{torch.get_num_threads()} threads",
-            f"mfu: {flops.FORMULA} over {self.peak / 1e12:.3g} TFLOP/s a device "
-            f"({self.peak_source})",
         ):
             self.log.say(line)
 

@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 
 from stellarator.files import replace_text
+from stellarator.progress import show
 
 _HUGGING_FACE_NAMES = {
     "loss": "train/loss",
@@ -119,13 +120,13 @@ class RunLog:
     def say(self, text: str) -> None:
         """One line to the terminal and log.txt."""
         if self.enabled:
-            print(text, flush=True)
+            show(text, sys.stdout)
             self._write(self._text, text + "\n")
 
     def warn(self, text: str) -> None:
         """One warning to the error stream and log.txt."""
         if self.enabled:
-            print(f"warning: {text}", file=sys.stderr, flush=True)
+            show(f"warning: {text}", sys.stderr)
             self._write(self._text, f"warning: {text}\n")
 
     def _write(self, stream, text: str) -> None:
@@ -134,7 +135,7 @@ class RunLog:
             stream.write(text)
         except OSError as error:
             if not self._told:
-                print(f"warning: {stream.name}: {error.strerror}", file=sys.stderr, flush=True)
+                show(f"warning: {stream.name}: {error.strerror}", sys.stderr)
             self._told = True
 
     def record(self, kind: str, values: dict) -> None:

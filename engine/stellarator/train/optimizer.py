@@ -162,7 +162,3 @@ class FlatOptimizer:
             for name in group.spans
             if not torch.isfinite(group.view(group.grads, name)).all()
         ]
-
-    def num_parameters(self) -> int:
-        """Parameters in all groups."""
-        return sum(group.params.numel() for group in self.groups)

@@ -1,6 +1,6 @@
 """Signals that ask a run to save and leave, and the lock that keeps two runs out of one folder.
 
-defines: StopRequest, folder_lock
+defines: StopRequest, Stopped, folder_lock
 """
 
 import contextlib
@@ -10,26 +10,35 @@ import signal
 import threading
 from pathlib import Path
 
-_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
+_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP)
+
+
+class Stopped(BaseException):
+    """A signal came while there was nothing to save; no `Exception`, so that nobody handles it."""
 
 
 class StopRequest:
-    """Within the block, signals only set `received`; a second Ctrl-C interrupts at once.
+    """Within the block, the first signal sets `received` and, until `defer()`, raises `Stopped`.
 
-    Batch systems and torchrun can deliver the same signal twice; that must not cut a save short.
+    After `defer()` signals do no more than that, so that the loop ends its step and saves; a second
+    Ctrl-C interrupts at once. Batch systems and torchrun can deliver the same signal twice; that
+    must not cut a save short.
 
     SIGTERM, SIGUSR1 and SIGUSR2 are what schedulers send before they take a machine away; SIGINT is
-    Ctrl-C. Outside the main thread, where Python allows no handlers, nothing is changed.
+    Ctrl-C; SIGHUP is the end of the terminal, and stays ignored where it is (nohup). Outside the
+    main thread, where Python allows no handlers, nothing is changed.
     """
 
     def __init__(self):
         self.received: signal.Signals | None = None
+        self._deferred = False
         self._before: dict[signal.Signals, object] = {}
 
     def __enter__(self) -> "StopRequest":
         here = threading.current_thread() is threading.main_thread()
         for number in _SIGNALS if here else ():
-            self._before[number] = signal.signal(number, self._note)
+            if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
+                self._before[number] = signal.signal(number, self._note)
         return self
 
     def __exit__(self, *exception) -> None:
@@ -39,7 +48,19 @@ class StopRequest:
     def _note(self, number: int, frame) -> None:
         if self.received == signal.SIGINT == number:
             raise KeyboardInterrupt
-        self.received = self.received or signal.Signals(number)
+        first, self.received = self.received is None, self.received or signal.Signals(number)
+        if first and not self._deferred:
+            raise Stopped
+
+    def check(self) -> None:
+        """Raise `Stopped` if a signal came, also where its own was lost, as in a callback of C."""
+        if self.received is not None:
+            raise Stopped
+
+    def defer(self) -> None:
+        """From here on there is something to save: signals wait until they are asked for."""
+        self._deferred = True
+        self.check()
 
 
 @contextlib.contextmanager
