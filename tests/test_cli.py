@@ -177,6 +177,36 @@ def test_data_is_prepared_and_looked_at_as_a_user_does(tmp_path, capsys, monkeyp
         assert capsys.readouterr().out.startswith("# out/train: 5 documents, ")
 
 
+def test_what_was_left_out_and_how_it_was_split_is_said(tmp_path, capsys, monkeypatch):
+    """One repository, whose folders are divided; one folder in it is not entered."""
+    monkeypatch.chdir(tmp_path)
+    rows = [
+        f'{{"repo_name": "o/n", "path": "{part}/a.py", "content": "{part} = 1234"}}\n'
+        for part in ("first", "second")
+    ]
+    (tmp_path / "src" / "node_modules").mkdir(parents=True)
+    (tmp_path / "src" / "d.jsonl").write_text("".join(rows))
+    prepare = ["data", "prepare", "src", "--output", "out", "--vocab-size", "300"]
+    assert main([*prepare, "--validation-fraction", "0.5"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("train: 1 repository, 1 document, ")
+    assert lines[1].startswith("validation: 1 repository, 1 document, ")
+    assert lines[2:] == [
+        "folders not entered: 1 hidden or foreign",
+        "note: there is one repository only, so what is held out is chosen by the first part of "
+        "the path",
+    ]
+
+
+def test_a_source_that_cannot_be_divided_names_the_option_that_helps(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a.py").write_text("x = 1\n")
+    prepare = ["data", "prepare", "a.py", "--output", "out", "--vocab-size", "300"]
+    assert main(prepare) == 2
+    assert capsys.readouterr().err.endswith("or hold out nothing: --validation-fraction 0.\n")
+    assert main([*prepare, "--validation-fraction", "0"]) == 0
+
+
 def test_a_tokenizer_of_the_first_generation_needs_no_other_option(tmp_path, capsys, monkeypatch):
     from stellarator.data.tokenizer import Tokenizer
 

@@ -119,18 +119,23 @@ def _prepare(arguments) -> int:
 
 def manifest_lines(manifest: dict) -> list[str]:
     """What `data prepare` did, for the terminal."""
+    from stellarator.data.documents import account
+
     lines = []
     for side in ("train", "validation"):
         part = manifest[side]
-        lines.append(
-            f"{side}: {part['repositories']:,} repositories, {part['documents']:,} documents, "
-            f"{part['tokens']:,} tokens"
+        counts = (
+            _count(part["repositories"], "repository", "repositories"),
+            _count(part["documents"], "document", "documents"),
+            _count(part["tokens"], "token", "tokens"),
         )
-    skipped = manifest["report"]["skipped"]
-    if skipped:
-        reasons = ", ".join(f"{count:,} {reason}" for reason, count in sorted(skipped.items()))
-        lines.append(f"skipped: {reasons}")
-    return lines
+        lines.append(f"{side}: {', '.join(counts)}")
+    report = manifest["report"]
+    return lines + account(report) + [f"note: {note}" for note in report["notes"]]
+
+
+def _count(number: int, one: str, many: str) -> str:
+    return f"{number:,} {one if number == 1 else many}"
 
 
 def _inspect(arguments) -> int:

@@ -79,6 +79,24 @@ def test_rows_without_a_repository_get_the_name_of_the_file(tmp_path):
     assert (document.repository, document.path, document.language) == ("d.jsonl", "", None)
 
 
+def test_byte_order_marks_are_removed_and_counted(tmp_path):
+    """Of files and of rows; a text is a duplicate of the same one with a mark."""
+    texts = ["\ufeffa = 1\n", "\ufeff\ufeffb = 1\n", "c = '\ufeff'\n"]
+    texts += ["\ufeff", "\ufeff \n", "a = 1\n"]
+    expected = ["a = 1\n", "\ufeffb = 1\n", "c = '\ufeff'\n"]
+    for number, text in enumerate(texts):
+        path = tmp_path / "files" / f"{number}.py"
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(text.encode())
+    rows = [{"content": text} for text in texts]
+    written = [write_as(tmp_path / name, rows) for name in ("d.jsonl", "d.parquet")]
+    for source in (tmp_path / "files", *written):
+        documents, report = read(source)
+        assert [document.text for document in documents] == expected
+        assert report.skipped == {"empty": 2, "duplicate": 1}
+        assert report.changed == {"byte order mark removed": 2}
+
+
 BAD_LINES = [
     (b'{"content": "ok 1"}', None),
     (b'\xef\xbb\xbf{"content": "ok 2"}', None),

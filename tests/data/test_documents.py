@@ -138,7 +138,12 @@ def test_report_is_json_whatever_the_names_hold():
     assert report.to_json()["folders_skipped"] == {"hidden": 1}
     assert report.examples["reason"][0].startswith("a?b")
     assert max(map(len, report.examples["reason"])) <= 300
-    assert report.summary() == "5 files or rows seen, 0 kept; skipped: 5 reason"
+    report.changed["mark removed"] += 1200
+    report.skip_folder("unreadable", "/x/y")
+    assert report.summary() == (
+        "5 files or rows seen, 0 kept; skipped: 5 reason; folders not entered: 1 hidden, "
+        "1 unreadable; texts changed: 1,200 mark removed"
+    )
 
 
 def test_printable():

@@ -103,7 +103,7 @@ NASTY = [
     ("good.py", b"x = 1\n", None),
     ("utf8.py", "caf\u00e9 = '\U0001f600'\n".encode(), None),
     ("crlf.py", b"x = 1\r\ny = 2\r\n", None),
-    ("bom.py", b"\xef\xbb\xbfx = 1\n", None),
+    ("bom.py", b"\xef\xbb\xbfx = 7\n", None),
     ("no_newline.py", b"x", None),
     ("sentinels.py", b"'<fim_prefix><|endoftext|>'\n", None),
     ("nonchar.py", "\uffff\U0010ffff\u200b\u202e = 1\n".encode(), None),
@@ -169,7 +169,7 @@ def test_nasty_folder_is_read_without_a_crash_and_all_of_it_accounted_for(tmp_pa
     expected["too large"] += 2
     expected |= {"not a regular file": 3, "symbolic link": 1}
     # good.py and copy.py are one text: the first by name is kept, which is copy.py
-    wanted = sorted(content.decode() for _, content, reason in NASTY if reason is None)
+    wanted = sorted(content.decode("utf-8-sig") for _, content, reason in NASTY if reason is None)
     assert sorted(document.text for document in documents) == wanted
     assert dict(report.skipped) == expected
     assert report.seen == len(NASTY) + 6

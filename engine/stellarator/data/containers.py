@@ -8,6 +8,7 @@ step, so a compression bomb costs the limits of `Limits` and no more. The column
 of The Stack v1 and v2, of the data sets made from them, and the obvious ones.
 """
 
+import codecs
 import gzip
 import json
 import os
@@ -277,7 +278,7 @@ def _document(row: dict, where: str, path: Path, report: Report, limits: Limits)
         return report.skip("too large", where)
     if not isinstance(text, str | bytes):
         return report.skip("bad row", where, "expected text in a column named content")
-    text, num_bytes, reason = checked_text(text, limits)
+    text, num_bytes, reason = checked_text(text, limits, report)
     if reason:
         return report.skip(reason, where)
     report.keep(num_bytes)
@@ -293,8 +294,11 @@ def _document(row: dict, where: str, path: Path, report: Report, limits: Limits)
     )
 
 
-def checked_text(data: bytes | str, limits: Limits) -> tuple[str, int, str | None]:
-    """(text, its UTF-8 bytes, None), or why these data are not a text to train on."""
+def checked_text(data: bytes | str, limits: Limits, report: Report) -> tuple[str, int, str | None]:
+    """(text, its UTF-8 bytes, None), or why these data are not a text to train on.
+
+    A byte order mark at the start is no part of the text; removing one is counted.
+    """
     if len(data) > limits.max_file_bytes:
         return "", 0, "too large"
     try:
@@ -308,12 +312,16 @@ def checked_text(data: bytes | str, limits: Limits) -> tuple[str, int, str | Non
         return "", 0, "too large"
     if b"\0" in data:
         return "", 0, "binary"
-    if not data.strip():
+    bare = data.removeprefix(codecs.BOM_UTF8)
+    if not bare.strip():
         return "", 0, "empty"
     try:
-        return text or data.decode(), len(data), None
+        text = text.removeprefix("\ufeff") or bare.decode()
     except UnicodeDecodeError:
         return "", 0, "not UTF-8"
+    if len(bare) < len(data):
+        report.changed["byte order mark removed"] += 1
+    return text, len(bare), None
 
 
 def _first(row: dict, names: tuple[str, ...]):

@@ -1,6 +1,6 @@
 """A document, the language of a file name, and the account of what was kept and what was not.
 
-defines: Document, Limits, Report, language_of, printable, LANGUAGES
+defines: Document, Limits, Report, account, language_of, printable, LANGUAGES
 """
 
 import collections
@@ -50,6 +50,7 @@ class Report:
         self.kept_bytes = 0
         self.skipped: collections.Counter[str] = collections.Counter()
         self.folders_skipped: collections.Counter[str] = collections.Counter()
+        self.changed: collections.Counter[str] = collections.Counter()
         self.examples: dict[str, list[str]] = {}
         self.notes: list[str] = []
 
@@ -90,10 +91,8 @@ class Report:
 
     def summary(self) -> str:
         """One line: how many, and why not."""
-        reasons = ", ".join(f"{count} {reason}" for reason, count in sorted(self.skipped.items()))
-        return f"{self.seen} files or rows seen, {self.kept} kept" + (
-            f"; skipped: {reasons}" if reasons else ""
-        )
+        parts = [f"{self.seen} files or rows seen, {self.kept} kept"]
+        return "; ".join(parts + account(self.to_json()))
 
     def to_json(self) -> dict:
         """Plain values, in an order that depends on nothing else."""
@@ -103,6 +102,7 @@ class Report:
             "kept_bytes": self.kept_bytes,
             "skipped": dict(sorted(self.skipped.items())),
             "folders_skipped": dict(sorted(self.folders_skipped.items())),
+            "changed": dict(sorted(self.changed.items())),
             "examples": dict(sorted(self.examples.items())),
             "notes": self.notes,
         }
@@ -111,6 +111,20 @@ class Report:
         found = self.examples.setdefault(reason, [])
         if len(found) < MAX_EXAMPLES:
             found.append(printable(text)[:300])
+
+
+def account(report: dict) -> list[str]:
+    """What a report, as `Report.to_json` gives it, says for people besides the sums."""
+    titles = {
+        "skipped": "skipped",
+        "folders_skipped": "folders not entered",
+        "changed": "texts changed",
+    }
+    lines = []
+    for key, title in titles.items():
+        counts = ", ".join(f"{count:,} {reason}" for reason, count in report[key].items())
+        lines += [f"{title}: {counts}"] * bool(counts)
+    return lines
 
 
 def printable(text: str) -> str:

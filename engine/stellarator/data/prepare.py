@@ -182,8 +182,8 @@ def _split(spool: Spool, fraction: float, seed: int, report: Report):
     held_out = hold_out({unit: spool.num_bytes(units[unit]) for unit in units}, fraction, seed)
     by = "repository"
     if level and held_out:
-        by = f"the first {level} parts of the path"
-        report.note(f"there is one repository only, so {by} decide what is held out")
+        by = "the first part of the path" if level == 1 else f"the first {level} parts of the path"
+        report.note(f"there is one repository only, so what is held out is chosen by {by}")
     sides: dict[str, dict[str, list[int]]] = {side: {} for side in SIDES}
     for unit, numbers in units.items():
         repository = unit if not level else spool.repositories()[0]

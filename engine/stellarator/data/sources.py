@@ -181,7 +181,7 @@ class _Folder:
         data, reason = _read_file(path, self.limits.max_file_bytes)
         if reason:
             return self._skip(reason, path)
-        text, num_bytes, reason = checked_text(data, self.limits)
+        text, num_bytes, reason = checked_text(data, self.limits, self.report)
         if reason:
             return self._skip(reason, path)
         self.report.see()

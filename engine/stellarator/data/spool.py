@@ -91,7 +91,7 @@ def hold_out(sizes: dict[str, int], fraction: float, seed: int) -> set[str]:
     if len(sizes) < 2:
         raise ValueError(
             f"hold_out: expected at least 2 repositories, so that one can be held out, got "
-            f"{sorted(sizes)}. Give more sources, or hold out nothing (fraction 0)."
+            f"{sorted(sizes)}. Give more sources, or hold out nothing: --validation-fraction 0."
         )
     order = sorted(sizes, key=lambda name: (_digest(seed, name), name))
     budget = fraction * sum(sizes.values())
