@@ -1,5 +1,7 @@
 """Whether `train.kernels` names an implementation that every op of a training step has.
 
+But the embedding, which has fewer: the model chooses it by itself.
+
 defines: check
 """
 
