@@ -1,6 +1,6 @@
 """Small files and folders that are on the disk whole or not at all, also after a power cut.
 
-defines: sync, write_text, replace_text
+defines: sync, write_text, replace_text, replace_bytes
 """
 
 import contextlib
@@ -22,13 +22,22 @@ def sync(path: Path) -> None:
 
 def write_text(path: Path, text: str) -> None:
     """Write a file and wait until its content is on the disk."""
-    with open(path, "w", encoding="utf-8") as file:
-        file.write(text)
+    _write(path, text.encode("utf-8"))
+
+
+def _write(path: Path, content: bytes) -> None:
+    with open(path, "wb") as file:
+        file.write(content)
         file.flush()
         os.fsync(file.fileno())
 
 
 def replace_text(path: Path, text: str) -> None:
+    """`replace_bytes` of a text in UTF-8."""
+    replace_bytes(path, text.encode("utf-8"))
+
+
+def replace_bytes(path: Path, content: bytes) -> None:
     """Write a file in one step: a reader sees the old content or the new one.
 
     For one writer at a time: what a killed one left beside the file is written over.
@@ -38,7 +47,7 @@ def replace_text(path: Path, text: str) -> None:
     """
     aside = path.with_name(f".tmp-{path.name}")
     try:
-        write_text(aside, text)
+        _write(aside, content)
         os.replace(aside, path)
     except OSError:
         with contextlib.suppress(OSError):

@@ -27,11 +27,12 @@ FIELDS = ("tokens", "targets", "positions", "cu_seqlens")
 
 
 class Listed:
-    """Documents in memory, with the two members of a shard that packing uses."""
+    """Documents in memory, with the three members of a shard that packing uses."""
 
     def __init__(self, documents):
         self.documents = [np.array(ids, dtype=np.uint16) for ids in documents]
         self.lengths = np.array([len(ids) for ids in self.documents], dtype=np.int64)
+        self.tokens = np.concatenate([np.empty(0, dtype=np.uint16), *self.documents])
 
     def __getitem__(self, index):
         return self.documents[index]

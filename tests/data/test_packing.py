@@ -33,11 +33,12 @@ MIXED = "\u65e5\u672c\u8a9e \U0001f642\u00e9\u00e9\u00e9\u03b1\u03b2 = 1  # \u20
 
 
 class Listed:
-    """Documents in memory, with the two members of a shard that packing uses."""
+    """Documents in memory, with the three members of a shard that packing uses."""
 
     def __init__(self, documents):
         self.documents = [np.array(ids, dtype=np.uint16) for ids in documents]
         self.lengths = np.array([len(ids) for ids in self.documents], dtype=np.int64)
+        self.tokens = np.concatenate([np.empty(0, dtype=np.uint16), *self.documents])
 
     def __getitem__(self, index):
         return self.documents[index]

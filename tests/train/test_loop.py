@@ -11,6 +11,7 @@ import errno
 import io
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -388,6 +389,18 @@ def test_waiting_for_data_is_told(tiny_config):
     for r in found:  # two clocks around the same call
         waited_ms = r["data_wait"] * r["step_ms"]
         assert waited_ms == pytest.approx(r["time_ms"]["data"], rel=0.1, abs=20.0)
+
+
+def test_where_files_begin_is_kept_beside_the_training_shard(tiny_config, tiny_corpus, tmp_path):
+    data = shutil.copytree(tiny_corpus, tmp_path / "data")
+    prefixes = {"train": (str(data / "train"),), "validation": (str(data / "validation"),)}
+    (data / "train.segments").unlink(missing_ok=True)
+    config = with_(with_(tiny_config, "data", **prefixes), "train", steps=3)
+    Trainer(config).run()
+    assert [path.name for path in data.glob("*.segments")] == ["train.segments"]
+    again = dataclasses.replace(config, folder=str(tmp_path / "again"))
+    Trainer(again).run()
+    assert values(again.folder, "loss") == values(config.folder, "loss")
 
 
 def test_wsd_run_follows_its_schedule(tiny_config):

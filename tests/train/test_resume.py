@@ -5,6 +5,7 @@ of ranks.
 """
 
 import dataclasses
+import hashlib
 import json
 import math
 import os
@@ -344,6 +345,16 @@ def test_other_tokens_of_equal_lengths_are_another_data_set(tiny_config, tiny_co
     longer = dataclasses.replace(config, train=dataclasses.replace(train, steps=4))
     with pytest.raises(TrainingError, match=r"data\.train or data\.tokenizer: other content"):
         Trainer(longer).run()
+
+
+def test_the_fingerprint_of_old_checkpoints(tiny_corpus):
+    """Another rule would end every run that is under way."""
+    prefix = str(tiny_corpus / "train")
+    tokens = Path(prefix + ".bin").read_bytes()
+    whole = b"f00d" + Path(prefix + ".idx").read_bytes() + str(len(tokens)).encode()
+    blocks = [tokens[k * len(tokens) // 256 :][:4096] for k in range(256)]
+    expected = hashlib.sha256(whole + b"".join(blocks)).hexdigest()
+    assert resume.fingerprint([prefix], "f00d") == expected
 
 
 def test_shards_of_another_tokenizer_are_refused(tiny_config, tiny_corpus, tmp_path):

@@ -1,6 +1,6 @@
 """Token shards in the indexed format of Megatron (MMIDIDX, version 1), read and written.
 
-defines: Shard, ShardWriter, ShardError, best_dtype
+defines: Shard, ShardWriter, ShardError, best_dtype, hash_shard
 
 `prefix.bin` holds the tokens of all sequences one after another. `prefix.idx` holds, little-endian:
 
@@ -44,6 +44,20 @@ class ShardError(ValueError):
 def best_dtype(vocab_size: int) -> np.dtype:
     """What Megatron stores a vocabulary as: uint16 below 65,500 ids, else int32."""
     return np.dtype("<u2") if vocab_size < 65_500 else np.dtype("<i4")
+
+
+def hash_shard(whole, prefix: str) -> None:
+    """Add to a hash what tells a shard from others: its index, and of its tokens the size and 256
+    blocks spread over them (a corpus is too large to be read at every start).
+    """
+    with open(prefix + ".idx", "rb") as file:
+        whole.update(file.read())
+    with open(prefix + ".bin", "rb") as file:
+        size = file.seek(0, 2)
+        whole.update(str(size).encode())
+        for block in range(256):
+            file.seek(block * size // 256)
+            whole.update(file.read(4096))
 
 
 class ShardWriter:
@@ -152,8 +166,8 @@ class Shard:
     """A shard on disk, mapped and not read: opening costs one pass over the index.
 
     `shard[i]` is document i as a read-only view; `len(shard)` the number of documents; `lengths`
-    (D,) int64 their tokens; `num_sequences`, `num_tokens`, `dtype`. Can be pickled, then maps
-    again.
+    (D,) int64 their tokens; `tokens` all of them, one document after another, as a read-only view;
+    `prefix`, `num_sequences`, `num_tokens`, `dtype`. Can be pickled, then maps again.
 
     Raises:
         ShardError: missing, truncated, foreign or contradictory files.
@@ -176,7 +190,7 @@ class Shard:
                 + ("It is truncated." if size < self.num_tokens * self.dtype.itemsize
                    else "It belongs to another index.")
             )  # fmt: skip
-        self._tokens = _map(tokens, self.dtype, 0, self.num_tokens)
+        self.tokens = _map(tokens, self.dtype, 0, self.num_tokens)
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -187,7 +201,7 @@ class Shard:
                 f"{self.prefix}: expected a document in [0, {len(self)}), got {index}."
             )
         index %= len(self)
-        return self._tokens[self._starts[index] : self._starts[index + 1]]
+        return self.tokens[self._starts[index] : self._starts[index + 1]]
 
     def __iter__(self) -> Iterator[np.ndarray]:
         return (self[index] for index in range(len(self)))

@@ -194,6 +194,7 @@ class Trainer:
             self.tokenizer,
             validation=validation,
             fim=not validation,
+            keep_segments=self.mesh.dp_rank == 0,
         )
         return Batches(dataset, config.train.global_batch_size, config.train.micro_batch_size)
 

@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from stellarator.config import ModelConfig, RunConfig
+from stellarator.data.shards import hash_shard
 from stellarator.train import checkpoint
 
 # With another value the weights do not fit, or the batches to come are not the continuation.
@@ -48,18 +49,10 @@ class Progress:
 
 
 def fingerprint(shards: Sequence[str], tokenizer_sha256: str) -> str:
-    """A hash of what the rows of a run are made of: index files, tokenizer, and of each file of
-    tokens its size and 256 blocks spread over it (a corpus is too large to be read at every start).
-    """
+    """A hash of what the rows of a run are made of: the tokenizer, and each shard."""
     whole = hashlib.sha256(tokenizer_sha256.encode())
     for prefix in shards:
-        whole.update(Path(prefix + ".idx").read_bytes())
-        with open(prefix + ".bin", "rb") as file:
-            size = file.seek(0, 2)
-            whole.update(str(size).encode())
-            for block in range(256):
-                file.seek(block * size // 256)
-                whole.update(file.read(4096))
+        hash_shard(whole, prefix)
     return whole.hexdigest()
 
 
