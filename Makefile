@@ -13,10 +13,13 @@ INSTALLED := $(VENV)/installed
 install: $(INSTALLED)
 
 # Built again when the packaging or the C++ sources change; Python sources are used in place.
-$(INSTALLED): setup.py pyproject.toml constraints.txt $(wildcard csrc/*/*.cpp csrc/*/*.h csrc/*/*/*.cpp)
+# The build has an environment of its own, which -c does not reach: older versions of pip pin it by
+# PIP_CONSTRAINT, newer ones by PIP_BUILD_CONSTRAINT.
+$(INSTALLED): Makefile setup.py pyproject.toml constraints.txt $(wildcard csrc/*/*.cpp csrc/*/*.h csrc/*/*/*.cpp)
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed, this is " + sys.version)'
 	$(PYTHON) -m venv $(VENV)
-	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[test,dev]'
+	PIP_CONSTRAINT=constraints.txt PIP_BUILD_CONSTRAINT=constraints.txt \
+		$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -e '.[test,dev]'
 	touch $@
 
 demo: install

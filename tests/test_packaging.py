@@ -10,6 +10,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import sysconfig
 import tomllib
 import zipfile
 from pathlib import Path
@@ -246,3 +247,12 @@ def test_make_demo_takes_paths_with_spaces():
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     words = shlex.split(done.stdout.splitlines()[-1])
     assert words[1:] == ["demo", "my code", "other", "--output", "runs/my code"], done.stdout
+
+
+def test_make_install_builds_with_the_pinned_versions():
+    """The build environment is gone; the version of setuptools is what it left."""
+    if Path(sys.prefix).resolve() != ROOT / ".venv":
+        pytest.skip("runs in what `make install` made")
+    (wheel,) = Path(sysconfig.get_path("purelib")).glob("stellarator-*.dist-info/WHEEL")
+    generator = f"Generator: setuptools ({pins()['setuptools']})"
+    assert generator in wheel.read_text().splitlines()
