@@ -492,6 +492,19 @@ def test_evaluation_is_the_mean_over_the_documents(tiny_config):
     assert last["loss"] == pytest.approx(total / count, rel=1e-6)
 
 
+def test_the_phases_of_a_step_are_those_of_the_report_and_make_up_the_step(tiny_config):
+    from stellarator.train.report import _PHASES
+
+    Trainer(tiny_config).run()
+    for r in records(tiny_config.folder):
+        assert list(r["time_ms"]) == ["data", "forward", "backward", "reduce", "optimizer"]
+        assert r["time_ms"].keys() == _PHASES.keys()
+        assert sum(r["time_ms"].values()) <= r["step_ms"]
+    found = records(tiny_config.folder)
+    whole = sum(r["step_ms"] for r in found)
+    assert sum(sum(r["time_ms"].values()) for r in found) > 0.7 * whole
+
+
 def test_speed_and_mfu_are_those_of_the_batch(tiny_config):
     config = with_(tiny_config, "metrics", peak_tflops=0.5)
     trainer = Trainer(config)

@@ -41,7 +41,7 @@ class StepMetrics:
     tokens_per_second: float  # target tokens
     mfu: float | None  # model FLOPs over peak FLOPs, 0 to 1
     data_wait: float  # share of the step spent waiting for data
-    time_ms: dict[str, float]  # forward, backward, optimizer, data, other
+    time_ms: dict[str, float]  # data, forward, backward, reduce (over ranks), optimizer
     memory_bytes: int
     skipped: bool = False
 
