@@ -5,7 +5,9 @@ The reference is the shard itself. Packing and fill-in-the-middle have tests of 
 
 import pytest
 
+from stellarator.cli import main
 from stellarator.data.inspect import documents, rows
+from stellarator.data.prepare import prepare
 from stellarator.data.shards import Shard, ShardError
 from stellarator.data.tokenizer import Tokenizer
 
@@ -36,6 +38,25 @@ def test_either_file_of_a_shard_stands_for_its_prefix(tiny_corpus, extension, sh
     assert list(show(prefix + extension, folder, 1)) == list(show(prefix, folder, 1))
     with pytest.raises(ShardError, match=r"absent\.idx: cannot be read"):
         list(show(str(tiny_corpus / ("absent" + extension)), folder, 1))
+
+
+@pytest.mark.parametrize("rows_too", [[], ["--rows", "64"]])
+def test_another_tokenizer_is_refused_as_in_training(tmp_path, capsys, rows_too):
+    source = tmp_path / "src" / "a.py"
+    source.parent.mkdir()
+    source.write_text("def function(value):\n    return value + 1\n" * 20)
+    prepare([tmp_path / "src"], tmp_path / "out", vocab_size=300, validation_fraction=0)
+    Tokenizer.train(["something else " * 9], 310).save(tmp_path / "other")
+    words = ["data", "inspect", str(tmp_path / "out" / "train"), *rows_too, "--tokenizer"]
+    assert main([*words, str(tmp_path / "other")]) == 2
+    right = tmp_path / "out" / "tokenizer"
+    assert capsys.readouterr() == (
+        "",
+        f"error: {tmp_path / 'out' / 'train'}: expected shards of the tokenizer that was given, "
+        f"got those of another one ({tmp_path / 'out' / 'manifest.json'}). Use the tokenizer in "
+        f"{right}.\n",
+    )
+    assert main([*words, str(right)]) == 0
 
 
 def test_a_prefix_may_end_like_a_file(tiny_corpus, tmp_path):

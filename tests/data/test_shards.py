@@ -219,7 +219,9 @@ def test_every_truncation_of_both_files_is_found(tmp_path):
     prefix = put(tmp_path, index, tokens)
     assert len(Shard(prefix)) == 2
     for size in range(len(index)):
-        with pytest.raises(ShardError, match=r"shard\.idx: expected .*, got .* It is truncated\."):
+        with pytest.raises(
+            ShardError, match=r"shard\.idx: expected .*, got .* It is truncated\. Copy it again"
+        ):
             Shard(put(tmp_path, index[:size], tokens))
     for size in range(len(tokens)):
         with pytest.raises(ShardError, match=rf"shard\.bin: expected 18 bytes .*, got {size}\. It"):

@@ -75,8 +75,8 @@ def test_an_empty_answer_is_an_empty_line_and_a_note(exported, tmp_path, capsys)
     ]
     (tmp_path / "a.py").write_text(TEXT)
     assert main(["infill", "--model", folder, f"{tmp_path / 'a.py'}:1", "--device", "cpu"]) == 0
-    output = capsys.readouterr()
-    assert len(output.out) > 1 and output.err == ""  # a hole gets one token at least
+    output = capsys.readouterr()  # a hole is never filled with nothing
+    assert len(output.out) >= 2 and output.err == ""
     folder = str(export_writer_of(exported, tokenizer.encode("x")[0]))
     words = ["generate", "--model", folder, "a", "--max-new-tokens", "2", "--device", "cpu"]
     assert main(words) == 0

@@ -5,6 +5,7 @@ Independent references: the dynamic programme of the longest common subsequence,
 covered: the quality of a trained model (the demo measures it).
 """
 
+import os
 import random
 from dataclasses import dataclass
 
@@ -140,6 +141,9 @@ def test_cut_text_keeps_whole_lines(model, tokenizer):
 def test_too_little_context_is_an_error(model, tokenizer):
     with pytest.raises(ValueError, match="a context of at least 67 tokens .*got 66"):
         infill(model, tokenizer, "a", "b", max_new_tokens=64, context=66)
+    for context, advice in ((66, "Lower --max-new-tokens, or raise --context."), (None, "okens.")):
+        with pytest.raises(ValueError, match=f"{advice}$"):
+            infill(model, tokenizer, "a", "b", max_new_tokens=10_000, context=context)
     with pytest.raises(ValueError, match='expected mode "psm" or "spm"'):
         infill(model, tokenizer, "a", "b", mode="mps")
 
@@ -278,6 +282,9 @@ def test_location_errors(tmp_path):
         parse_location(f"{tmp_path / 'nothing.py'}:1")
     with pytest.raises(ValueError, match="cannot be read: Is a directory"):
         parse_location(f"{tmp_path}:1")
+    os.mkfifo(tmp_path / "fifo")
+    with pytest.raises(ValueError, match="fifo: expected a regular file, got another kind"):
+        parse_location(f"{tmp_path / 'fifo'}:1")
     path.write_bytes(b"ok\n\xff\n")
     with pytest.raises(ValueError, match="expected UTF-8 text, got other bytes at 3"):
         parse_location(f"{path}:1")

@@ -21,6 +21,7 @@ import torch
 from safetensors.torch import load_file
 
 from stellarator import settings
+from stellarator.data.shards import ShardError, check_tokenizer
 from stellarator.train import checkpoint, resume
 from stellarator.train.checkpoint import CheckpointError
 from stellarator.train.loop import Trainer
@@ -368,7 +369,7 @@ def test_shards_of_another_tokenizer_are_refused(tiny_config, tiny_corpus, tmp_p
     manifest = tmp_path / "manifest.json"
     sha256 = Tokenizer.load(tiny_corpus / "tokenizer").sha256
     manifest.write_text(json.dumps({"tokenizer": {"sha256": "0" * 64}}))
-    with pytest.raises(TrainingError, match="expected shards of the tokenizer in data.tokenizer"):
+    with pytest.raises(ShardError, match="expected shards of the tokenizer that was given"):
         Trainer(config).run()
     manifest.write_text(json.dumps({"tokenizer": {"sha256": sha256}}))
     assert Trainer(config).run()["status"] == "done"
@@ -381,7 +382,7 @@ FOREIGN = [b"[1]", b"5", b'{"tokenizer": "x"}', b'{"tokenizer": {"sha256": 5}}',
 @pytest.mark.parametrize("content", FOREIGN, ids=lambda content: repr(content[:20]))
 def test_a_manifest_that_is_not_ours_says_nothing(tmp_path, content):
     (tmp_path / "manifest.json").write_bytes(content)
-    resume.check_tokenizer([str(tmp_path / "train")], "0" * 64)
+    check_tokenizer([str(tmp_path / "train")], "0" * 64)
 
 
 def test_export_says_which_checkpoint_it_took(tiny_config, tmp_path, capfd):

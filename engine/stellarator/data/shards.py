@@ -1,6 +1,6 @@
 """Token shards in the indexed format of Megatron (MMIDIDX, version 1), read and written.
 
-defines: Shard, ShardWriter, ShardError, best_dtype, hash_shard
+defines: Shard, ShardWriter, ShardError, best_dtype, check_tokenizer, hash_shard
 
 `prefix.bin` holds the tokens of all sequences one after another. `prefix.idx` holds, little-endian:
 
@@ -21,10 +21,12 @@ Source: megatron/core/datasets/indexed_dataset.py of NVIDIA/Megatron-LM; the for
 
 import contextlib
 import hashlib
+import json
 import os
 import struct
 from array import array
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 import numpy as np
 
@@ -34,11 +36,37 @@ CODES = {
     1: np.dtype("uint8"), 2: np.dtype("int8"), 3: np.dtype("<i2"), 4: np.dtype("<i4"),
     5: np.dtype("<i8"), 8: np.dtype("<u2"),
 }  # fmt: skip
+_AGAIN = "Copy it again, or make it again with `stellarator data prepare`."
 _HEADER = struct.Struct("<9sQBQQ")
 
 
 class ShardError(ValueError):
     """A shard that is damaged or is no shard; one line with file name, expected and found."""
+
+
+def check_tokenizer(prefixes: Sequence[str], tokenizer_sha256: str) -> None:
+    """Raise ShardError for shards that `data prepare` made with another tokenizer.
+
+    Shards without a manifest of ours beside them, such as Megatron's, are taken as they are.
+    """
+    for prefix in prefixes:
+        path = Path(prefix).parent / "manifest.json"
+        if _made_with(path) not in (None, tokenizer_sha256):
+            raise ShardError(
+                f"{prefix}: expected shards of the tokenizer that was given, got those of another "
+                f"one ({path}). Use the tokenizer in {path.parent / 'tokenizer'}."
+            )
+
+
+def _made_with(path: Path) -> str | None:
+    """The hash of the tokenizer in a manifest of `data prepare`; None if it is not one."""
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return None
+    tokenizer = manifest.get("tokenizer") if isinstance(manifest, dict) else None
+    found = tokenizer.get("sha256") if isinstance(tokenizer, dict) else None
+    return found if isinstance(found, str) else None
 
 
 def best_dtype(vocab_size: int) -> np.dtype:
@@ -187,7 +215,7 @@ class Shard:
             raise ShardError(
                 f"{tokens}: expected {self.num_tokens * self.dtype.itemsize} bytes "
                 f"({self.num_tokens} {self.dtype} tokens in {index}), got {size}. "
-                + ("It is truncated." if size < self.num_tokens * self.dtype.itemsize
+                + (f"It is truncated. {_AGAIN}" if size < self.num_tokens * self.dtype.itemsize
                    else "It belongs to another index.")
             )  # fmt: skip
         self.tokens = _map(tokens, self.dtype, 0, self.num_tokens)
@@ -217,7 +245,8 @@ def _read_index(path: str):
         header = file.read(_HEADER.size)
     if MAGIC.startswith(header[: len(MAGIC)]) and size < _HEADER.size:
         raise ShardError(
-            f"{path}: expected a header of {_HEADER.size} bytes, got {size}. It is truncated."
+            f"{path}: expected a header of {_HEADER.size} bytes, got {size}. It is truncated. "
+            + _AGAIN
         )
     if not header.startswith(MAGIC):
         raise ShardError(
@@ -235,7 +264,7 @@ def _read_index(path: str):
     if size not in (expected, expected + num_sequences):
         raise ShardError(
             f"{path}: expected {expected} bytes for {num_sequences} sequences and {num_entries} "
-            f"document entries, got {size}. " + ("It is truncated." if size < expected else "")
+            f"document entries, got {size}. " + ("It is truncated. " * (size < expected)) + _AGAIN
         )
     at = _HEADER.size
     lengths = _map(path, np.dtype("<i4"), at, num_sequences)

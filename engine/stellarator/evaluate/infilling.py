@@ -13,8 +13,10 @@ The rule of exact match is that of the SantaCoder FIM task: the text up to the f
 stands the share whose first line is right: what an editor with single-line completion shows.
 """
 
+import os
 import random
 import re
+import stat
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -96,7 +98,7 @@ def fit_prompt(model, tokenizer, prefix, suffix, mode, max_new_tokens, context) 
         raise ValueError(
             f"infill: expected a context of at least {max_new_tokens + SENTINELS} tokens "
             f"({max_new_tokens} new ones and {SENTINELS} sentinels), got {limit}. "
-            "Lower max_new_tokens."
+            "Lower --max-new-tokens" + (", or raise --context." if context is not None else ".")
         )
     prefix, suffix = _fit(prefix, suffix, tokenizer, room)
     return infill_prompt(prefix, suffix, tokenizer, mode)
@@ -328,6 +330,9 @@ def parse_location(location: str) -> Hole:
             f"infill: expected FILE:LINE, got {location!r}. For example src/main.py:12."
         )
     try:
+        mode = os.stat(path).st_mode
+        if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):  # opening a pipe waits for a writer
+            raise ValueError(f"{path}: expected a regular file, got another kind. Save it as one.")
         text = Path(path).read_bytes().decode("utf-8")
     except OSError as error:
         raise ValueError(f"{path}: cannot be read: {error.strerror}.") from None

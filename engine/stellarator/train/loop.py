@@ -24,7 +24,7 @@ from stellarator import settings
 from stellarator.config import RunConfig
 from stellarator.data.batches import Batch, Batches
 from stellarator.data.packing import PackedDataset
-from stellarator.data.shards import Shard
+from stellarator.data.shards import Shard, check_tokenizer
 from stellarator.data.tokenizer import Tokenizer
 from stellarator.files import replace_text
 from stellarator.model import Transformer, build_model, load_pretrained
@@ -178,7 +178,7 @@ class Trainer:
                 f"model.vocab_size: expected at least the tokenizer's {self.tokenizer.vocab_size}, "
                 f"got {config.model.vocab_size}. Pass model.vocab_size={self.tokenizer.vocab_size}."
             )
-        resume.check_tokenizer((*config.data.train, *config.data.validation), self.tokenizer.sha256)
+        check_tokenizer((*config.data.train, *config.data.validation), self.tokenizer.sha256)
         self.batches = self._batches(config.data.train)
         self.batches.num_micro_batches(self.mesh.dp_size)  # said now, not after the model is made
         self.validation = None

@@ -1,12 +1,10 @@
 """What a run must remember to go on exactly, and what may not change in between.
 
-defines: TrainingError, RefusedError, Progress, fingerprint, check_tokenizer, find, compare,
-model_difference
+defines: TrainingError, RefusedError, Progress, fingerprint, find, compare, model_difference
 """
 
 import dataclasses
 import hashlib
-import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -54,31 +52,6 @@ def fingerprint(shards: Sequence[str], tokenizer_sha256: str) -> str:
     for prefix in shards:
         hash_shard(whole, prefix)
     return whole.hexdigest()
-
-
-def check_tokenizer(shards: Sequence[str], tokenizer_sha256: str) -> None:
-    """Raise RefusedError for shards that `data prepare` made with another tokenizer.
-
-    Shards without a manifest of ours beside them, such as Megatron's, are taken as they are.
-    """
-    for prefix in shards:
-        path = Path(prefix).parent / "manifest.json"
-        if _made_with(path) not in (None, tokenizer_sha256):
-            raise RefusedError(
-                f"{prefix}: expected shards of the tokenizer in data.tokenizer, got those of "
-                f"another one ({path}). Pass data.tokenizer={path.parent / 'tokenizer'}."
-            )
-
-
-def _made_with(path: Path) -> str | None:
-    """The hash of the tokenizer in a manifest of `data prepare`; None if it is not one."""
-    try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
-        return None
-    tokenizer = manifest.get("tokenizer") if isinstance(manifest, dict) else None
-    found = tokenizer.get("sha256") if isinstance(tokenizer, dict) else None
-    return found if isinstance(found, str) else None
 
 
 def find(config: RunConfig, warn: Callable[[str], None]) -> checkpoint.Checkpoint | None:
