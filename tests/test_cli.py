@@ -2,8 +2,11 @@
 
 import argparse
 import os
+import signal
 import subprocess
 import sys
+import time
+from importlib import metadata
 
 import pytest
 
@@ -34,7 +37,11 @@ def test_help_lists_every_verb_and_needs_no_torch():
     ("words", "code", "part"),
     [
         (["trian"], 2, "invalid choice: 'trian'"),
-        (["doctor", "--verbose"], 2, "unrecognized arguments: --verbose"),
+        (["doctor", "--verbose"], 2, "usage: stellarator doctor [-h]\nstellarator doctor: error: "),
+        (["doctor", "--verbose"], 2, "error: unrecognized arguments: --verbose\n"),
+        (["infill", "--max-tokens", "9", "f:1"], 2, "Did you mean --max-new-tokens for --max-to"),
+        (["data", "inspect", "s", "--tokenizer", "t", "--row=9"], 2, "--rows for --row=9?"),
+        (["train", "--lr", "3"], 2, "\n  unknown option --lr; values are written optim.lr=3\n"),
         (["train", "--recipe", "starcoder2-3"], 2, "Did you mean 'starcoder2_3b'"),
         (["train", "--config", "absent.toml"], 2, "absent.toml: cannot be read"),
         (["train", "optim.lr=fast"], 2, "expected float, got 'fast'"),
@@ -110,6 +117,56 @@ def test_exit_code_and_line_of_every_kind_of_error(error, code, line, capsys, mo
     monkeypatch.setenv("STELLARATOR_TRACEBACK", "1")
     with pytest.raises(type(error)):
         main(["doctor"])
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_sigterm_cleans_up_as_ctrl_c_does(tmp_path, monkeypatch, number):
+    from stellarator.data.tokenizer import Tokenizer
+
+    monkeypatch.chdir(tmp_path)
+    for name in ("a", "b"):
+        (tmp_path / "src" / name).mkdir(parents=True)
+        (tmp_path / "src" / name / "a.py").write_text(f"{name} = 'some text'\n" * 9)
+    written = []
+
+    def stop(*arguments):
+        written.extend(os.listdir("new/out"))
+        os.kill(os.getpid(), number)
+        time.sleep(0.01)
+
+    monkeypatch.setattr(Tokenizer, "save", stop)
+    before = signal.getsignal(number)
+    with pytest.raises(SystemExit) as stopped:
+        main(["data", "prepare", "src", "--output", "new/out", "--vocab-size", "300"])
+    assert stopped.value.code == 128 + number and ".partial" in written
+    assert os.listdir() == ["src"] and signal.getsignal(number) == before
+
+
+def test_the_version_is_that_of_the_package(capsys, monkeypatch):
+    import stellarator
+
+    def absent(name):
+        raise metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(metadata, "version", {"stellarator": "1.2.3"}.__getitem__)
+    with pytest.raises(SystemExit) as stopped:
+        main(["--version"])
+    assert (stopped.value.code, capsys.readouterr().out) == (0, "stellarator 1.2.3\n")
+    assert stellarator.__version__ == "1.2.3"
+    monkeypatch.setattr(metadata, "version", absent)
+    assert stellarator.__version__ == "unknown (not installed)"
+
+
+def test_a_prompt_that_is_no_utf8_is_one_line():
+    done = subprocess.run(
+        [sys.executable, "-m", "stellarator", "generate", "-"],
+        input=b"caf\xe9", capture_output=True, timeout=60,
+    )  # fmt: skip
+    assert (done.returncode, done.stderr.decode()) == (
+        2,
+        "error: generate: expected UTF-8 text on standard input, got other bytes at 3. "
+        "Convert it.\n",
+    )
 
 
 def test_ctrl_c_is_one_word(capsys, monkeypatch):

@@ -23,7 +23,8 @@ def test_defaults_are_valid():
 def test_overrides_win_over_the_file_and_the_file_over_the_base(tmp_path):
     path = tmp_path / "run.toml"
     path.write_text("[optim]\nlr = 1e-4\nmin_lr = 1e-5\n[data.fim]\nrate = 0.25\n")
-    config = resolve(RunConfig(), str(path), ["--optim.lr=2e-4", "data.train=a,b"])
+    config = resolve(RunConfig(), str(path), ["--optim.lr=2e-4", "data.train=a,b", "--name=x"])
+    assert config.name == "x"
     assert config.optim.lr == 2e-4 and config.optim.min_lr == 1e-5
     assert config.data.fim.rate == 0.25 and config.data.train == ("a", "b")
 
@@ -101,6 +102,27 @@ def test_unknown_names_get_the_nearest_valid_one(typo):
     (problem,) = problems_of(typo)
     expected = TYPOS[typo]
     assert (f"Did you mean {expected!r}" in problem) if expected else ("unknown name" in problem)
+
+
+@pytest.mark.parametrize(
+    ("words", "problem"),
+    [
+        (["--lr", "3"], "unknown option --lr; values are written optim.lr=3"),
+        (["--lr=3"], "unknown option --lr; values are written optim.lr=3"),
+        (["--lr"], "unknown option --lr; values are written optim.lr=VALUE"),
+        (["--optim.lr", "3"], "unknown option --optim.lr; values are written optim.lr=3"),
+        (["--absurd"], "`stellarator train --help` shows how values are written"),
+        (["--step", "9"], "unknown option --step; values are written train.steps=9"),
+        (["--folder", "x"], "unknown option --folder; values are written folder=x"),
+        (["--micro-batch-size", "2"], "values are written train.micro_batch_size=2"),
+        (["--seed", "1"], "values are written data.seed=1 or train.seed=1"),
+    ],
+)
+def test_options_as_other_programs_have_them_are_shown_as_values(words, problem):
+    (got,) = problems_of(*words)
+    assert got.endswith(problem)
+    first, second = problems_of(*words, "optim.lrr=2")
+    assert "Did you mean 'lr'" in second
 
 
 @pytest.mark.parametrize(

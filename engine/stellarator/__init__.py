@@ -7,6 +7,7 @@ defines, each bound on first use so that `import stellarator` costs nothing and 
     recipes           module: complete configurations by name
     settings          module: recipe, TOML file and overrides to one checked configuration
     Trainer           one training run
+    __version__       of the package that is installed
 """
 
 import importlib
@@ -19,11 +20,13 @@ _HOMES = {
     "settings": None,
     "Trainer": "stellarator.train.loop",
 }
-__all__ = list(_HOMES)
+__all__ = [*_HOMES, "__version__"]
 
 
 def __getattr__(name: str):
     """The public name, imported now."""
+    if name == "__version__":
+        return _version()
     if name not in _HOMES:
         raise AttributeError(f"module 'stellarator' has no attribute {name!r}")
     if _HOMES[name] is None:
@@ -31,6 +34,16 @@ def __getattr__(name: str):
     value = getattr(importlib.import_module(_HOMES[name]), name)
     globals()[name] = value
     return value
+
+
+def _version() -> str:
+    """The version in the metadata of the installed package; a checkout that is not has none."""
+    from importlib import metadata
+
+    try:
+        return metadata.version("stellarator")
+    except metadata.PackageNotFoundError:
+        return "unknown (not installed)"
 
 
 def __dir__() -> list[str]:

@@ -1,14 +1,15 @@
 """The words of the command line: verbs, options, defaults and what each may be.
 
-defines: make_parser
+defines: make_parser, unrecognized
 
 Numbers are checked here, so that a wrong one costs milliseconds; what depends on files or on each
 other is checked by the verb. Standard library only.
 """
 
 import argparse
+import difflib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 _EPILOG = """\
 Every verb explains itself: stellarator VERB --help
@@ -29,6 +30,7 @@ def make_parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.set_defaults(verb=None, parser=parser)
+    parser.add_argument("--version", action=_Version, nargs=0, help="print the version and stop")
     verbs = parser.add_subparsers(title="verbs", metavar="VERB")
     _add_train(verbs)
     _add_data(verbs)
@@ -36,6 +38,27 @@ def make_parser() -> argparse.ArgumentParser:
     _add_generation(verbs)
     _add_others(verbs)
     return parser
+
+
+class _Version(argparse.Action):
+    """Prints the version; it is looked up when it is asked for."""
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        import stellarator
+
+        print(f"stellarator {stellarator.__version__}")
+        parser.exit()
+
+
+def unrecognized(parser: argparse.ArgumentParser, words: Sequence[str]) -> str:
+    """What to say of words that a verb does not know, with the nearest option for each."""
+    known = [name for action in parser._actions for name in action.option_strings]
+    text = f"unrecognized arguments: {' '.join(words)}"
+    for word in words:
+        if word.startswith("-"):
+            near = difflib.get_close_matches(word.partition("=")[0], known, n=1, cutoff=0.6)
+            text += f". Did you mean {near[0]} for {word}?" if near else ""
+    return text
 
 
 def _verb(verbs, name: str, help: str, description: str = ""):
@@ -47,7 +70,7 @@ def _verb(verbs, name: str, help: str, description: str = ""):
         allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    verb.set_defaults(verb=name)
+    verb.set_defaults(verb=name, parser=verb)
     return verb
 
 

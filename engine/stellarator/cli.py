@@ -12,13 +12,17 @@ Exit codes:
          named is wrong (ValueError, and what argparse refuses); the same command fails again
      75  preempted, can be resumed
     130  Ctrl-C
+    143  SIGTERM; 129 the terminal was closed
 """
 
+import contextlib
 import os
+import signal
 import sys
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
 
-from stellarator.arguments import make_parser
+from stellarator.arguments import make_parser, unrecognized
 
 EXIT_CODES = {"done": 0, "preempted": 75, "interrupted": 130}
 
@@ -31,12 +35,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = make_parser()
     arguments, arguments.overrides = parser.parse_known_args(argv)
     if arguments.overrides and arguments.verb != "train":
-        parser.error(f"unrecognized arguments: {' '.join(arguments.overrides)}")
+        arguments.parser.error(unrecognized(arguments.parser, arguments.overrides))
     if arguments.verb not in _VERBS:
         arguments.parser.print_help()
         return 2
     try:
-        code = _VERBS[arguments.verb](arguments)
+        with _leaving_on_signals():
+            code = _VERBS[arguments.verb](arguments)
         sys.stdout.flush()  # a closed pipe or a full disk is noticed here, not when Python ends
         return code
     except KeyboardInterrupt:
@@ -53,6 +58,25 @@ def main(argv: Sequence[str] | None = None) -> int:
             sys.stderr.write(f"error: {_line(error)}\n")
         _empty_stdout()
         return 2 if isinstance(error, ValueError) else 1
+
+
+@contextlib.contextmanager
+def _leaving_on_signals() -> Iterator[None]:
+    """SIGTERM and SIGHUP end a verb as Ctrl-C does: what is half done is cleaned up on the way."""
+
+    def leave(number: int, frame) -> None:
+        raise SystemExit(128 + number)
+
+    before = {}
+    if threading.current_thread() is threading.main_thread():  # only there Python allows it
+        for number in (signal.SIGTERM, signal.SIGHUP):
+            if signal.getsignal(number) == signal.SIG_DFL:  # not under nohup
+                before[number] = signal.signal(number, leave)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _empty_stdout() -> None:
@@ -180,12 +204,22 @@ def _sampling(arguments) -> dict:
 def _generate(arguments) -> int:
     from stellarator.evaluate.commands import generate_texts
 
-    prompts = [sys.stdin.read() if prompt == "-" else prompt for prompt in arguments.prompts]
+    prompts = [_read_stdin() if prompt == "-" else prompt for prompt in arguments.prompts]
     options = _sampling(arguments)
     texts = generate_texts(arguments.model, prompts, stop_strings=arguments.stop, **options)
     for number, text in enumerate(texts, 1):
         _print_answer(text, f" of prompt {number}" if len(texts) > 1 else "", arguments.stop)
     return 0
+
+
+def _read_stdin() -> str:
+    try:
+        return sys.stdin.buffer.read().decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            "generate: expected UTF-8 text on standard input, got other bytes at "
+            f"{error.start}. Convert it."
+        ) from None
 
 
 def _infill(arguments) -> int:

@@ -96,14 +96,45 @@ def _line_of(text: str, prefix: str, key: str) -> int:
 
 def _read_overrides(overrides, problems: list[str]) -> list[tuple[str, object, str]]:
     """`section.key=value` strings as dotted names with text values."""
-    found = []
-    for text in overrides:
+    found, words = [], list(overrides)
+    sections = [field.name for field in dataclasses.fields(RunConfig)]
+    while words:
+        text = words.pop(0)
         name, equals, value = text.removeprefix("--").partition("=")
-        if not equals:
+        if text.startswith("--") and not (equals and ("." in name or name in sections)):
+            if not equals and words and not words[0].startswith("--") and "=" not in words[0]:
+                value = words.pop(0)  # written after a space
+            problems.append(_unknown_option(name, value))
+        elif not equals:
             problems.append(f"{text!r}: expected section.key=value, got no '='")
         else:
             found.append((name, _Text(value), f"{text!r}"))
     return found
+
+
+def _unknown_option(name: str, value: str) -> str:
+    """What to say of `--name value`, which is how other programs take values."""
+    wanted = name.replace("-", "_").split(".")
+    leaves = list(_flat_names(RunConfig()))
+    fitting = [leaf for leaf in leaves if leaf.split(".")[-len(wanted) :] == wanted]
+    if not fitting:
+        last = [leaf.rpartition(".")[2] for leaf in leaves]
+        near = difflib.get_close_matches(wanted[-1], last, n=1, cutoff=0.7)
+        fitting = [leaf for leaf, key in zip(leaves, last, strict=True) if key in near]
+    if not fitting:
+        return f"unknown option --{name}; `stellarator train --help` shows how values are written"
+    written = " or ".join(f"{leaf}={value or 'VALUE'}" for leaf in fitting)
+    return f"unknown option --{name}; values are written {written}"
+
+
+def _flat_names(section, prefix: str = "") -> typing.Iterator[str]:
+    """The dotted names of all values."""
+    for field in dataclasses.fields(section):
+        value = getattr(section, field.name)
+        if dataclasses.is_dataclass(value):
+            yield from _flat_names(value, f"{prefix}{field.name}.")
+        else:
+            yield prefix + field.name
 
 
 class _Text(str):
