@@ -66,8 +66,12 @@ def test_the_export_is_a_hugging_face_folder(demo, capsys):
 
 def test_a_second_demo_goes_on_and_other_sources_are_refused(demo, capsys):
     output, sources = demo
+    summary = (output / "summary.json").read_bytes()
     assert main(["demo", *sources, "--output", str(output)]) == 0
-    assert "data of an earlier demo found" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "data of an earlier demo found" in said and "finished before" in said
+    assert "infilling line: " in said and "evaluating" not in said
+    assert (output / "summary.json").read_bytes() == summary  # with the seconds of that run
     assert main(["demo", sources[0], "--output", str(output)]) == 2
     assert "expected a new folder" in capsys.readouterr().err
 

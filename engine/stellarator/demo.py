@@ -48,18 +48,35 @@ def run(sources: Sequence[str] = (), output: str = "runs/demo", minutes: float =
     folder = Path(output)
     _prepare_data(list(sources) or [sysconfig.get_paths()["stdlib"]], folder)
     config = _configure(folder, minutes)
-    result = Trainer(config).run()
-    if result["status"] != "done":
-        return EXIT_CODES[result["status"]]
-    _say("evaluating on held-out files")
-    summary = _evaluate(config, result)
-    summary["total_seconds"] = round(time.monotonic() - started, 1)
-    replace_text(folder / "summary.json", _json(summary))
+    summary = _summary_of_before(config)
+    if summary is None:
+        result = Trainer(config).run()
+        if result["status"] != "done":
+            return EXIT_CODES[result["status"]]
+        _say("evaluating on held-out files")
+        summary = _evaluate(config, result)
+        summary["total_seconds"] = round(time.monotonic() - started, 1)
+        replace_text(folder / "summary.json", _json(summary))
     from stellarator.train.report import write_report
 
     report = write_report(folder)
     _print_summary(summary, folder, report)
     return 0
+
+
+def _summary_of_before(config: RunConfig) -> dict | None:
+    """The summary of a demo that was finished, whose times are those of that run; else None."""
+    folder = Path(config.folder)
+    try:
+        status = json.loads((folder / "status.json").read_text(encoding="utf-8"))
+        summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
+        finished = (status["status"], status["step"]) == ("done", config.train.steps)
+    except (OSError, ValueError, KeyError):
+        return None
+    if not finished or not (folder / "model" / "config.json").exists():
+        return None
+    _say(f"finished before; these are its figures. For another run remove {folder}")
+    return summary
 
 
 def _say(text: str) -> None:

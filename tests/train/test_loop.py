@@ -11,6 +11,8 @@ import errno
 import io
 import json
 import os
+import re
+import resource
 import shutil
 import signal
 import subprocess
@@ -215,6 +217,20 @@ def test_a_folder_in_use_is_refused_until_its_holder_is_gone(tiny_config):
         pass
 
 
+def test_a_folder_that_cannot_be_written_is_named(tiny_config):
+    """A file that must not grow stands for a full disk."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    cases = {tiny_config.folder: "File too large", "/proc/run": "No such file or directory"}
+    for folder, reason in cases.items():
+        config = dataclasses.replace(tiny_config, folder=folder)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (0, hard))
+        try:
+            with pytest.raises(RuntimeError, match=f"^{folder}: expected .*, got: {reason}. Free"):
+                Trainer(config).run()
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
 # Steps that are not finite.
 
 
@@ -249,6 +265,32 @@ def test_nan_at_a_step_without_a_checkpoint_saves_one(tiny_config):
     assert os.listdir(Path(tiny_config.folder, "checkpoints")).count("step_00000002") == 1
     assert_equal(trainer.optimizer.state(), saved(tiny_config.folder, 2))
     assert all(torch.isfinite(t).all() for t in saved(tiny_config.folder, 2).values())
+
+
+class PoisonedLate(Trainer):
+    """The backward pass of step 6 gives NaN for one parameter."""
+
+    def _build(self):
+        super()._build()
+        parameter = dict(self.model.named_parameters())[POISONED]
+        parameter.register_hook(lambda g: g * float("nan") if self.step == 5 else g)
+
+
+def test_the_way_out_of_weights_that_are_spoilt(tiny_config, tmp_path):
+    """Older checkpoints stay, and what the message says works."""
+    config = with_(tiny_config, "checkpoint", interval=2, keep=2)
+    with pytest.raises(TrainingError) as error:
+        PoisonedLate(config).run()
+    folder = Path(config.folder, "checkpoints")
+    names = sorted(path.name for path in folder.glob("step_*"))
+    assert names == ["step_00000002", "step_00000004", "step_00000005"]
+    found = re.search(r"older ones \((checkpoint\.resume=\S+) and another", str(error.value))
+    other = [found[1], f"folder={tmp_path / 'other'}"]
+    trainer = Trainer(settings.resolve(config, None, other))
+    assert trainer.run()["status"] == "done"
+    assert [r["step"] for r in records(tmp_path / "other")] == list(range(5, 13))
+    with pytest.raises(TrainingError, match="the cause: begin in a new `folder`"):
+        PoisonedLate(dataclasses.replace(tiny_config, folder=str(tmp_path / "third"))).run()
 
 
 def test_nan_is_skipped_on_request(healthy, capfd):

@@ -44,6 +44,12 @@ def test_the_longest_line_fits_in_120_columns():
     assert "812 ms 10,085 tok/s" in short and short.endswith("eta 0:03:12")
 
 
+def test_a_z_score_that_is_not_known_is_not_shown_as_zero():
+    assert "loss 11.2346 - norm" in step_line(step(loss_z=None), 10, 0)
+    score = ZScore([2.0] * 20)
+    assert score(3.0) is None and score(3.0) > 0
+
+
 def test_not_finite_values_do_not_break_the_line():
     assert "loss nan" in step_line(step(loss=math.nan, tokens_per_second=math.inf, mfu=None), 10, 0)
 
@@ -55,7 +61,7 @@ def test_z_score_is_that_of_the_statistics_module():
         got = score(value)
         before = values[max(0, i - 128) : i]
         if i < 8:
-            assert got == 0.0
+            assert got is None
         else:
             expected = (value - statistics.fmean(before)) / statistics.pstdev(before)
             assert got == pytest.approx(expected, rel=1e-9)

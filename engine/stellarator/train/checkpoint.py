@@ -187,7 +187,7 @@ def load(folder: Path) -> Checkpoint:
     except OSError as error:
         raise CheckpointError(f"{folder / _MANIFEST}: {error.strerror}") from error
     except (ValueError, KeyError, AttributeError, RecursionError) as error:
-        raise CheckpointError(f"{folder / _MANIFEST}: damaged: {error!r}") from error
+        raise CheckpointError(f"{folder / _MANIFEST}: damaged: it is no manifest") from error
     if _sealed(manifest)["sha256"] != seal:
         raise CheckpointError(f"{folder / _MANIFEST}: damaged: its content does not match its hash")
     if version != FORMAT_VERSION:

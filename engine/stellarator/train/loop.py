@@ -251,7 +251,7 @@ class Trainer:
         self.zscore = ZScore(self.progress.recent_losses)
         self.log.rewind(self.step if found is not None else -1)
 
-    def _save(self, required: bool = True) -> None:
+    def _save(self, required: bool = True, keep_older: bool = False) -> None:
         """Write a checkpoint (rank 0), unless this step has one.
 
         A failure is raised if `required`, else told.
@@ -268,7 +268,7 @@ class Trainer:
             }
             try:
                 checkpoint.save(folder, self.step, self.optimizer.state(), state)
-                checkpoint.rotate(folder, self.config.checkpoint.keep)
+                checkpoint.rotate(folder, None if keep_older else self.config.checkpoint.keep)
                 self._saved_step = self.step
             except checkpoint.CheckpointError as error:
                 failed = error
@@ -382,12 +382,24 @@ class Trainer:
             self.log.warn(f"step {step}: loss {loss}, gradient norm {norm}: update skipped")
             return False
         names = self.optimizer.not_finite()
-        self._save()
+        self._save(keep_older=True)  # these weights may be spoilt already
         raise TrainingError(
             f"step {step}: expected a finite loss and gradient, got loss {loss}, norm {norm}; "
             f"gradients that are not finite: {', '.join(names[:3]) or 'none'} ({len(names)} in "
             f"all). The weights of step {self.step} are saved. Lower optim.lr, or pass "
-            "train.on_nonfinite=skip."
+            f"train.on_nonfinite=skip. If it fails again, {self._elsewhere()}"
+        )
+
+    def _elsewhere(self) -> str:
+        """Where to begin when the newest weights are spoilt."""
+        found = sorted((self.folder / "checkpoints").glob("step_*"))
+        older = [path for path in found if path.name < f"step_{self.step:08d}"]
+        begin = "begin in a new `folder`"
+        if not older:
+            return f"those weights are the cause: {begin}."
+        return (
+            f"those weights are the cause: go on from older ones (checkpoint.resume={older[-1]} "
+            f"and another `folder`), or {begin}."
         )
 
     @torch.no_grad()

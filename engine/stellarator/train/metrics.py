@@ -32,7 +32,7 @@ class StepMetrics:
 
     step: int
     loss: float  # nats per target token
-    loss_z: float  # standard deviations from the mean of the last 128 steps
+    loss_z: float | None  # standard deviations from the mean of the last 128 steps; None at first
     grad_norm: float
     lr: float
     step_ms: float
@@ -49,9 +49,10 @@ class StepMetrics:
 def step_line(m: StepMetrics, total_steps: int, eta_seconds: float) -> str:
     """The line of one step, at most 120 columns."""
     mfu = "" if m.mfu is None else f" mfu {100 * m.mfu:.1f}%"
+    score = "-" if m.loss_z is None else f"{m.loss_z:+.1f}z"
     width = len(str(total_steps))
     return (
-        f"step {m.step:>{width}}/{total_steps} loss {m.loss:.4f} {m.loss_z:+.1f}z"
+        f"step {m.step:>{width}}/{total_steps} loss {m.loss:.4f} {score}"
         f" norm {m.grad_norm:.2g} lr {m.lr:.1e} {_milliseconds(m.step_ms)}"
         f" {_count(m.tokens_per_second)} tok/s{mfu} data {100 * m.data_wait:.0f}%"
         f" {m.memory_bytes / 2**30:.3g} GiB"
@@ -90,13 +91,14 @@ class ZScore:
     def __init__(self, values=()):
         self.values: deque[float] = deque(values, maxlen=128)
 
-    def __call__(self, value: float) -> float:
-        """The z-score of `value` among its predecessors (0 at first), which it then joins."""
-        score = 0.0
+    def __call__(self, value: float) -> float | None:
+        """The z-score of `value` among its predecessors, which it then joins; None if there are
+        fewer than eight, or all of them are the same."""
+        score = None
         if len(self.values) >= 8:
             mean = sum(self.values) / len(self.values)
             spread = math.sqrt(sum((v - mean) ** 2 for v in self.values) / len(self.values))
-            score = (value - mean) / spread if spread > 0 else 0.0
+            score = (value - mean) / spread if spread > 0 else None
         if math.isfinite(value):
             self.values.append(value)
         return score

@@ -69,25 +69,36 @@ def folder_lock(folder: Path):
 
     Raises:
         ValueError: it is a file, or lies under one.
-        RuntimeError: another process holds it.
+        RuntimeError: another process holds it, or it cannot be written.
     """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except (FileExistsError, NotADirectoryError):
-        raise ValueError(
-            f"{folder}: expected a folder or nothing, got a file. Choose another `folder`."
-        ) from None
-    with open(folder / ".lock", "a+", encoding="utf-8") as file:
+    with contextlib.ExitStack() as stack:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            file.seek(0)
-            holder = file.read().strip() or "another process"
-            raise RuntimeError(
-                f"{folder}: expected a folder of its own, got one in use by {holder}. "
-                "Wait for that run to end or choose another `folder`."
+            folder.mkdir(parents=True, exist_ok=True)
+            # Without a buffer, which would fail on a full disk once more when it is closed.
+            file = stack.enter_context(open(folder / ".lock", "ab+", buffering=0))
+            _hold(file, folder)
+        except (FileExistsError, NotADirectoryError):
+            raise ValueError(
+                f"{folder}: expected a folder or nothing, got a file. Choose another `folder`."
             ) from None
-        file.truncate(0)
-        file.write(f"process {os.getpid()} on {os.uname().nodename}")
-        file.flush()
+        except OSError as error:
+            raise RuntimeError(
+                f"{folder}: expected a folder that can be written, got: {error.strerror}. "
+                "Free some space or get permission there, or choose another `folder`."
+            ) from None
         yield
+
+
+def _hold(file, folder: Path) -> None:
+    """Lock an open file and write into it who holds it."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.seek(0)
+        holder = file.read().decode(errors="replace").strip() or "another process"
+        raise RuntimeError(
+            f"{folder}: expected a folder of its own, got one in use by {holder}. "
+            "Wait for that run to end or choose another `folder`."
+        ) from None
+    file.truncate(0)
+    file.write(f"process {os.getpid()} on {os.uname().nodename}".encode())
