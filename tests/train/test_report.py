@@ -16,7 +16,26 @@ from matplotlib.figure import Figure
 from stellarator.train.report import write_report
 
 PHASES = ("forward", "backward", "optimizer", "data", "reduce")
-SUMMARY = {"untrained_loss": 7.0, "unigram_loss": 5.5}
+SUMMARY = {
+    "parameters": 1234567,
+    "steps": 6,
+    "tokens": 384,
+    "training_seconds": 283.6,
+    "tokens_per_second": 400.0,
+    "peak_memory_gib": 1.5,
+    "validation_loss": -1.0,
+    "untrained_loss": 7.0,
+    "unigram_loss": 5.5,
+    "own_figure": 0.25,
+    "total_seconds": 370.2,
+    "infilling": {
+        "short": {"count": 400, "exact": 18, "exact_trimmed": 21, "exact_of_one_text": 11,
+                  "edit_similarity": 0.25}
+    },
+    "samples": [
+        {"title": "A hole", "prefix": "a", "middle": "<b>", "suffix": "c", "note": "x  y"}
+    ],
+}  # fmt: skip
 
 
 def record(step: int) -> dict:
@@ -67,11 +86,18 @@ def test_losses_stand_beside_their_references(drawn):
     assert math.isnan(training[2][1])  # a loss that was not finite is a gap
     assert [y for _, y in training if y == y] == [6.0, 3.0, 1.5, 1.2, 1.0]
     assert found["held out"] == [(0, 5.0), (3, 2.0), (6, -1.0)]
-    levels = [line.get_ydata()[0] for line in axes["loss"].lines if len(line.get_xdata()) == 2]
-    assert levels == [7.0, 5.5]
-    assert [(t.get_text(), t.xy[1]) for t in axes["loss"].texts] == [
-        ("untrained", 7.0), ("unigram model", 5.5)
-    ]  # fmt: skip
+    for label, level in (("held out, untrained model", 7.0), ("held out, unigram model", 5.5)):
+        assert {y for _, y in found[label]} == {level}
+
+
+@pytest.mark.parametrize("name", ["loss", "time_split"])
+def test_legends_cover_nothing(drawn, name):
+    axes = drawn[1][name]
+    legend = axes.get_legend()
+    assert {t.get_text() for t in legend.get_texts()} == set(axes.get_legend_handles_labels()[1])
+    frame, box = axes.get_window_extent(), legend.get_window_extent()
+    title = axes._left_title.get_window_extent()
+    assert box.y0 >= frame.y1 and title.x1 < box.x0 and box.y1 <= axes.figure.bbox.y1
 
 
 @pytest.mark.parametrize(
@@ -112,9 +138,20 @@ def test_the_page_has_the_figures_and_the_plots(drawn):
         "<td>training loss of the last step</td><td class=number>1.0000 nats per token</td>",
         "<td>tokens per second, median</td><td class=number>400</td>",
         "<td>peak memory</td><td class=number>1.50 GiB</td>",
-        "<td>unigram loss</td><td class=number>5.5</td>",
+        "<td>parameters</td><td class=number>1,234,567</td>",
+        "<td>held-out loss, untrained model</td><td class=number>7.0000 nats per token</td>",
+        "<td>held-out loss, unigram model</td><td class=number>5.5000 nats per token</td>",
+        "<td>time of training</td><td class=number>284 s</td>",
+        "<td>time of everything</td><td class=number>370 s</td>",
+        "<td>own figure</td><td class=number>0.25</td>",
+        "<td>short</td><td class=number>400</td><td class=number>18 (4.5 %)</td>"
+        "<td class=number>21</td><td class=number>11</td><td class=number>0.250</td>",
+        "<mark>&lt;b&gt;</mark>",
     ):
-        assert cells in page, cells
+        assert page.count(cells) == 1, cells
+    figures = page.partition("</table>")[0]
+    assert figures.count("<tr>") == 12 and "gib" not in figures  # nothing twice
+    assert "white-space: pre-wrap" in page  # two spaces of a text stay two
 
 
 def test_a_folder_without_steps_is_the_users_mistake(tmp_path):

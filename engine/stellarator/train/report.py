@@ -10,6 +10,7 @@ import base64
 import html
 import json
 import math
+from collections.abc import Sequence
 from pathlib import Path
 
 from matplotlib.figure import Figure  # without pyplot, which chooses a backend for everybody
@@ -22,6 +23,10 @@ _PHASES = {
     "data": "#c03030",
     "reduce": "#806090",
 }
+# Keys of summary.json: losses to compare with, times, and what metrics.jsonl has as well.
+_REFERENCES = {"untrained_loss": "untrained model", "unigram_loss": "unigram model"}
+_TIMES = {"training_seconds": "time of training", "total_seconds": "time of everything"}
+_REPEATED = ("steps", "tokens", "tokens_per_second", "peak_memory_gib", "validation_loss")
 _STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 2rem auto; padding: 0 1rem;
        color: #202428; background: #fff }
@@ -29,8 +34,10 @@ h1 { font-size: 1.6rem } h2 { font-size: 1.15rem; margin-top: 2rem }
 table { border-collapse: collapse } td, th { padding: .25rem .8rem .25rem 0; text-align: left;
        border-bottom: 1px solid #e0e4e8; vertical-align: top }
 td.number { text-align: right; font-variant-numeric: tabular-nums }
+th { font-weight: 600; max-width: 12rem } th + th { text-align: right }
+.note { color: #606870; white-space: pre-wrap }
 img { max-width: 100%; height: auto } pre { background: #f4f6f8; padding: .8rem; overflow-x: auto;
-       font-size: 13px } mark { background: #ffe9a8 } .note { color: #606870 }
+       font-size: 13px } mark { background: #ffe9a8 }
 """
 
 
@@ -67,8 +74,8 @@ def write_report(folder: str | Path) -> Path:
         images.append(f'<img alt="{html.escape(title)}" src="data:image/png;base64,{data}">')
     page = _page(
         folder.resolve().name,
-        _steps_table(train, evals),
-        _summary_parts(summary),
+        _figures(train, evals, summary),
+        _evaluation(summary),
         images,
         folder / "config.toml",
     )
@@ -108,12 +115,11 @@ def _plots(train: list[dict], evals: list[dict], summary: dict):
                 lw=1,
                 label="held out",
             )
-        for key, label in (("untrained_loss", "untrained"), ("unigram_loss", "unigram model")):
+        for (key, label), style in zip(_REFERENCES.items(), ("--", ":"), strict=True):
             if key in summary:
-                axes.axhline(summary[key], color=_GREY, lw=0.8, ls="--")
-                axes.annotate(label, (steps[-1], summary[key]), ha="right", va="bottom", fontsize=8)
+                axes.axhline(summary[key], color=_GREY, lw=1, ls=style, label=f"held out, {label}")
         axes.set(xlabel="step", ylabel="nats per token")
-        axes.legend(frameon=False, fontsize=8)
+        _legend(axes)
 
     def line(key: str, unit: str):
         def draw(axes) -> None:
@@ -131,7 +137,7 @@ def _plots(train: list[dict], evals: list[dict], summary: dict):
             axes.fill_between(steps, bottoms, tops, color=color, lw=0, label=phase)
             bottoms = tops
         axes.set(xlabel="step", ylabel="ms per step")
-        axes.legend(frameon=False, fontsize=8, ncol=5, loc="upper right")
+        _legend(axes)
 
     return (
         ("loss", "Loss", loss),
@@ -142,40 +148,59 @@ def _plots(train: list[dict], evals: list[dict], summary: dict):
     )
 
 
-def _steps_table(train: list[dict], evals: list[dict]) -> list[tuple[str, str]]:
-    """Figures from metrics.jsonl."""
-    last = train[-1]
+def _legend(axes) -> None:
+    """Above the axes, at the right of the title, where it covers nothing."""
+    place = {"loc": "lower right", "bbox_to_anchor": (1.0, 1.0), "borderaxespad": 0.2}
+    axes.legend(frameon=False, fontsize=8, ncol=5, **place)
+
+
+def _figures(train: list[dict], evals: list[dict], summary: dict) -> list[tuple[str, str]]:
+    """The table: figures from metrics.jsonl, and those of summary.json that are not there."""
+    last, nats = train[-1], "nats per token"
     middle = sorted(r["tokens_per_second"] for r in train)[len(train) // 2]
     rows = [
+        ("parameters", _value(summary["parameters"]) if "parameters" in summary else None),
         ("steps", f"{last['step']:,}"),
         ("target tokens", f"{last['tokens_total']:,}"),
-        ("training loss of the last step", f"{last['loss']:.4f} nats per token"),
+        ("training loss of the last step", f"{last['loss']:.4f} {nats}"),
+        ("held-out loss, last", f"{evals[-1]['loss']:.4f} {nats}" if evals else None),
+    ]
+    for key, label in _REFERENCES.items():
+        loss = summary.get(key)
+        rows.append((f"held-out loss, {label}", None if loss is None else f"{loss:.4f} {nats}"))
+    rows += [
         ("tokens per second, median", f"{middle:,.0f}"),
         ("peak memory", f"{last['memory_bytes'] / 2**30:.2f} GiB"),
     ]
-    if evals:
-        rows.insert(3, ("held-out loss, last", f"{evals[-1]['loss']:.4f} nats per token"))
-    return rows
-
-
-def _summary_parts(summary: dict) -> str:
-    """Figures and samples that an evaluation left in summary.json."""
-    if not summary:
-        return ""
-    rows = [
-        (k.replace("_", " "), _value(v))
-        for k, v in summary.items()
-        if not isinstance(v, (list, dict))
+    for key, label in _TIMES.items():
+        rows.append((label, f"{summary[key]:,.0f} s" if key in summary else None))
+    known = {"parameters", *_REPEATED, *_REFERENCES, *_TIMES}
+    rows += [
+        (key.replace("_", " "), _value(value))
+        for key, value in summary.items()
+        if key not in known and not isinstance(value, (list, dict))
     ]
-    parts = ["<h2>Evaluation</h2>", _table(rows)]
-    for kind, result in summary.get("infilling", {}).items():
-        exact, count = result["exact"], result["count"]
-        parts.append(
-            f"<p>Infilling, {html.escape(kind)}: exact match {exact} of {count} "
-            f"({100 * exact / max(1, count):.1f} %; one text for all of them would fill at most "
-            f"{result['exact_of_one_text']}), {result['exact_trimmed']} when the answer is cut "
-            f"where the suffix begins, edit similarity {result['edit_similarity']:.3f}</p>"
-        )
+    return [row for row in rows if row[1] is not None]
+
+
+def _evaluation(summary: dict) -> str:
+    """Infilling and samples that an evaluation left in summary.json."""
+    parts = []
+    if infilling := summary.get("infilling"):
+        titles = ("holes", "number", "filled exactly", "exact if cut where the suffix begins")
+        titles += ("filled by the best single text", "edit similarity")
+        rows = [
+            [
+                kind,
+                f"{found['count']:,}",
+                f"{found['exact']:,} ({100 * found['exact'] / max(1, found['count']):.1f} %)",
+                f"{found['exact_trimmed']:,}",
+                f"{found['exact_of_one_text']:,}",
+                f"{found['edit_similarity']:.3f}",
+            ]
+            for kind, found in infilling.items()
+        ]
+        parts += ["<h2>Infilling of held-out files</h2>", _table(rows, titles)]
     for sample in summary.get("samples", []):
         parts.append(
             f"<h2>{html.escape(sample['title'])}</h2><pre>{html.escape(sample['prefix'])}"
@@ -192,11 +217,14 @@ def _value(value) -> str:
     return f"{value:,}" if isinstance(value, int) else str(value)
 
 
-def _table(rows: list[tuple[str, str]]) -> str:
-    cells = "".join(
-        f"<tr><td>{html.escape(k)}</td><td class=number>{html.escape(v)}</td></tr>" for k, v in rows
-    )
-    return f"<table>{cells}</table>"
+def _table(rows: Sequence[Sequence[str]], titles: Sequence[str] = ()) -> str:
+    """Rows of a name and figures."""
+    head = "".join(f"<th>{html.escape(title)}</th>" for title in titles)
+    lines = [f"<tr>{head}</tr>"] * bool(titles)
+    for name, *figures in rows:
+        cells = "".join(f"<td class=number>{html.escape(figure)}</td>" for figure in figures)
+        lines.append(f"<tr><td>{html.escape(name)}</td>{cells}</tr>")
+    return f"<table>{''.join(lines)}</table>"
 
 
 def _page(name: str, figures, evaluation: str, images: list[str], config: Path) -> str:
