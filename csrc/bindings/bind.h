@@ -4,6 +4,9 @@
 #include <pybind11/pybind11.h>
 
 #include <cstdint>
+#include <utility>
+
+#include "rows.h"
 
 namespace stellarator {
 
@@ -12,7 +15,12 @@ T* pointer(uintptr_t address) {
     return reinterpret_cast<T*>(address);
 }
 
+using AddressAndStride = std::pair<uintptr_t, int64_t>;  // of the rows of a matrix; zeros for none
+
+inline Rows rows(const AddressAndStride& x) { return {pointer<const void>(x.first), x.second}; }
+
 void bind_attention(pybind11::module_& m);
+void bind_bias_gelu(pybind11::module_& m);
 void bind_cross_entropy(pybind11::module_& m);
 void bind_layer_norm(pybind11::module_& m);
 

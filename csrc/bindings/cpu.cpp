@@ -63,6 +63,7 @@ PYBIND11_MODULE(_cpu, m) {
     m.def("sum_of_squares", &sum_of_squares, without_gil, py::arg("x"), py::arg("is_bfloat16"),
           py::arg("n"), py::arg("threads"), py::arg("isa"));
     stellarator::bind_attention(m);
+    stellarator::bind_bias_gelu(m);
     stellarator::bind_cross_entropy(m);
     stellarator::bind_layer_norm(m);
 }

@@ -1,7 +1,5 @@
 #include "layer_norm.h"
 
-#include <utility>
-
 #include "bind.h"
 #include "column_sums.h"
 
@@ -10,12 +8,8 @@ namespace py = pybind11;
 namespace stellarator {
 namespace {
 
-using Strided = std::pair<uintptr_t, int64_t>;  // address, or 0 for none, and stride of the rows
-
-Rows rows(const Strided& x) { return {pointer<const void>(x.first), x.second}; }
-
-void forward(bool is_bfloat16, int64_t N, int64_t C, double eps, const Strided& x,
-             const Strided& residual, uintptr_t weight, uintptr_t bias, uintptr_t y,
+void forward(bool is_bfloat16, int64_t N, int64_t C, double eps, const AddressAndStride& x,
+             const AddressAndStride& residual, uintptr_t weight, uintptr_t bias, uintptr_t y,
              uintptr_t summed, uintptr_t mean, uintptr_t rstd, int threads, Isa isa) {
     LayerNormForward call;
     call.is_bfloat16 = is_bfloat16;
@@ -29,8 +23,8 @@ void forward(bool is_bfloat16, int64_t N, int64_t C, double eps, const Strided& 
     layer_norm_forward(call, threads, isa);
 }
 
-void backward(bool is_bfloat16, int64_t N, int64_t C, const Strided& dy, const Strided& dsummed,
-              const Strided& summed, uintptr_t weight, uintptr_t mean, uintptr_t rstd,
+void backward(bool is_bfloat16, int64_t N, int64_t C, const AddressAndStride& dy, const AddressAndStride& dsummed,
+              const AddressAndStride& summed, uintptr_t weight, uintptr_t mean, uintptr_t rstd,
               uintptr_t dx, uintptr_t dweight, uintptr_t dbias, uintptr_t sums, int threads,
               Isa isa) {
     LayerNormBackward call;

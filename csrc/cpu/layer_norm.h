@@ -8,16 +8,11 @@
 #include <cstdint>
 
 #include "isa.h"
+#include "rows.h"
 
 namespace stellarator {
 
 constexpr int64_t kNormWidth = 8192;  // widest row
-
-// Rows of a tensor whose elements are adjacent; the stride is in elements.
-struct Rows {
-    const void* at;
-    int64_t stride;
-};
 
 // The names are those of stellarator_kernels/layer_norm.py. Results are contiguous.
 struct LayerNormForward {

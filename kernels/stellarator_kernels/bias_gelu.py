@@ -5,10 +5,10 @@ forward:  y = u * Phi(u), u = x + bias; "tanh": Phi(u) = sigmoid(2*a*(u + b*u^3)
 backward: dx = dy * (Phi(u) + u * Phi'(u));  dbias = sum(dx)
           "none": Phi' is the normal density;  "tanh": Phi' = 2*a*(1 + 3*b*u^2) * Phi * (1 - Phi)
 
-Saved: x and bias; u is recomputed. The Triton kernels and the reference compute in fp32 from the
-unrounded u; ATen's path rounds u to the dtype of x, as eager code does. dbias is summed in fp32
-(ATen: by its own reduction, also fp32 inside): a partial sum per program, added in a fixed order
-afterwards; no atomics, the same to the bit on every run.
+Saved: x and bias; u is recomputed. The Triton and C++ kernels and the reference compute in fp32
+from the unrounded u; ATen's path rounds u to the dtype of x, as eager code does. dbias is summed in
+fp32 (ATen: by its own reduction, also fp32 inside): a partial sum per program (C++: per block of
+rows), added in a fixed order afterwards; no atomics, the same to the bit on every run.
 
 Bytes: forward reads x, writes y; backward reads dy and x, writes dx.
 Source: Hendrycks & Gimpel 2016, arXiv:1606.08415.
@@ -16,7 +16,7 @@ Source: Hendrycks & Gimpel 2016, arXiv:1606.08415.
 
 import torch
 
-from stellarator_kernels import reference
+from stellarator_kernels import extension, reference
 from stellarator_kernels._triton import tl, triton
 from stellarator_kernels.checks import expect, expect_dtype, expect_same_device, expect_shape
 from stellarator_kernels.dispatch import choose
@@ -122,6 +122,42 @@ def _backward_triton(dy, x, bias, approximate):
     return dx, None if bias is None else partials.sum(0).to(bias.dtype)
 
 
+def _arguments_cpu(x, bias, approximate):
+    """What both C++ functions take."""
+    return {
+        **{"is_bfloat16": x.dtype == torch.bfloat16, "is_tanh": approximate == "tanh"},
+        **{"N": x.shape[0], "C": x.shape[1]},
+        **{"x": extension.rows(x), "bias": extension.address(bias)},
+        **{"threads": torch.get_num_threads(), "isa": extension.isa()},
+    }
+
+
+def _forward_cpu(x, bias, approximate):
+    """Allocate and call the C++ kernel."""
+    x, bias = dense_rows(x), dense_rows(bias)
+    y = x.new_empty(x.shape)
+    arguments = _arguments_cpu(x, bias, approximate)
+    extension.load().bias_gelu_forward(**arguments, y=y.data_ptr())
+    return y
+
+
+def _backward_cpu(dy, x, bias, approximate):
+    """Allocate and call the C++ kernel."""
+    dy, x, bias = (dense_rows(t) for t in (dy, x, bias))
+    module, (N, C) = extension.load(), x.shape
+    dx, dbias, sums = x.new_empty(N, C), None, None
+    if bias is not None:
+        dbias = bias.new_empty(C)
+        sums = x.new_empty((module.blocks_of_rows(N), C), dtype=torch.float32)
+    results = {"dx": dx, "dbias": dbias, "sums": sums}
+    module.bias_gelu_backward(
+        **_arguments_cpu(x, bias, approximate),
+        dy=extension.rows(dy),
+        **{name: extension.address(t) for name, t in results.items()},
+    )
+    return dx, dbias
+
+
 def _forward_torch(x, bias, approximate):
     """ATen's gelu, in place on x + bias."""
     u = x.new_empty(x.shape)
@@ -150,7 +186,8 @@ def _bias_gelu_forward(
     chosen = choose("bias_gelu", impl, x)
     if chosen == "reference":
         return reference.bias_gelu_ref(x, bias, approximate).contiguous()
-    return (_forward_triton if chosen == "triton" else _forward_torch)(x, bias, approximate)
+    forward = {"triton": _forward_triton, "cpu": _forward_cpu, "torch": _forward_torch}[chosen]
+    return forward(x, bias, approximate)
 
 
 @_bias_gelu_forward.register_fake
@@ -166,6 +203,7 @@ def _bias_gelu_backward(
     chosen = choose("bias_gelu", impl, x)
     backward = {
         "triton": _backward_triton,
+        "cpu": _backward_cpu,
         "torch": _backward_torch,
         "reference": _backward_reference,
     }[chosen]

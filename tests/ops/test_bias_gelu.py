@@ -6,12 +6,13 @@ Where Triton runs: grid.py.
 
 import math
 
+import grid
 import pytest
 import torch
 import torch.nn.functional as F
-from grid import CASES, IMPLS, KERNELS, generator
+from grid import CASES, CPU_CASES, generator
 
-from stellarator_kernels import bias_gelu, cost
+from stellarator_kernels import bias_gelu, cost, extension
 from stellarator_kernels.bias_gelu import (
     _bias_gelu_backward,
     _bias_gelu_forward,
@@ -20,9 +21,11 @@ from stellarator_kernels.bias_gelu import (
 )
 from stellarator_kernels.testing import assert_close_to_reference, poison_empty
 
+IMPLS, KERNELS = [grid.CPU, *grid.IMPLS], [grid.CPU, *grid.KERNELS]
 SHAPES = {
     "one_value": (1, 1),
     "odd": (7, 13),
+    "several_blocks_and_rests": (150, 4133),
     "demo_width": (9, 1536),
     "two_partial_sums": (70, 24),
     "3b": (2, 12288),
@@ -67,9 +70,39 @@ def compare(impl, approximate, x, bias, dy):
 
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("approximate", ["tanh", "none"])
-@pytest.mark.parametrize(("impl", "dtype"), CASES)
+@pytest.mark.parametrize(("impl", "dtype"), [*CASES, *CPU_CASES])
 def test_results_and_every_gradient(impl, dtype, approximate, shape):
     compare(impl, approximate, *make(*SHAPES[shape], dtype))
+
+
+@pytest.mark.parametrize("level", grid.levels())
+@pytest.mark.parametrize("approximate", ["tanh", "none"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_cpu_on_every_instruction_set(dtype, approximate, level, monkeypatch):
+    monkeypatch.setenv(extension.ISA_VARIABLE, level)
+    compare("cpu", approximate, *make(150, 77, dtype))
+
+
+@grid.EXTENSION
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_cpu_is_the_same_to_the_bit_on_any_number_of_threads(dtype):
+    x, bias, dy = make(1000, 48, dtype)
+    results = []
+    for count in (1, 2, 5):
+        with grid.threads(count):
+            results.append(run(lambda *a: bias_gelu(*a, impl="cpu"), x, bias, dy, dtype))
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+@pytest.mark.parametrize("level", grid.levels())
+def test_cpu_approximates_tanh_and_erf_to_a_millionth(level, monkeypatch):
+    monkeypatch.setenv(extension.ISA_VARIABLE, level)
+    u = torch.linspace(-14, 14, 400_000)[None]  # an even number: without 0
+    for approximate in ("tanh", "none"):
+        cdf = bias_gelu(u, None, approximate=approximate, impl="cpu").double() / u.double()
+        exact = F.gelu(u.double(), approximate=approximate) / u.double()
+        assert (2 * (cdf - exact)).abs().max() < 1e-6, approximate  # 2 * Phi - 1 is tanh or erf
 
 
 @pytest.mark.parametrize("approximate", ["tanh", "none"])
@@ -147,12 +180,13 @@ def test_the_same_to_the_bit_on_every_run(impl):
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
+@pytest.mark.parametrize("impl", [grid.CPU, "torch"])
 @pytest.mark.parametrize("bias", [True, False])
-def test_opcheck(bias):
+def test_opcheck(bias, impl):
     x, b, dy = make(4, 8, torch.bfloat16, bias=bias)
     leaves = (x.clone().requires_grad_(), b.clone().requires_grad_() if bias else None)
-    torch.library.opcheck(_bias_gelu_forward, (*leaves, "tanh", "torch"))
-    torch.library.opcheck(_bias_gelu_backward, (dy, x, b, "tanh", "torch"))
+    torch.library.opcheck(_bias_gelu_forward, (*leaves, "tanh", impl))
+    torch.library.opcheck(_bias_gelu_backward, (dy, x, b, "tanh", impl))
 
 
 @pytest.mark.parametrize("impl", KERNELS)

@@ -1,7 +1,7 @@
 // Compiled once per instruction set.
 #include "column_sums.h"
 
-#include "rows.h"
+#include "columns.h"
 
 namespace stellarator {
 namespace STELLARATOR_ISA {

@@ -4,7 +4,7 @@
 
 #include <math.h>
 
-#include "rows.h"
+#include "columns.h"
 
 namespace stellarator {
 namespace STELLARATOR_ISA {

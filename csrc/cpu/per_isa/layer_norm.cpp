@@ -3,7 +3,7 @@
 
 #include <math.h>
 
-#include "rows.h"
+#include "columns.h"
 
 namespace stellarator {
 namespace STELLARATOR_ISA {
@@ -12,11 +12,6 @@ namespace {
 // Rows that are done at once: their sums do not wait for each other, and what all rows share (the
 // parameters and the sums of their gradients) is read once for them.
 constexpr int kTogether = 4;
-
-template <typename Element>
-const Element* row_of(const Rows& rows, int64_t row) {
-    return static_cast<const Element*>(rows.at) + row * rows.stride;
-}
 
 // s = x + residual of one row, rounded as it is stored, widened again into `to`; its sum.
 template <typename Element>

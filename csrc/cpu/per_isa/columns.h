@@ -1,9 +1,16 @@
 // Loops over the columns of a row, whole vectors and then what is left. For files in per_isa/ only.
 #pragma once
 
+#include "rows.h"
 #include "vector.h"
 
 namespace {
+
+// Where row `row` begins.
+template <typename Element>
+inline const Element* row_of(const stellarator::Rows& rows, int64_t row) {
+    return static_cast<const Element*>(rows.at) + row * rows.stride;
+}
 
 // How much of a vector lies in the row.
 struct Whole {};
