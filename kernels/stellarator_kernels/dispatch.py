@@ -27,7 +27,7 @@ _OPS = {
     "flash_attention": ("triton", "cpu", "torch", "reference"),
     "decode_attention": ("torch", "reference"),
     "embedding": ("torch", "reference"),
-    "rope": ("triton", "torch", "reference"),
+    "rope": ("triton", "cpu", "torch", "reference"),
     "layer_norm": ("triton", "cpu", "torch", "reference"),
     "bias_gelu": ("triton", "cpu", "torch", "reference"),
     "cross_entropy": ("triton", "cpu", "torch", "reference"),

@@ -13,7 +13,7 @@ Source: Su et al. 2021, arXiv:2104.09864.
 
 import torch
 
-from stellarator_kernels import reference
+from stellarator_kernels import extension, reference
 from stellarator_kernels._triton import tl, triton
 from stellarator_kernels.checks import expect, expect_dtype, expect_same_device, expect_shape
 from stellarator_kernels.dispatch import choose
@@ -95,6 +95,21 @@ def _rotate_triton(q, k, cos, sin, conjugate):
     return q_out, k_out
 
 
+def _rotate_cpu(q, k, cos, sin, conjugate):
+    """Call the C++ kernel; heads may be strided, the elements of one head may not."""
+    q, k = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k))
+    cos, sin = cos.contiguous(), sin.contiguous()
+    q_out, k_out = q.new_empty(q.shape), k.new_empty(k.shape)
+    extension.load().rope(
+        **{"is_bfloat16": q.dtype == torch.bfloat16, "conjugate": conjugate},
+        **{"M": q.shape[0], "D": q.shape[2], "cos": cos.data_ptr(), "sin": sin.data_ptr()},
+        **{n: (x.data_ptr(), *x.stride()[:2], x.shape[1]) for n, x in (("q", q), ("k", k))},
+        **{"q_out": q_out.data_ptr(), "k_out": k_out.data_ptr()},
+        **{"threads": torch.get_num_threads(), "isa": extension.isa()},
+    )
+    return q_out, k_out
+
+
 def _rotate_torch(x, cos, sin):
     """The rotation with ATen's elementwise kernels.
 
@@ -124,8 +139,9 @@ def _rotate_torch(x, cos, sin):
 def _rotate(q, k, cos, sin, conjugate, impl):
     """Both tensors by the chosen implementation."""
     chosen = choose("rope", impl, q)
-    if chosen == "triton":
-        return _rotate_triton(q, k, cos, sin, conjugate)
+    if chosen in ("triton", "cpu"):
+        rotate = _rotate_triton if chosen == "triton" else _rotate_cpu
+        return rotate(q, k, cos, sin, conjugate)
     sin = -sin if conjugate else sin
     rotate = _rotate_torch if chosen == "torch" else reference.rope_ref
     return rotate(q, cos, sin), rotate(k, cos, sin)

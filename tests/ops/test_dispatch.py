@@ -49,7 +49,7 @@ def test_auto(op, given, expected):
 @pytest.mark.parametrize(
     ("op", "impl", "given", "reason"),
     [
-        ("rope", "cpu", Facts("cpu", FP32), "there is no cpu implementation of rope"),
+        ("embedding", "cpu", Facts("cpu", FP32), "there is no cpu implementation of embedding"),
         ("rope", "triton", Facts("cpu", FP32), "on the CPU and TRITON_INTERPRET is not 1"),
         ("rope", "triton", Facts("cuda", FP64, (9, 0)), "16 and 32-bit floats, not torch.float64"),
         ("rope", "triton", Facts("cuda", FP32, (7, 5)), r"capability \(7, 5\), 8.0 is needed"),
@@ -162,9 +162,10 @@ def test_explain_refuses_what_the_op_does_not_take(op, args, kwargs, error, mess
 
 
 def test_explain_of_an_impl_that_cannot_run_says_why():
-    with pytest.raises(RuntimeError, match="rope: impl='cpu' cannot run: there is no cpu impl"):
-        args, kwargs = arguments(FP32)["rope"]
-        explain("rope", *args, **kwargs, impl="cpu")
+    message = "decode_attention: impl='cpu' cannot run: there is no cpu impl"
+    with pytest.raises(RuntimeError, match=message):
+        args, kwargs = arguments(FP32)["decode_attention"]
+        explain("decode_attention", *args, **kwargs, impl="cpu")
 
 
 @pytest.mark.parametrize(

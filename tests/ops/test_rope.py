@@ -7,19 +7,22 @@ Where Triton runs: grid.py.
 
 import sys
 
+import grid
 import pytest
 import torch
-from grid import CASES, IMPLS, KERNELS, generator
+from grid import CASES, CPU_CASES, generator
 
-from stellarator_kernels import cost, rope
+from stellarator_kernels import cost, extension, rope
 from stellarator_kernels.rope import _rope_backward, _rope_forward, rope_table, tiles
 from stellarator_kernels.testing import assert_close_to_reference, poison_empty
 
+IMPLS, KERNELS = [grid.CPU, *grid.IMPLS], [grid.CPU, *grid.KERNELS]
 THETA_3B = 999999.4420358813
 SHAPES = {
     "mqa": (2, 5, 4, 1, 64),
     "one_pair": (1, 1, 1, 1, 2),
     "odd_heads_and_half_width_40": (3, 7, 5, 3, 80),
+    "half_width_7": (1, 3, 2, 1, 14),
     "3b": (1, 3, 24, 2, 128),
     "7b": (1, 2, 36, 4, 128),
     "15b": (2, 2, 48, 4, 128),
@@ -69,8 +72,13 @@ def test_table_equals_that_of_transformers_to_the_bit(theta):
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize(("impl", "dtype"), CASES)
+@pytest.mark.parametrize(("impl", "dtype"), [*CASES, *CPU_CASES])
 def test_results_and_every_gradient(impl, dtype, shape):
+    compare(impl, dtype, shape)
+
+
+def compare(impl, dtype, shape):
+    """Results and gradients of one case against float64."""
     q, k, positions, dq, dk = make(*SHAPES[shape], dtype)
     q, k = q.requires_grad_(), k.requires_grad_()
     with poison_empty():
@@ -88,7 +96,26 @@ def test_results_and_every_gradient(impl, dtype, shape):
         assert_close_to_reference(actual.detach(), exact(x, *arguments), peer, name=name)
 
 
-@pytest.mark.parametrize("impl", ["torch", "reference"])
+@pytest.mark.parametrize("level", grid.levels())
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("shape", ["odd_heads_and_half_width_40", "half_width_7", "3b"])
+def test_cpu_on_every_instruction_set(shape, dtype, level, monkeypatch):
+    monkeypatch.setenv(extension.ISA_VARIABLE, level)
+    compare("cpu", dtype, shape)
+
+
+@grid.EXTENSION
+def test_cpu_is_the_same_to_the_bit_on_any_number_of_threads():
+    q, k, positions, _, _ = make(2, 700, 6, 2, 32, torch.bfloat16)
+    results = []
+    for count in (1, 2, 5):
+        with grid.threads(count):
+            results.append(rope(q, k, positions, 1e4, impl="cpu"))
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+@pytest.mark.parametrize("impl", [grid.CPU, "torch", "reference"])
 def test_16_bit_values_are_rounded_once(impl):
     q, k, positions, _, _ = make(2, 3, 2, 1, 16, torch.bfloat16)
     for x, actual in zip((q, k), rope(q, k, positions, 1e4, impl=impl), strict=True):
@@ -180,12 +207,13 @@ def test_gradcheck(impl):
     assert torch.autograd.gradcheck(function, (q.requires_grad_(), k.requires_grad_()))
 
 
-def test_opcheck():
+@pytest.mark.parametrize("impl", [grid.CPU, "torch"])
+def test_opcheck(impl):
     q, k, positions, dq, dk = make(1, 3, 2, 1, 8, torch.bfloat16)
     table = rope_table(positions, 8, 1e4)
     leaves = q[0].clone().requires_grad_(), k[0].clone().requires_grad_()
-    torch.library.opcheck(_rope_forward, (*leaves, *table, "torch"))
-    torch.library.opcheck(_rope_backward, (dq[0], dk[0], *table, "torch"))
+    torch.library.opcheck(_rope_forward, (*leaves, *table, impl))
+    torch.library.opcheck(_rope_backward, (dq[0], dk[0], *table, impl))
 
 
 @pytest.mark.parametrize("impl", KERNELS)
