@@ -126,6 +126,17 @@ def ninja_file(units: list, library: Path) -> str:
 class BuildExtension(build_ext):
     """Compiles csrc/ with one set of flags per file."""
 
+    def run(self) -> None:
+        self._forget()
+        super().run()
+
+    def _forget(self) -> None:
+        """Remove libraries of earlier builds: a build that fails must not pass off an old one."""
+        inplace = self.inplace
+        for ext in self.extensions:
+            for self.inplace in (False, inplace):  # in build/, and beside the sources
+                Path(self.get_ext_fullpath(ext.name)).unlink(missing_ok=True)
+
     def build_extension(self, ext: Extension) -> None:
         try:
             self._build(Path(self.get_ext_fullpath(ext.name)))

@@ -206,6 +206,22 @@ def test_a_broken_compiler_does_not_fail_the_build(tmp_path, compiler):
     assert not list(folder.rglob("*.so"))
 
 
+@pytest.mark.parametrize("command", [["bdist_wheel"], ["build_ext", "--inplace"]])
+def test_a_failed_build_does_not_pass_off_an_old_library(tmp_path, command):
+    """It would be of other sources, and `stellarator doctor` would say that it was built."""
+    folder = copy_sources(tmp_path)
+    name = f"stellarator_kernels/_cpu{sysconfig.get_config_var('EXT_SUFFIX')}"
+    built = f"lib.{sysconfig.get_platform()}-{sys.implementation.cache_tag}"
+    stale = [folder / "build" / built / name, folder / "kernels" / name]
+    for path in stale:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(b"old")
+    build(folder, "-q", *command, CXX="/bin/false", CC="/bin/false")
+    assert [path.exists() for path in stale] == [False, "build_ext" not in command]
+    for wheel in folder.glob("dist/*.whl"):
+        assert not [name for name in zipfile.ZipFile(wheel).namelist() if name.endswith(".so")]
+
+
 def test_a_wheel_without_the_extension_works(tmp_path):
     folder = copy_sources(tmp_path / "sources")
     build(folder, "-q", "bdist_wheel", CXX="/bin/false", CC="/bin/false")
