@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 _EPILOG = """\
 Every verb explains itself: stellarator VERB --help
 Exit codes: 0 done, 1 failed on the way, 2 cannot be done as it was asked for, 75 preempted and can
-be resumed, 130 interrupted."""
+be resumed, 130 interrupted, 143 terminated."""
 
 
 def make_parser() -> argparse.ArgumentParser:

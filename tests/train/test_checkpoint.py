@@ -101,6 +101,16 @@ def test_other_format_versions_are_refused(tmp_path):
         checkpoint.load(folder)
 
 
+@pytest.mark.parametrize("content", ["{", "{}", "[]", "5", "[" * 50_000], ids=lambda c: c[:3])
+def test_a_damaged_manifest_is_said_in_words(tmp_path, content):
+    folder = write(tmp_path)
+    (folder / "manifest.json").write_text(content)
+    with pytest.raises(CheckpointError) as error:
+        checkpoint.load(folder)
+    path = folder / "manifest.json"
+    assert str(error.value) == f"{path}: damaged: not the JSON of a checkpoint"
+
+
 FULL_DISK = """
 import resource, sys, signal, torch
 from pathlib import Path

@@ -186,8 +186,10 @@ def load(folder: Path) -> Checkpoint:
         files = manifest["files"]
     except OSError as error:
         raise CheckpointError(f"{folder / _MANIFEST}: {error.strerror}") from error
-    except (ValueError, KeyError, AttributeError, RecursionError) as error:
-        raise CheckpointError(f"{folder / _MANIFEST}: damaged: it is no manifest") from error
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise CheckpointError(
+            f"{folder / _MANIFEST}: damaged: not the JSON of a checkpoint"
+        ) from error
     if _sealed(manifest)["sha256"] != seal:
         raise CheckpointError(f"{folder / _MANIFEST}: damaged: its content does not match its hash")
     if version != FORMAT_VERSION:
