@@ -17,6 +17,7 @@ from stellarator_kernels import cost, cross_entropy, extension
 from stellarator_kernels.cross_entropy import (
     _cross_entropy_backward,
     _cross_entropy_forward,
+    forward_cpu,
     forward_torch,
     launch_forward,
     tiles,
@@ -140,8 +141,14 @@ def test_blocks_of_rows_join(monkeypatch, dtype):
     compare("torch", *make(11, 20, dtype), z_loss=1e-2)
 
 
-@pytest.mark.parametrize("launch", [pytest.param(launch_forward, marks=TRITON), forward_torch])
-@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+IN_PLACE = [
+    *((forward_torch, dtype) for dtype in (torch.float16, torch.float32)),
+    *(pytest.param(launch_forward, x, marks=TRITON) for x in (torch.float16, torch.float32)),
+    *(pytest.param(forward_cpu, x, marks=grid.EXTENSION) for x in (torch.bfloat16, torch.float32)),
+]
+
+
+@pytest.mark.parametrize(("launch", "dtype"), IN_PLACE)
 def test_the_gradient_written_in_place_of_the_logits(dtype, launch):
     logits, targets, dloss = make(4, 5000, dtype)
     exact_loss, exact = run(lambda x: eager(x, targets, -100, 0.1), logits.double(), dloss)
@@ -149,6 +156,23 @@ def test_the_gradient_written_in_place_of_the_logits(dtype, launch):
     loss, _ = launch(logits, targets, dloss, -100, 0.1)
     assert_close_to_reference(loss, exact_loss, reduction_length=5000)
     assert_close_to_reference(logits, exact, peer)
+
+
+@pytest.mark.parametrize(
+    "launch",
+    [
+        pytest.param(launch_forward, marks=TRITON),
+        forward_torch,
+        pytest.param(forward_cpu, marks=grid.EXTENSION),
+    ],
+)
+def test_the_gradient_in_place_of_large_logits_keeps_its_digits(launch):
+    # Unlike the backward, which has only lse, this knows the largest logit and the sum.
+    logits, targets, dloss = make(6, 1000, torch.float32, ignored=False)
+    logits += 3e4
+    _, exact = run(lambda x: eager(x, targets, -100, 0.0), logits.double(), dloss)
+    launch(logits, targets, dloss, -100, 0.0)
+    assert (logits - exact).abs().max() < 1e-6
 
 
 @pytest.mark.parametrize("impl", IMPLS)

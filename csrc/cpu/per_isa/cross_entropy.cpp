@@ -46,13 +46,17 @@ float sum_of_exponentials(const Element* row, int64_t V, float largest) {
     return sum((sums[0] + sums[1]) + (sums[2] + sums[3]));
 }
 
-// gradient = factor * exp(row - lse), less `dloss` at the target.
+// gradient = factor * exp(row - shift - total), less `dloss` at the target. lse is shift + total;
+// their sum is rounded to the last bit of the largest logit, so they are subtracted one by one.
 template <typename Element>
-void write_gradient(const Element* row, int64_t V, float lse, float factor, float dloss,
-                    int64_t target, Element* gradient) {
-    const float at_target = factor * exp2(all((load(row + target, Part{1})[0] - lse) * kLog2E))[0];
+void write_gradient(const Element* row, int64_t V, float shift, float total, float factor,
+                    float dloss, int64_t target, Element* gradient) {
+    const auto scaled = [=](Floats logits) {
+        return factor * exp2(((logits - shift) - total) * kLog2E);
+    };
+    const float at_target = scaled(load(row + target, Part{1}))[0];
     for_columns(0, V, [&](int64_t c, auto part) {
-        store(gradient + c, factor * exp2((load(row + c, part) - lse) * kLog2E), part);
+        store(gradient + c, scaled(load(row + c, part)), part);
     });
     store(gradient + target, all(at_target - dloss), Part{1});
 }
@@ -64,11 +68,11 @@ void rows(const CrossEntropy& call, int64_t begin, int64_t end) {
         Element* gradient = static_cast<Element*>(call.gradient) + n * call.gradient_stride;
         const int64_t target = call.targets[n];
         const bool counts = target != call.ignore_index;
-        float lse = 0.0f;
+        float shift = 0.0f, total = 0.0f, lse = 0.0f;
         if (call.forward) {
             const float largest = largest_of(row, call.V);
-            const float shift = largest == -INFINITY ? 0.0f : largest;
-            const float total = logf(sum_of_exponentials(row, call.V, shift));
+            shift = largest == -INFINITY ? 0.0f : largest;
+            total = logf(sum_of_exponentials(row, call.V, shift));
             lse = call.lse[n] = total + shift;
             call.loss[n] = 0.0f;
             if (counts) {
@@ -76,7 +80,7 @@ void rows(const CrossEntropy& call, int64_t begin, int64_t end) {
                 call.loss[n] = (total - (picked - shift)) + call.z_loss * lse * lse;
             }
         } else {
-            lse = call.lse[n];
+            lse = shift = call.lse[n];
         }
         if (call.dloss == nullptr) continue;
         if (!counts) {
@@ -85,7 +89,7 @@ void rows(const CrossEntropy& call, int64_t begin, int64_t end) {
         }
         const float dloss = call.dloss[n * call.dloss_stride];
         const float factor = dloss * (1.0f + 2.0f * call.z_loss * lse);
-        write_gradient(row, call.V, lse, factor, dloss, target, gradient);
+        write_gradient(row, call.V, shift, total, factor, dloss, target, gradient);
     }
 }
 
