@@ -259,7 +259,8 @@ print(len(units))
 
 
 def test_make_demo_takes_paths_with_spaces():
-    command = ["make", "-n", "demo", "DATA='my code' other", "OUTPUT=runs/my code"]
+    command = ["make", "-n", "--no-print-directory", "demo"]
+    command += ["DATA='my code' other", "OUTPUT=runs/my code"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     words = shlex.split(done.stdout.splitlines()[-1])
     assert words[1:] == ["demo", "my code", "other", "--output", "runs/my code"], done.stdout
