@@ -1,0 +1,264 @@
+"""Every op beside its peers, checked first.
+
+defines: Plan, Outcome, run
+
+For each case: the float64 check at a small shape, the same at the timed shape where the reference
+fits, then forward and backward of ours and all peers in turns, then the peak memory of each. A
+wrong implementation is named with its errors and not timed, and the exit code is 1.
+"""
+
+import statistics
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+
+import torch
+
+from benchmarks import checks, ops, peers, results, shapes
+from benchmarks.cases import Calls, Case, Maker
+from benchmarks.harness import Quantiles, Stopwatch, environment, take_turns
+from benchmarks.machine import Limits, Quietness, measure_limits
+from benchmarks.memory import peak_of_call
+from stellarator_kernels import dispatch
+
+# The timed shape is checked if the float64 reference needs no more than this.
+_CHECK_BYTES = {"cpu": 6 * 2**30, "cuda": 48 * 2**30}
+_CHECK_FLOPS = {"cpu": 1e12, "cuda": 2e14}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What to run."""
+
+    ops: tuple[str, ...] = tuple(ops.OPS)
+    variants: tuple[str, ...] = ()  # first words of the variants; empty: all
+    model: str = "starcoder2_12m"
+    tokens: int | None = None
+    rows: int | None = None
+    window: int | None = None
+    small: bool = False  # time the small shape: to try the machinery out
+    device: str = "cpu"
+    dtype: str = "bfloat16"
+    impls: tuple[str, ...] = ("auto",)
+    peers: str = peers.DEFAULT
+    repeats: int = 15
+    seconds: float = 20.0  # of timing a case
+    clock: str = "wall"
+
+    def shape(self) -> shapes.Shape:
+        """The timed shape."""
+        shape = shapes.get(self.model, tokens=self.tokens, rows=self.rows, window=self.window)
+        return shapes.reduced(shape) if self.small else shape
+
+    def check(self) -> None:
+        """Raises ValueError for what cannot be run."""
+        self.shape()
+        if unknown := [op for op in self.ops if op not in ops.OPS]:
+            raise ValueError(f"--op: expected some of {', '.join(ops.OPS)}, got {unknown}.")
+        if self.clock == "cpu" and (torch.get_num_threads() > 1 or self.device != "cpu"):
+            raise ValueError(
+                "--clock cpu: expected one thread on the CPU, got "
+                f"{torch.get_num_threads()} on {self.device}. Set OMP_NUM_THREADS=1."
+            )
+        if self.device == "cuda" and not torch.cuda.is_available():
+            raise ValueError("--device cuda: expected a GPU, got none.")
+
+
+@dataclass
+class Outcome:
+    """What a run found, beside the points that it wrote."""
+
+    wrong: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+
+def run(
+    plan: Plan,
+    write: Callable[[dict], None],
+    show: Callable[[float, str], None],
+    known: dict[tuple, Limits] | None = None,
+) -> Outcome:
+    """Check, time and weigh every case of the plan.
+
+    Args:
+        write: takes each point.
+        show: takes the share done and what runs now.
+        known: limits of the machine that earlier plans have measured; new ones are added.
+    """
+    outcome, dtype = Outcome(), getattr(torch, plan.dtype)
+    plan.check()
+    show(0.0, "measuring the machine")
+    setting = (plan.device, dtype, plan.clock)
+    known = {} if known is None else known
+    if setting not in known:
+        known[setting] = measure_limits(*setting, scale=8 if plan.small else 1)
+    limits = known[setting]
+    where, shape = environment(), plan.shape()
+    todo = []
+    for op in plan.ops:
+        small = ops.cases(op, shapes.reduced(shape), plan.device)
+        pairs = zip(small, ops.cases(op, shape, plan.device), strict=True)
+        todo += [(s, t) for s, t in pairs if _wanted(t.variant, plan.variants)]
+    for number, (small, timed) in enumerate(todo):
+        show(number / len(todo), timed.name)
+        for point in _points(plan, small, timed, outcome, limits):
+            write({"environment": where, "limits": asdict(limits), **point})
+    show(1.0, "done")
+    return outcome
+
+
+def _wanted(variant: str, wanted: tuple[str, ...]) -> bool:
+    return not wanted or variant.split(" ")[0] in wanted
+
+
+def _points(plan: Plan, small: Case, timed: Case, outcome: Outcome, limits: Limits) -> list[dict]:
+    """All points of one case."""
+    dtype = getattr(torch, plan.dtype)
+    judges = {"small": checks.Judge(small, plan.device, dtype)}
+    if timed.sizes != small.sizes and _fits(timed, plan.device):
+        judges["timed"] = checks.Judge(timed, plan.device, dtype)
+    calls = Calls(timed.inputs(Maker(plan.device, dtype)))
+    base = {
+        "op": timed.op, "variant": timed.variant, "model": plan.model, "sizes": timed.sizes,
+        "dtype": plan.dtype, "device": plan.device, "clock": plan.clock,
+    }  # fmt: skip
+    right, points = {}, []
+    for asked in plan.impls:
+        impl = dispatch.choose(timed.op, asked, next(iter(calls.inputs.values())))
+        found = {place: judge.errors(impl) for place, judge in judges.items()}
+        errors = {place: e.to_json() for place, e in found.items()}
+        wrong = "; ".join(f"at the {place} shape, {e}" for place, e in found.items() if e.wrong)
+        if wrong:
+            outcome.wrong.append(f"{timed.name}, {impl}: {wrong}")
+            points.append(base | _untimed(impl, errors, wrong))
+        else:
+            right[impl] = errors
+    if not right:
+        return points
+    others = _peers(plan, timed, judges["small"], outcome)
+    if not others:
+        outcome.notes.append(f"{timed.name}: none of the peers {plan.peers}, so nothing to compare")
+        return points
+    judges.clear()  # their float64 results would stand in the way of the memory figures
+    calls.prepare(calls.forward(timed.peers["eager"]))
+    found = _measure(plan, timed, calls, right, others, outcome)
+    return points + [base | p for p in _compare(timed, found, right, dtype, limits)]
+
+
+def _fits(case: Case, device: str) -> bool:
+    """Whether the float64 reference of a case can be waited for and held."""
+    cost = case.cost(8)
+    flops = cost.forward_flops + cost.backward_flops
+    return case.reference_bytes <= _CHECK_BYTES[device] and flops <= _CHECK_FLOPS[device]
+
+
+def _peers(plan: Plan, case: Case, judge: checks.Judge, outcome: Outcome) -> dict[str, Callable]:
+    """Peers of the timed case that compute the same thing; small ones are asked."""
+    asked = peers.choose(plan.peers, case.peers)
+    for name, peer in peers.choose(plan.peers, judge.case.peers).items():
+        try:
+            objection = judge.peer_objection(peer)
+        except Exception as error:  # another project's error, or no memory for it
+            objection = f"cannot run: {type(error).__name__}: {str(error).splitlines()[:1]}"
+        if objection:
+            outcome.notes.append(f"{case.name}: peer {name} left out: {objection}")
+            asked.pop(name)
+    return asked
+
+
+@dataclass
+class _Measured:
+    """Times by phase, peak memory, and how quiet it was."""
+
+    times: dict[str, dict[str, list[float]]]
+    memory: dict[str, int | None]
+    quiet: dict
+    impls: list[str]
+
+
+def _measure(plan: Plan, case: Case, calls: Calls, right: dict, others: dict, outcome) -> _Measured:
+    """Time and weigh the right implementations and the peers, in turns."""
+    functions = {impl: lambda *x, impl=impl: case.ours(impl, *x) for impl in right}
+    functions |= {f"peer {name}": peer for name, peer in others.items()}
+    memory = {}
+    for name, function in list(functions.items()):
+        try:
+            calls.both(function)  # code is loaded and caches are filled
+            memory[name] = peak_of_call(lambda f=function: calls.both(f), plan.device)
+        except Exception as error:
+            if name in right:
+                raise
+            what = f"{type(error).__name__}: {str(error).splitlines()[:1]}"
+            outcome.notes.append(f"{case.name}: {name} left out: cannot run: {what}")
+            del functions[name]
+    watch = Stopwatch(plan.device, plan.clock)
+    samplers = {n: _sampler(calls, f, watch) for n, f in functions.items()}
+    quietness = Quietness()
+    times = take_turns(samplers, plan.repeats, seconds=plan.seconds, warmup=1)
+    return _Measured(times, memory, quietness.report(), list(right))
+
+
+def _sampler(calls: Calls, function: Callable, watch: Stopwatch) -> Callable[[], dict[str, float]]:
+    """A function that runs one variant once and returns the ms of each phase."""
+
+    def sample() -> dict[str, float]:
+        watch.start()
+        outputs = calls.forward(function)
+        watch.mark()
+        if calls.wanted:
+            gradients = calls.backward(outputs)
+            watch.mark()
+            del gradients
+        laps = watch.laps_ms()
+        laps = [*laps, sum(laps)] if calls.wanted else laps
+        return dict(zip(calls.phases, laps, strict=True))
+
+    return sample
+
+
+def _compare(case: Case, found: _Measured, right: dict, dtype, limits: Limits) -> list[dict]:
+    """One point for each implementation, phase and peer."""
+    cost = case.cost(dtype.itemsize)
+    work = {
+        "forward": (cost.forward_flops, cost.forward_bytes),
+        "backward": (cost.backward_flops, cost.backward_bytes),
+    }
+    work["both"] = tuple(map(sum, zip(*work.values(), strict=True)))
+    points = []
+    for impl in found.impls:
+        measured = found.times[impl]
+        for phase in (p for p in measured if p in case.phases):
+            times = measured[phase]
+            ours = Quantiles.of(times)
+            flops, size = work[phase]
+            gbps, tflops = size / ours.p50_ms / 1e6, flops / ours.p50_ms / 1e9
+            last = phase == list(measured)[-1]
+            for name in (n for n in found.times if n.startswith("peer ")):
+                theirs = found.times[name][phase]
+                ratios = Quantiles.of([t / o for t, o in zip(theirs, times, strict=True)])
+                peak, peer_peak = (found.memory[n] if last else None for n in (impl, name))
+                weighed = peak is not None and peer_peak
+                points.append(
+                    {
+                        "phase": phase, "impl": impl, "peer": name.removeprefix("peer "),
+                        "ms": _milliseconds(ours), "peer_ms": _milliseconds(Quantiles.of(theirs)),
+                        "ratio": statistics.median(theirs) / statistics.median(times),
+                        "ratio_p20": ratios.p20_ms, "ratio_p80": ratios.p80_ms,
+                        "gbps": gbps, "tflops": tflops, "copy_share": gbps / limits.copy_gbps,
+                        "matmul_share": tflops / limits.matmul_tflops,
+                        "flops_per_byte": flops / size, "peak_bytes": peak,
+                        "peer_peak_bytes": peer_peak,
+                        "memory_ratio": peak / peer_peak if weighed else None,
+                        "errors": right[impl], "wrong": None, "quiet": found.quiet,
+                    }
+                )  # fmt: skip
+    return points
+
+
+def _milliseconds(q: Quantiles) -> dict:
+    return {"p20": q.p20_ms, "p50": q.p50_ms, "p80": q.p80_ms}
+
+
+def _untimed(impl: str, errors: dict, wrong: str) -> dict:
+    """A point without times."""
+    known = {"phase": "both", "impl": impl, "peer": "", "errors": errors, "wrong": wrong}
+    return results.UNTIMED | known
