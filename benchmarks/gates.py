@@ -3,8 +3,8 @@
 defines: load, judge, Verdict, arguments, main
 
 Nothing in gates.toml is absolute: a gate is a ratio to a named peer in the same run, an error ratio
-to eager code, or a limit of compiled code (spilled registers, shared memory of the GPU). A gate whose
-point is not among the results is missed too: what was not measured has not passed.
+to eager code, or a limit of compiled code (spilled registers, share of the GPU's shared memory). A
+gate whose point is not among the results is missed too: what was not measured has not passed.
 """
 
 import argparse

@@ -1,6 +1,6 @@
 """Where a benchmark ran, and timing in turns.
 
-defines: environment, Quantiles, Stopwatch, interleave, take_turns
+defines: environment, CLOCKS, Quantiles, Stopwatch, take_turns, timed
 
 Variants are timed in turns in one process, so that a slow moment of the machine hits all of them,
 and each turn begins with another variant, so that none always follows the same neighbour.
@@ -145,28 +145,16 @@ def take_turns(
     return times
 
 
-def interleave(
-    functions: dict[str, Callable], repeats: int, warmup: int = 2, clock: str = "wall"
-) -> dict[str, Quantiles]:
-    """Quantiles of several functions without arguments, timed whole, in turns.
+def timed(
+    function: Callable[[], object], device: str = "cpu", clock: str = "wall"
+) -> Callable[[], dict[str, float]]:
+    """A sampler of one phase, "whole": the function from call to result, the host's work too."""
 
-    Args:
-        functions: name -> call without arguments.
-        repeats: timed calls of each, after `warmup` calls that are not counted.
-    """
+    def sample() -> dict[str, float]:
+        start = CLOCKS[clock]()
+        function()
+        if device == "cuda":
+            torch.cuda.synchronize()
+        return {"whole": 1e3 * (CLOCKS[clock]() - start)}
 
-    def sampler(function: Callable) -> Callable[[], dict[str, float]]:
-        def sample() -> dict[str, float]:
-            if torch.cuda.is_available():
-                torch.cuda.synchronize()
-            start = CLOCKS[clock]()
-            function()
-            if torch.cuda.is_available():
-                torch.cuda.synchronize()
-            return {"whole": 1e3 * (CLOCKS[clock]() - start)}
-
-        return sample
-
-    samplers = {name: sampler(function) for name, function in functions.items()}
-    times = take_turns(samplers, repeats, warmup=warmup)
-    return {name: Quantiles.of(found["whole"]) for name, found in times.items()}
+    return sample

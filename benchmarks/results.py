@@ -11,6 +11,8 @@ import argparse
 import json
 from pathlib import Path
 
+from benchmarks.harness import Quantiles
+
 NUMBER = (int, float)
 OPTIONAL_NUMBER = (int, float, type(None))
 # Every field of a point and its types.
@@ -72,6 +74,19 @@ def validate(point: dict) -> None:
             raise ValueError(f"results: expected {name} to be {kind}, got {value!r}.")
 
 
+def timed(ours_ms: list[float], peer_ms: list[float]) -> dict:
+    """The fields of a point that the times of both, one a turn, give."""
+    ours, peer = Quantiles.of(ours_ms), Quantiles.of(peer_ms)
+    ratios = Quantiles.of([p / o for p, o in zip(peer_ms, ours_ms, strict=True)])
+    return {
+        "ms": {"p20": ours.p20_ms, "p50": ours.p50_ms, "p80": ours.p80_ms},
+        "peer_ms": {"p20": peer.p20_ms, "p50": peer.p50_ms, "p80": peer.p80_ms},
+        "ratio": peer.p50_ms / ours.p50_ms,
+        "ratio_p20": ratios.p20_ms,
+        "ratio_p80": ratios.p80_ms,
+    }
+
+
 class Writer:
     """Keeps points, and writes each to a file at once if there is one.
 
@@ -126,6 +141,15 @@ def key(point: dict) -> tuple:
 def name(point: dict) -> str:
     """Op and variant."""
     return f"{point['op']} {point['variant']}".rstrip()
+
+
+def where(environment: dict) -> str:
+    """One line about machine, versions, commit and date."""
+    e = environment
+    return (
+        f"{e['gpu'] or e['cpu']}, {e['threads']} threads, isa {e['isa']}, torch {e['torch']}, "
+        f"commit {e['commit']}{' with changes' if e['dirty'] else ''}, {e['date']}"
+    )
 
 
 def table(rows: list[list[str]], header: list[str]) -> str:

@@ -77,11 +77,9 @@ def main(given: argparse.Namespace) -> int:
 def print_report(points: list[dict], outcome: suite.Outcome) -> None:
     """The Markdown that a run ends with: where, the table, what is wrong, what was left out."""
     if points:
-        where, limits = points[0]["environment"], points[0]["limits"]
+        limits = points[0]["limits"]
         print(
-            f"{where['gpu'] or where['cpu']}, {where['threads']} threads, isa {where['isa']}, "
-            f"torch {where['torch']}, commit {where['commit']}{'+' if where['dirty'] else ''}, "
-            f"{where['date']}, clock {points[0]['clock']}.\n"
+            f"{results.where(points[0]['environment'])}, clock {points[0]['clock']}.\n"
             f"Measured here: copy {limits['copy_gbps']:.1f} GB/s, matrix product "
             f"{limits['matmul_tflops']:.3f} TFLOP/s ({points[0]['dtype']}); shares are of these.\n"
         )

@@ -15,7 +15,7 @@ import torch
 
 from benchmarks import checks, ops, peers, results, shapes
 from benchmarks.cases import Calls, Case, Maker
-from benchmarks.harness import Quantiles, Stopwatch, environment, take_turns
+from benchmarks.harness import Stopwatch, environment, take_turns
 from benchmarks.machine import Limits, Quietness, measure_limits
 from benchmarks.memory import peak_of_call
 from stellarator_kernels import dispatch
@@ -41,6 +41,7 @@ class Plan:
     impls: tuple[str, ...] = ("auto",)
     peers: str = peers.DEFAULT
     repeats: int = 15
+    warmup: int = 1
     seconds: float = 20.0  # of timing a case
     clock: str = "wall"
 
@@ -122,8 +123,7 @@ def _points(plan: Plan, small: Case, timed: Case, outcome: Outcome, limits: Limi
         "dtype": plan.dtype, "device": plan.device, "clock": plan.clock,
     }  # fmt: skip
     right, points = {}, []
-    for asked in plan.impls:
-        impl = dispatch.choose(timed.op, asked, next(iter(calls.inputs.values())))
+    for impl in _impls(plan, timed, next(iter(calls.inputs.values())), outcome):
         found = {place: judge.errors(impl) for place, judge in judges.items()}
         errors = {place: e.to_json() for place, e in found.items()}
         wrong = "; ".join(f"at the {place} shape, {e}" for place, e in found.items() if e.wrong)
@@ -142,6 +142,17 @@ def _points(plan: Plan, small: Case, timed: Case, outcome: Outcome, limits: Limi
     calls.prepare(calls.forward(timed.peers["eager"]))
     found = _measure(plan, timed, calls, right, others, outcome)
     return points + [base | p for p in _compare(timed, found, right, dtype, limits)]
+
+
+def _impls(plan: Plan, case: Case, tensor: torch.Tensor, outcome: Outcome) -> list[str]:
+    """What the asked implementations come to, each once; one that cannot run is noted."""
+    found = []
+    for asked in plan.impls:
+        try:
+            found.append(dispatch.choose(case.op, asked, tensor))
+        except RuntimeError as error:
+            outcome.notes.append(str(error))
+    return list(dict.fromkeys(found))
 
 
 def _fits(case: Case, device: str) -> bool:
@@ -172,7 +183,6 @@ class _Measured:
     times: dict[str, dict[str, list[float]]]
     memory: dict[str, int | None]
     quiet: dict
-    impls: list[str]
 
 
 def _measure(plan: Plan, case: Case, calls: Calls, right: dict, others: dict, outcome) -> _Measured:
@@ -193,8 +203,8 @@ def _measure(plan: Plan, case: Case, calls: Calls, right: dict, others: dict, ou
     watch = Stopwatch(plan.device, plan.clock)
     samplers = {n: _sampler(calls, f, watch) for n, f in functions.items()}
     quietness = Quietness()
-    times = take_turns(samplers, plan.repeats, seconds=plan.seconds, warmup=1)
-    return _Measured(times, memory, quietness.report(), list(right))
+    times = take_turns(samplers, plan.repeats, seconds=plan.seconds, warmup=plan.warmup)
+    return _Measured(times, memory, quietness.report())
 
 
 def _sampler(calls: Calls, function: Callable, watch: Stopwatch) -> Callable[[], dict[str, float]]:
@@ -224,38 +234,38 @@ def _compare(case: Case, found: _Measured, right: dict, dtype, limits: Limits) -
     }
     work["both"] = tuple(map(sum, zip(*work.values(), strict=True)))
     points = []
-    for impl in found.impls:
-        measured = found.times[impl]
-        for phase in (p for p in measured if p in case.phases):
-            times = measured[phase]
-            ours = Quantiles.of(times)
-            flops, size = work[phase]
-            gbps, tflops = size / ours.p50_ms / 1e6, flops / ours.p50_ms / 1e9
-            last = phase == list(measured)[-1]
+    for impl in right:
+        phases = found.times[impl]
+        for phase, times in phases.items():
+            if phase not in case.phases:
+                continue
+            known = _rates(*work[phase], statistics.median(times), limits)
+            known |= {"phase": phase, "impl": impl, "errors": right[impl], "wrong": None}
             for name in (n for n in found.times if n.startswith("peer ")):
-                theirs = found.times[name][phase]
-                ratios = Quantiles.of([t / o for t, o in zip(theirs, times, strict=True)])
-                peak, peer_peak = (found.memory[n] if last else None for n in (impl, name))
-                weighed = peak is not None and peer_peak
-                points.append(
-                    {
-                        "phase": phase, "impl": impl, "peer": name.removeprefix("peer "),
-                        "ms": _milliseconds(ours), "peer_ms": _milliseconds(Quantiles.of(theirs)),
-                        "ratio": statistics.median(theirs) / statistics.median(times),
-                        "ratio_p20": ratios.p20_ms, "ratio_p80": ratios.p80_ms,
-                        "gbps": gbps, "tflops": tflops, "copy_share": gbps / limits.copy_gbps,
-                        "matmul_share": tflops / limits.matmul_tflops,
-                        "flops_per_byte": flops / size, "peak_bytes": peak,
-                        "peer_peak_bytes": peer_peak,
-                        "memory_ratio": peak / peer_peak if weighed else None,
-                        "errors": right[impl], "wrong": None, "quiet": found.quiet,
-                    }
-                )  # fmt: skip
+                timed = results.timed(times, found.times[name][phase])
+                last = phase == list(phases)[-1]
+                weights = [found.memory[n] if last else None for n in (impl, name)]
+                peer = {"peer": name.removeprefix("peer "), "quiet": found.quiet}
+                points.append(known | timed | peer | _weights(*weights))
     return points
 
 
-def _milliseconds(q: Quantiles) -> dict:
-    return {"p20": q.p20_ms, "p50": q.p50_ms, "p80": q.p80_ms}
+def _rates(flops: int, size: int, ms: float, limits: Limits) -> dict:
+    """Bandwidth and rate, absolute and as shares of what the run measured."""
+    gbps, tflops = size / ms / 1e6, flops / ms / 1e9
+    return {
+        "gbps": gbps,
+        "tflops": tflops,
+        "copy_share": gbps / limits.copy_gbps,
+        "matmul_share": tflops / limits.matmul_tflops,
+        "flops_per_byte": flops / size,
+    }
+
+
+def _weights(ours: int | None, peer: int | None) -> dict:
+    """Peak memory of both; the ratio where both have one."""
+    ratio = ours / peer if ours is not None and peer else None
+    return {"peak_bytes": ours, "peer_peak_bytes": peer, "memory_ratio": ratio}
 
 
 def _untimed(impl: str, errors: dict, wrong: str) -> dict:
