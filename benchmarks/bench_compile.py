@@ -14,9 +14,6 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-# Read by Triton when it decorates a kernel: from here on kernels are compiled in this process.
-os.environ["TRITON_INTERPRET"] = "0"
-
 from benchmarks import results, shapes
 from benchmarks.harness import environment
 from stellarator.progress import Progress
@@ -198,6 +195,8 @@ def main(given: argparse.Namespace) -> int:
     if unknown := [name for name in names if name not in ARCHITECTURES]:
         print(f"--arch: expected some of {', '.join(ARCHITECTURES)}, got {', '.join(unknown)}.")
         return 2
+    # Read by Triton when it decorates a kernel, so before the kernels are imported.
+    os.environ["TRITON_INTERPRET"] = "0"
     todo = [(n, b) for n in names for b in builds(ARCHITECTURES[n])]
     missing = forgotten([build for _, build in todo])
     todo = [(n, b) for n, b in todo if b.kernel.startswith(given.kernel)]

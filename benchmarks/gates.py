@@ -9,11 +9,13 @@ gate whose point is not among the results is missed too: what was not measured h
 
 import argparse
 import itertools
+import math
 import os
 import subprocess
 import sys
 import tempfile
 import tomllib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,7 +29,7 @@ from stellarator.progress import Progress
 FILE = Path(__file__).with_name("gates.toml")
 COMPILED = "compile"
 _SELECT = ("op", "variant", "model", "tokens", "dtype", "device", "phase", "impl", "peer")
-_LIMITS = ("speed", "memory", "errors", "aim")
+_LIMITS = ("speed", "memory", "errors")
 # Sets that another verb measures, in a process of its own: it says how Triton is imported.
 _VERBS = {"train": ["train", "--peers", "eager,compiled"], "data": ["data"], COMPILED: [COMPILED]}
 _SELECT_COMPILED = ("kernel", "arch")
@@ -35,28 +37,36 @@ _LIMITS_COMPILED = ("spill_bytes", "shared", "instructions")
 
 
 def load(path: str | Path = FILE) -> dict[str, list[dict]]:
-    """{name of a set: its gates}.
+    """{name of a set: its gates}, defaults filled in and lists taken apart.
 
     Raises:
         ValueError: an entry has a key that is no field and no limit, or no limit at all.
     """
     with open(path, "rb") as file:
         sets = tomllib.load(file)
-    for name, gates in sets.items():
-        select, limits = _SELECT, _LIMITS
-        if name == COMPILED:
-            select, limits = _SELECT_COMPILED, _LIMITS_COMPILED
-        for gate in gates:
-            if unknown := set(gate) - {*select, *limits}:
-                raise ValueError(f"{path}: {name}: expected {select + limits}, got {unknown}.")
-            if not set(gate) & set(limits[:3]):
-                raise ValueError(f"{path}: {name}: expected one of {limits[:3]} in {gate}.")
-    return sets
+    return {name: _gates(f"{path}: {name}", given) for name, given in sets.items()}
+
+
+def _gates(where: str, given: dict) -> list[dict]:
+    """One dict a gate."""
+    found = []
+    for gate in (given.get("defaults", {}) | gate for gate in given["gates"]):
+        compiled = "kernel" in gate
+        select = _SELECT_COMPILED if compiled else _SELECT
+        limits = _LIMITS_COMPILED if compiled else _LIMITS
+        if unknown := set(gate) - {*select, *limits, "aim"}:
+            raise ValueError(f"{where}: expected keys of {select + limits}, got {unknown}.")
+        if not set(gate) & set(limits):
+            raise ValueError(f"{where}: expected one of {limits}, got {gate}.")
+        lists = {name: gate[name] for name in select if isinstance(gate.get(name), list)}
+        for values in itertools.product(*lists.values()):
+            found.append(gate | dict(zip(lists, values, strict=True)))
+    return found
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """One limit of one gate on one point."""
+    """One limit of one gate, on the worst of its points."""
 
     what: str
     limit: str
@@ -72,12 +82,17 @@ def judge(gates: list[dict], points: list[dict]) -> list[Verdict]:
         names = _SELECT_COMPILED if compiled else _SELECT
         wanted = {name: gate[name] for name in names if name in gate}
         found = [p for p in points if ("kernel" in p) == compiled and _matches(p, wanted)]
+        if "phase" not in gate and any(p.get("phase") == "both" for p in found):
+            found = [p for p in found if p["phase"] == "both"]
         what = " ".join(str(v) for v in wanted.values())
         if not found:
             verdicts.append(Verdict(what, "measured", "no such point", False))
         rule = _judge_compiled if compiled else _judge_point
+        worst: dict[str, tuple[float, str]] = {}
         for point in found:
-            verdicts += rule(gate, point, what)
+            for limit, excess, text in rule(gate, point):
+                worst[limit] = max(worst.get(limit, (-math.inf, "")), (excess, text))
+        verdicts += [Verdict(what, n, text, excess <= 0) for n, (excess, text) in worst.items()]
     return verdicts
 
 
@@ -85,7 +100,8 @@ def _matches(point: dict, wanted: dict) -> bool:
     """Whether a point is the one that is meant; `variant` may be its first word."""
     for name, value in wanted.items():
         if name == "tokens":
-            if value not in (point["sizes"].get("T"), point["sizes"].get("N")):
+            sizes = point["sizes"]
+            if sizes.get("T") is not None and value not in (sizes["T"], sizes["B"] * sizes["T"]):
                 return False
         elif name == "variant":
             if value not in (point["variant"], point["variant"].split(" ")[0]):
@@ -95,42 +111,45 @@ def _matches(point: dict, wanted: dict) -> bool:
     return True
 
 
-def _judge_point(gate: dict, point: dict, what: str) -> list[Verdict]:
+def _judge_point(gate: dict, point: dict) -> Iterator[tuple[str, float, str]]:
+    """(limit, by how much it is missed, what was found) of each limit."""
     if point["wrong"] is not None:
-        return [Verdict(what, "right", point["wrong"], False)]
-    verdicts = []
+        yield "right", math.inf, point["wrong"]
+        return
     if "errors" in gate:
-        limit = gate["errors"]
-        for place, e in point["errors"].items():
-            worst = max(e["maximum"], e["rms"])
-            text = f"{e['maximum']:.2f}, {e['rms']:.2f} ({place})"
-            verdicts.append(Verdict(what, f"errors <= {limit:g}", text, worst <= limit))
+        found = {place: max(e["maximum"], e["rms"]) for place, e in point["errors"].items()}
+        place = max(found, key=found.get)
+        limit = f"errors <= {gate['errors']:g}"
+        yield limit, found[place] - gate["errors"], f"{found[place]:.2f} ({place} shape)"
     if "speed" in gate:
         aim = f", aim {gate['aim']:g}x" if "aim" in gate else ""
         limit, ratio = f"speed >= {gate['speed']:g}x{aim}", point["ratio"]
-        verdicts.append(Verdict(what, limit, f"{ratio:.2f}x", ratio >= gate["speed"]))
+        yield limit, gate["speed"] - ratio, f"{ratio:.2f}x"
     if "memory" in gate:
-        ratio = point["memory_ratio"]
-        text = "not measured" if ratio is None else f"{ratio:.2f}x"
-        passed = ratio is not None and ratio <= gate["memory"]
-        verdicts.append(Verdict(what, f"memory <= {gate['memory']:g}x", text, passed))
-    return verdicts
+        limit, ratio = f"memory <= {gate['memory']:g}x", point["memory_ratio"]
+        if ratio is None:
+            yield limit, math.inf, "not measured"
+        else:
+            yield limit, ratio - gate["memory"], f"{ratio:.2f}x"
 
 
-def _judge_compiled(gate: dict, point: dict, what: str) -> list[Verdict]:
-    what, verdicts = f"{what} {point['case']}", []
+def _judge_compiled(gate: dict, point: dict) -> Iterator[tuple[str, float, str]]:
+    """As _judge_point; the case and architecture of what was found with it."""
+    case = f"{point['case']} {point['arch']}".lstrip()
     if "spill_bytes" in gate:
         found = point["spill_bytes"]
-        limit = f"spills <= {gate['spill_bytes']} B"
-        verdicts.append(Verdict(what, limit, f"{found} B", found <= gate["spill_bytes"]))
+        yield (
+            f"spills <= {gate['spill_bytes']} B",
+            found - gate["spill_bytes"],
+            f"{found} B, {case}",
+        )
     if "shared" in gate:
         share = point["shared_bytes"] / point["shared_limit"]
         limit = f"shared memory <= {gate['shared']:.0%}"
-        verdicts.append(Verdict(what, limit, f"{share:.0%}", share <= gate["shared"]))
+        yield limit, share - gate["shared"], f"{share:.0%}, {case}"
     for name in gate.get("instructions", ()):
         found = point["instructions"].get(name, 0)
-        verdicts.append(Verdict(what, f"has {name}", str(found), found > 0))
-    return verdicts
+        yield f"has {name}", 1 - found, f"{found}, {case}"
 
 
 def plans(gates: list[dict], **options) -> list[suite.Plan]:

@@ -1,0 +1,174 @@
+"""`python -m benchmarks plot`: roofline and ratio plots of result files, and a Markdown page.
+
+    FOLDER/roofline.png   rate against operations per byte, under the peaks that the run measured
+    FOLDER/ratios.png     speed beside each peer, with the 20 to 80 % range, and peak memory
+    FOLDER/README.md      machine, versions, tables, the plots
+
+One set a device and dtype; the first set has the plain names. Drawn without pyplot, so that no
+window system is asked for.
+"""
+
+import argparse
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from benchmarks import results
+from benchmarks.bench_compile import markdown as compiled_table
+from benchmarks.run import markdown
+
+_COLOURS = {"forward": "#4477aa", "backward": "#ee6677", "both": "#228833", "whole": "#228833"}
+_MARKS = "osD^vP*X<>"
+
+
+def _figure(width: float, height: float) -> Figure:
+    figure = Figure(figsize=(width, height), layout="constrained", dpi=120)
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def groups(points: list[dict]) -> Iterator[tuple[str, list[dict]]]:
+    """(suffix of the file names, points) of each device and dtype."""
+    kinds = list(dict.fromkeys((p["device"], p["dtype"]) for p in points))
+    for number, kind in enumerate(kinds):
+        suffix = "" if number == 0 else "_" + "_".join(filter(None, kind))
+        yield suffix, [p for p in points if (p["device"], p["dtype"]) == kind]
+
+
+def roofline(points: list[dict]) -> Figure:
+    """Each op and phase once, ours and the fastest peer's, below copy bandwidth and peak rate."""
+    figure = _figure(9, 6)
+    axes = figure.add_subplot()
+    limits = points[0]["limits"]
+    best: dict[tuple, dict] = {}
+    for p in points:
+        name = (results.name(p), p["phase"], p["impl"])
+        if name not in best or p["peer_ms"]["p50"] < best[name]["peer_ms"]["p50"]:
+            best[name] = p
+    intensity = [p["flops_per_byte"] for p in best.values()]
+    x = np.geomspace(min(intensity) / 2, max(*intensity, 4e3) * 2, 100)
+    roof = np.minimum(limits["matmul_tflops"], x * limits["copy_gbps"] / 1e3)
+    axes.plot(x, roof, color="black", label="copy bandwidth and matrix-product peak, measured")
+    ops = list(dict.fromkeys(name for name, _, _ in best))
+    for (name, phase, _), p in best.items():
+        mark, colour = _MARKS[ops.index(name) % len(_MARKS)], _COLOURS[phase]
+        rate, peer = p["tflops"], p["tflops"] / p["ratio"]
+        at = p["flops_per_byte"]
+        axes.plot([at, at], [rate, peer], color=colour, alpha=0.4, linewidth=1)
+        axes.plot(at, rate, mark, color=colour, markersize=8)
+        axes.plot(at, peer, mark, color=colour, markersize=6, fillstyle="none")
+    for number, name in enumerate(ops):
+        axes.plot([], [], _MARKS[number % len(_MARKS)], color="grey", label=name)
+    for phase in dict.fromkeys(phase for _, phase, _ in best):
+        axes.plot([], [], color=_COLOURS[phase], label=phase)
+    axes.plot([], [], "o", color="grey", fillstyle="none", label="hollow: fastest peer")
+    axes.set(xscale="log", yscale="log", xlabel="FLOP per byte", ylabel="TFLOP/s")
+    axes.set_title(_title(points[0]), fontsize=9)
+    axes.legend(fontsize=7, loc="lower right", ncols=2)
+    axes.grid(alpha=0.3, which="both")
+    return figure
+
+
+def ratios(points: list[dict]) -> Figure:
+    """Bars of the speed beside each peer; right of them the peak memory, where it was measured."""
+    last = _last_phases(points)
+    figure = _figure(11, 1.2 + 0.28 * len(last))
+    speed, memory = figure.subplots(1, 2, sharey=True, width_ratios=(3, 2))
+    at = np.arange(len(last))[::-1]
+    names = [f"{results.name(p)}, {p['impl']} beside {p['peer']}" for p in last]
+    values = np.array([p["ratio"] for p in last])
+    low = np.clip(values - [p["ratio_p20"] for p in last], 0, None)
+    high = np.clip([p["ratio_p80"] for p in last] - values, 0, None)
+    colours = ["#228833" if value >= 1 else "#ee6677" for value in values]
+    speed.barh(at, values, xerr=[low, high], color=colours, height=0.7, ecolor="black", capsize=2)
+    speed.set_yticks(at, names, fontsize=7)
+    speed.set(xscale="log", xlabel="speed, peer's time over ours")
+    weights = [(a, p["memory_ratio"]) for a, p in zip(at, last, strict=True) if p["memory_ratio"]]
+    if weights:
+        places, shares = zip(*weights, strict=True)
+        memory.barh(places, shares, color="#4477aa", height=0.7)
+        memory.set_xscale("log")
+    memory.set_xlabel("peak memory, ours over the peer's")
+    for axes in (speed, memory):
+        axes.axvline(1.0, color="black", linewidth=1)
+        axes.grid(alpha=0.3, axis="x")
+    figure.suptitle(_title(last[0]), fontsize=9)
+    return figure
+
+
+def _last_phases(points: list[dict]) -> list[dict]:
+    """Both phases together where there are two, sorted as measured."""
+    two = {results.name(p) + p["model"] for p in points if p["phase"] == "both"}
+    return [p for p in points if p["phase"] == "both" or results.name(p) + p["model"] not in two]
+
+
+def _title(point: dict) -> str:
+    models = point["model"]
+    return f"{models} {point['dtype']} {results.where(point['environment'])}".strip()
+
+
+def page(points: list[dict], files: list[str]) -> str:
+    """The Markdown page."""
+    timed = [p for p in points if "kernel" not in p and p["wrong"] is None]
+    ops = [p for p in timed if p["gbps"] is not None]
+    others = [p for p in timed if p["gbps"] is None]
+    wrong = [p for p in points if "kernel" not in p and p["wrong"] is not None]
+    lines = ["# Benchmark results", ""]
+    lines += [
+        f"- {text}" for text in dict.fromkeys(results.where(p["environment"]) for p in points)
+    ]
+    if any(p["quiet"] and not p["quiet"]["quiet"] for p in timed):
+        lines += ["- Loaded: other work used the machine, the times are not to be kept."]
+    lines += [""] + [f"![{name.removesuffix('.png')}]({name})" for name in files]
+    if ops:
+        limits = ops[0]["limits"]
+        lines += ["", "Shares are of the copy bandwidth and matrix-product peak that the run measured: "
+                  f"{limits['copy_gbps']:.1f} GB/s, {limits['matmul_tflops']:.3f} TFLOP/s.", ""]  # fmt: skip
+        lines += [markdown(ops)]
+    if others:
+        rows = [
+            [results.name(p), p["impl"], f"{p['ms']['p50']:.1f}", p["peer"],
+             f"{p['peer_ms']['p50']:.1f}", f"{p['ratio']:.2f}x"]
+            for p in others
+        ]  # fmt: skip
+        lines += ["", results.table(rows, ["what", "ours", "ms", "peer", "peer ms", "speed"])]
+    lines += [
+        "",
+        *(f"Wrong, not timed: {results.name(p)}, {p['impl']}: {p['wrong']}" for p in wrong),
+    ]
+    if compiled := [p for p in points if "kernel" in p]:
+        lines += ["", compiled_table(compiled)]
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def arguments(parser: argparse.ArgumentParser) -> None:
+    """Options of `plot`."""
+    parser.add_argument("results", nargs="+", metavar="FILE.json")
+    parser.add_argument("--folder", default="runs/benchmarks", help="where the plots go")
+
+
+def main(given: argparse.Namespace) -> int:
+    """Write the plots and the page; 2 if there is nothing to draw."""
+    try:
+        points = results.read(*given.results)
+    except (OSError, ValueError) as error:
+        print(error)
+        return 2
+    if not points:
+        print(f"plot: expected points in {', '.join(given.results)}, got none.")
+        return 2
+    folder, files = Path(given.folder), []
+    folder.mkdir(parents=True, exist_ok=True)
+    timed = [p for p in points if "kernel" not in p and p["wrong"] is None]
+    for suffix, group in groups(timed):
+        rated = [p for p in group if p["flops_per_byte"]]
+        drawn = {"roofline": roofline(rated)} if rated else {}
+        for name, figure in (drawn | {"ratios": ratios(group)}).items():
+            files.append(f"{name}{suffix}.png")
+            figure.savefig(folder / files[-1])
+    (folder / "README.md").write_text(page(points, files), encoding="utf-8")
+    print(f"{folder}: README.md {' '.join(files)}")
+    return 0
