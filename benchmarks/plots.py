@@ -21,7 +21,8 @@ from benchmarks.bench_compile import markdown as compiled_table
 from benchmarks.run import markdown
 
 _COLOURS = {"forward": "#4477aa", "backward": "#ee6677", "both": "#228833", "whole": "#228833"}
-_MARKS = "osD^vP*X<>"
+_MARKS = "osD^vP*X<>hp"
+_TICKS = [m * 10.0**e for e in range(-4, 5) for m in (1, 2, 5)]
 
 
 def _figure(width: float, height: float) -> Figure:
@@ -34,13 +35,14 @@ def groups(points: list[dict]) -> Iterator[tuple[str, list[dict]]]:
     """(suffix of the file names, points) of each device and dtype."""
     kinds = list(dict.fromkeys((p["device"], p["dtype"]) for p in points))
     for number, kind in enumerate(kinds):
-        suffix = "" if number == 0 else "_" + "_".join(filter(None, kind))
+        device, dtype = kind
+        suffix = "" if number == 0 else f"_{device}_{dtype}" if dtype else "_data"
         yield suffix, [p for p in points if (p["device"], p["dtype"]) == kind]
 
 
 def roofline(points: list[dict]) -> Figure:
     """Each op and phase once, ours and the fastest peer's, below copy bandwidth and peak rate."""
-    figure = _figure(9, 6)
+    figure = _figure(11, 6)
     axes = figure.add_subplot()
     limits = points[0]["limits"]
     best: dict[tuple, dict] = {}
@@ -49,7 +51,7 @@ def roofline(points: list[dict]) -> Figure:
         if name not in best or p["peer_ms"]["p50"] < best[name]["peer_ms"]["p50"]:
             best[name] = p
     intensity = [p["flops_per_byte"] for p in best.values()]
-    x = np.geomspace(min(intensity) / 2, max(*intensity, 4e3) * 2, 100)
+    x = np.geomspace(min(intensity) / 2, max(*intensity, 200.0) * 2, 100)
     roof = np.minimum(limits["matmul_tflops"], x * limits["copy_gbps"] / 1e3)
     axes.plot(x, roof, color="black", label="copy bandwidth and matrix-product peak, measured")
     ops = list(dict.fromkeys(name for name, _, _ in best))
@@ -66,8 +68,8 @@ def roofline(points: list[dict]) -> Figure:
         axes.plot([], [], color=_COLOURS[phase], label=phase)
     axes.plot([], [], "o", color="grey", fillstyle="none", label="hollow: fastest peer")
     axes.set(xscale="log", yscale="log", xlabel="FLOP per byte", ylabel="TFLOP/s")
-    axes.set_title(_title(points[0]), fontsize=9)
-    axes.legend(fontsize=7, loc="lower right", ncols=2)
+    axes.set_title(_title(points), fontsize=9)
+    figure.legend(fontsize=7, loc="outside right center")
     axes.grid(alpha=0.3, which="both")
     return figure
 
@@ -78,24 +80,31 @@ def ratios(points: list[dict]) -> Figure:
     figure = _figure(11, 1.2 + 0.28 * len(last))
     speed, memory = figure.subplots(1, 2, sharey=True, width_ratios=(3, 2))
     at = np.arange(len(last))[::-1]
-    names = [f"{results.name(p)}, {p['impl']} beside {p['peer']}" for p in last]
+    several = len({p["model"] for p in last}) > 1
+    names = [
+        f"{results.name(p)}{' of ' + p['model'] if several else ''}, {p['impl']} beside {p['peer']}"
+        for p in last
+    ]
     values = np.array([p["ratio"] for p in last])
     low = np.clip(values - [p["ratio_p20"] for p in last], 0, None)
     high = np.clip([p["ratio_p80"] for p in last] - values, 0, None)
     colours = ["#228833" if value >= 1 else "#ee6677" for value in values]
-    speed.barh(at, values, xerr=[low, high], color=colours, height=0.7, ecolor="black", capsize=2)
+    speed.barh(at, values - 1, left=1.0, color=colours, height=0.7)
+    speed.errorbar(values, at, xerr=[low, high], fmt="none", ecolor="black", capsize=2)
     speed.set_yticks(at, names, fontsize=7)
     speed.set(xscale="log", xlabel="speed, peer's time over ours")
+    inside = [t for t in _TICKS if min(*values, 0.8) <= t <= max(*values, 1.25)]
+    speed.set_xticks(inside, [f"{t:g}" for t in inside])
+    speed.minorticks_off()
     weights = [(a, p["memory_ratio"]) for a, p in zip(at, last, strict=True) if p["memory_ratio"]]
     if weights:
         places, shares = zip(*weights, strict=True)
         memory.barh(places, shares, color="#4477aa", height=0.7)
-        memory.set_xscale("log")
     memory.set_xlabel("peak memory, ours over the peer's")
     for axes in (speed, memory):
         axes.axvline(1.0, color="black", linewidth=1)
         axes.grid(alpha=0.3, axis="x")
-    figure.suptitle(_title(last[0]), fontsize=9)
+    figure.suptitle(_title(last), fontsize=9)
     return figure
 
 
@@ -105,43 +114,45 @@ def _last_phases(points: list[dict]) -> list[dict]:
     return [p for p in points if p["phase"] == "both" or results.name(p) + p["model"] not in two]
 
 
-def _title(point: dict) -> str:
-    models = point["model"]
-    return f"{models} {point['dtype']} {results.where(point['environment'])}".strip()
+def _title(points: list[dict]) -> str:
+    """Two lines: what, and where."""
+    models = ", ".join(dict.fromkeys(p["model"] for p in points if p["model"]))
+    what = " ".join(filter(None, (models, points[0]["dtype"], points[0]["device"])))
+    return f"{what}\n{results.where(points[0]['environment'])}"
 
 
 def page(points: list[dict], files: list[str]) -> str:
     """The Markdown page."""
-    timed = [p for p in points if "kernel" not in p and p["wrong"] is None]
-    ops = [p for p in timed if p["gbps"] is not None]
-    others = [p for p in timed if p["gbps"] is None]
-    wrong = [p for p in points if "kernel" not in p and p["wrong"] is not None]
-    lines = ["# Benchmark results", ""]
-    lines += [
-        f"- {text}" for text in dict.fromkeys(results.where(p["environment"]) for p in points)
-    ]
+    judged = [p for p in points if "kernel" not in p]
+    timed = [p for p in judged if p["wrong"] is None]
+    places = dict.fromkeys(results.where(p["environment"]) for p in points)
+    lines = ["# Benchmark results", "", *(f"- {place}" for place in places)]
     if any(p["quiet"] and not p["quiet"]["quiet"] for p in timed):
-        lines += ["- Loaded: other work used the machine, the times are not to be kept."]
-    lines += [""] + [f"![{name.removesuffix('.png')}]({name})" for name in files]
-    if ops:
+        lines.append("- Loaded: other work used the machine, the times are not to be kept.")
+    lines += ["", *(f"![{name.removesuffix('.png')}]({name})" for name in files), ""]
+    if ops := [p for p in timed if p["gbps"] is not None]:
         limits = ops[0]["limits"]
-        lines += ["", "Shares are of the copy bandwidth and matrix-product peak that the run measured: "
-                  f"{limits['copy_gbps']:.1f} GB/s, {limits['matmul_tflops']:.3f} TFLOP/s.", ""]  # fmt: skip
-        lines += [markdown(ops)]
-    if others:
-        rows = [
-            [results.name(p), p["impl"], f"{p['ms']['p50']:.1f}", p["peer"],
-             f"{p['peer_ms']['p50']:.1f}", f"{p['ratio']:.2f}x"]
-            for p in others
-        ]  # fmt: skip
-        lines += ["", results.table(rows, ["what", "ours", "ms", "peer", "peer ms", "speed"])]
-    lines += [
-        "",
-        *(f"Wrong, not timed: {results.name(p)}, {p['impl']}: {p['wrong']}" for p in wrong),
-    ]
+        lines += [
+            "Shares are of what the run measured as copy bandwidth and matrix-product peak: "
+            f"{limits['copy_gbps']:.1f} GB/s, {limits['matmul_tflops']:.3f} TFLOP/s.",
+            "",
+            markdown(ops),
+            "",
+        ]
+    if others := [p for p in timed if p["gbps"] is None]:
+        header = ["what", "ours", "ms", "peer", "peer ms", "speed"]
+        lines += [results.table([_row(p) for p in others], header), ""]
+    wrong = [p for p in judged if p["wrong"] is not None]
+    lines += [f"Wrong, not timed: {results.name(p)}, {p['impl']}: {p['wrong']}" for p in wrong]
     if compiled := [p for p in points if "kernel" in p]:
         lines += ["", compiled_table(compiled)]
     return "\n".join(lines).rstrip() + "\n"
+
+
+def _row(p: dict) -> list[str]:
+    ours, peer = p["ms"]["p50"], p["peer_ms"]["p50"]
+    what = results.name(p)
+    return [what, p["impl"], f"{ours:.1f}", p["peer"], f"{peer:.1f}", f"{p['ratio']:.2f}x"]
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:

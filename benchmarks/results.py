@@ -9,6 +9,7 @@ and no times.
 
 import argparse
 import json
+import math
 from pathlib import Path
 
 from benchmarks.harness import Quantiles
@@ -169,8 +170,8 @@ def compare(before: list[dict], after: list[dict]) -> list[dict]:
 
     Returns:
         dicts of name, phase, impl, peer, before and after (ratios to the peer), change (after over
-        before: above 1 is faster), low and high (the change if both ratios lie at the ends of their
-        20 to 80 % ranges), clear (the range does not hold 1).
+        before: above 1 is faster), low and high (the change, less and more twice the 20 to 80 %
+        half-ranges of both ratios), clear (that range lies beyond 5 % on one side of 1).
     """
     known = {key(p): p for p in before if p.get("ratio")}
     found = []
@@ -178,12 +179,14 @@ def compare(before: list[dict], after: list[dict]) -> list[dict]:
         a = known.get(key(b))
         if a is None:
             continue
-        low, high = b["ratio_p20"] / a["ratio_p80"], b["ratio_p80"] / a["ratio_p20"]
+        change = b["ratio"] / a["ratio"]
+        noise = math.prod(p["ratio_p80"] / p["ratio_p20"] for p in (a, b))
+        low, high = change / noise, change * noise
         found.append(
             {"name": name(b), "model": b["model"]}
             | {field: b[field] for field in ("dtype", "phase", "impl", "peer")}
-            | {"before": a["ratio"], "after": b["ratio"], "change": b["ratio"] / a["ratio"]}
-            | {"low": low, "high": high, "clear": low > 1 or high < 1}
+            | {"before": a["ratio"], "after": b["ratio"], "change": change}
+            | {"low": low, "high": high, "clear": low > 1.05 or high < 0.95}
         )
     return sorted(found, key=lambda row: max(row["change"], 1 / row["change"]), reverse=True)
 
