@@ -1,37 +1,49 @@
 """`python -m benchmarks VERB`."""
 
 import argparse
+import importlib
 import sys
 
+from benchmarks.usage import UsageError
 
-def main() -> int:
-    """Run one verb."""
+# Verb -> the module with its `arguments(parser)` and `main(arguments)`, and what it does. Only the
+# module of the verb that is asked for is imported: `compile` must say how before Triton comes in.
+VERBS = {
+    "run": ("run", "ops beside their peers: errors, time, memory"),
+    "gate": (
+        "gates",
+        "run or read what gates.toml asks for; fails if a gate is missed",
+    ),
+    "plot": ("plots", "PNG plots and a Markdown page of result files"),
+    "compare": ("results", "changes between two result files"),
+    "train": ("bench_train", "one training step beside transformers: time and memory"),
+    "data": ("bench_data", "reading, tokenizing, packing and loading beside plain code"),
+    "compile": ("bench_compile", "every Triton kernel compiled for GPUs that are not here"),
+    "gpu": ("gpu", "every op on a GPU at the shapes of StarCoder2-3B"),
+}
+
+
+def main(words: list[str] | None = None) -> int:
+    """Run one verb; 2 for a mistake of use, 130 for Ctrl-C, else the verb's own code."""
+    words = sys.argv[1:] if words is None else words
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     verbs = parser.add_subparsers(title="verbs", metavar="VERB", required=True)
-    train = verbs.add_parser("train", help="one training step beside transformers: time and memory")
-    train.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    train.add_argument("--layers", type=int, default=6)
-    train.add_argument("--width", type=int, default=384)
-    train.add_argument("--heads", type=int, default=6)
-    train.add_argument("--kv-heads", type=int, default=2)
-    train.add_argument("--vocab", type=int, default=8192)
-    train.add_argument("--rows", type=int, default=8)
-    train.add_argument("--length", type=int, default=1024)
-    train.add_argument("--repeats", type=int, default=7)
-    train.add_argument("--peers", default="eager", help="eager, compiled, or eager,compiled")
-    train.add_argument("--json", metavar="FILE", help="append one JSON line per provider")
-    train.set_defaults(module="bench_train")
-    gpu = verbs.add_parser("gpu", help="every op on a GPU: checked, then timed beside ATen")
-    gpu.add_argument("--device", choices=("cpu", "cuda"), default="cuda")
-    gpu.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16")
-    gpu.add_argument("--small", action="store_true", help="small shapes, to try it out")
-    gpu.add_argument("--repeats", type=int, default=20)
-    gpu.add_argument("--json", metavar="FILE", help="write everything measured")
-    gpu.set_defaults(module="bench_ops")
-    arguments = parser.parse_args()
-    from importlib import import_module
-
-    return import_module(f"benchmarks.{arguments.module}").main(arguments)
+    asked = next((word for word in words if word in VERBS), None)
+    for verb, (name, text) in VERBS.items():
+        sub = verbs.add_parser(verb, help=text, description=text)
+        if verb == asked:
+            module = importlib.import_module(f"benchmarks.{name}")
+            module.arguments(sub)
+            sub.set_defaults(main=module.main)
+    given = parser.parse_args(words)
+    try:
+        return given.main(given)
+    except KeyboardInterrupt:
+        print("\nstopped; the points so far are in the file of --output", file=sys.stderr)
+        return 130
+    except UsageError as error:
+        print(error, file=sys.stderr)
+        return 2
 
 
 if __name__ == "__main__":

@@ -4,17 +4,20 @@ Peers: transformers' Starcoder2ForCausalLM with fp32 parameters, bf16 autocast, 
 fused AdamW; eager, or with its forward pass and loss under torch.compile (`--peers compiled`; both:
 `--peers eager,compiled`). Ours: bf16 parameters with fp32 masters. All train the same initial
 weights on the same rows; the losses of the first steps must agree before anything is timed. The
-first peer is the one that speed and memory are compared with.
+first peer is the one that the table compares with; a result file has all of them.
 """
 
-import dataclasses
+import argparse
 import gc
-import json
 import tempfile
 
 import torch
 
-from benchmarks.harness import environment, interleave, peak_memory_of
+from benchmarks import results
+from benchmarks.harness import CLOCKS, Quantiles, environment, take_turns, timed
+from benchmarks.machine import Quietness
+from benchmarks.memory import peak_memory_of
+from benchmarks.usage import count, one_of
 from stellarator import build_model, save_pretrained
 from stellarator.config import ModelConfig, OptimConfig
 from stellarator.train.flops import batch_flops
@@ -46,16 +49,16 @@ def ours(config: ModelConfig, rows: int, length: int, device: str):
     model = build_model(config, device=device, dtype=torch.bfloat16, seed=1)
     optimizer = FlatOptimizer(model, _OPTIM)
     tokens, targets = _rows(config, rows, length, device)
-    count = 0
+    number = 0
 
     def step() -> float:
-        nonlocal count
-        count += 1
+        nonlocal number
+        number += 1
         optimizer.zero_grad()
         loss = model(tokens, targets, reduction="sum")
         loss.backward()
         norm = optimizer.norm(targets.numel())
-        optimizer.step(count, _OPTIM.lr, targets.numel(), norm)
+        optimizer.step(number, _OPTIM.lr, targets.numel(), norm)
         return float(loss.detach()) / targets.numel()
 
     return step
@@ -117,8 +120,7 @@ PEERS = {"eager": transformers_eager, "compiled": transformers_compiled}
 def providers(peers: str) -> dict:
     """{name: function that makes its step}, ours first; `peers` as in "eager,compiled"."""
     names = peers.split(",")
-    if unknown := [name for name in names if name not in PEERS]:
-        raise SystemExit(f"--peers: expected some of {','.join(PEERS)}, got {','.join(unknown)}.")
+    one_of("--peers", names, PEERS)
     return {"stellarator": ours} | {f"transformers {name}": PEERS[name] for name in names}
 
 
@@ -139,11 +141,29 @@ def peak_bytes(make, shape: tuple) -> int:
     return torch.cuda.max_memory_allocated() - before
 
 
-def main(arguments) -> int:
+def arguments(parser: argparse.ArgumentParser) -> None:
+    """Options of `train`."""
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--layers", type=count, default=6)
+    parser.add_argument("--width", type=count, default=384)
+    parser.add_argument("--heads", type=count, default=6)
+    parser.add_argument("--kv-heads", type=count, default=2)
+    parser.add_argument("--vocab", type=count, default=8192)
+    parser.add_argument("--rows", type=count, default=8)
+    parser.add_argument("--length", type=count, default=1024)
+    parser.add_argument("--repeats", type=count, default=7)
+    parser.add_argument("--clock", choices=CLOCKS, default="wall", help="cpu: one thread only")
+    parser.add_argument("--peers", default="eager", help="eager, compiled, or eager,compiled")
+    parser.add_argument(
+        "--output", "--json", metavar="FILE.json", help="one JSON line a peer", dest="output"
+    )
+
+
+def main(given: argparse.Namespace) -> int:
     """Check, time, print a table; returns 1 if the losses disagree."""
-    config = _config(arguments)
-    shape = (config, arguments.rows, arguments.length, arguments.device)
-    makers = providers(arguments.peers)
+    config = _config(given)
+    shape = (config, given.rows, given.length, given.device)
+    makers = providers(given.peers)
     first = list(makers)[1]
     steps = {name: make(*shape) for name, make in makers.items()}
     losses = {name: [step() for _ in range(3)] for name, step in steps.items()}
@@ -152,32 +172,60 @@ def main(arguments) -> int:
         if max(abs(a - b) for a, b in zip(values, losses[first], strict=True)) > 0.02:
             print(f"{name}: expected losses within 0.02 of the peer's; not timed")
             return 1
-    times = interleave(steps, arguments.repeats)
+    quietness = Quietness()
+    samplers = {n: timed(step, given.device, given.clock) for n, step in steps.items()}
+    times = take_turns(samplers, given.repeats)
+    quiet = quietness.report()
+    times = {name: found["whole"] for name, found in times.items()}
     steps.clear()
     memories = {name: peak_bytes(make, shape) for name, make in makers.items()}
-    _print_table(arguments, config, times, memories, first)
+    flops = batch_flops(config, [given.length] * given.rows)
+    where = environment()
+    with results.Writer(given.output) as write:
+        for point in _points(given, config, times, memories, flops):
+            write(point | {"quiet": quiet, "environment": where})
+    print("", results.where(where), "", sep="\n")
+    print(_table(given, times, memories, first, flops))
+    print(Quietness.warning(quiet))
     return 0
 
 
-def _print_table(arguments, config: ModelConfig, times: dict, memories: dict, first: str) -> None:
-    """One row a provider; one JSON line each if asked for."""
-    tokens = arguments.rows * arguments.length
-    flops = batch_flops(config, [arguments.length] * arguments.rows)
-    print(f"\n{json.dumps(environment())}\n")
-    print(
-        f"| provider | ms (p20, p80) | tokens/s | TFLOP/s | peak MiB | speed, memory vs {first} |"
-    )
-    print("|---|---|---|---|---|---|")
-    for name, q in times.items():
-        memory = memories[name]
-        print(
-            f"| {name} | {q.p50_ms:.0f} ({q.p20_ms:.0f}, {q.p80_ms:.0f}) "
-            f"| {1e3 * tokens / q.p50_ms:,.0f} | {flops / q.p50_ms / 1e9:.3f} "
-            f"| {memory / 2**20:,.0f} "
-            f"| {times[first].p50_ms / q.p50_ms:.2f}x, {memory / memories[first]:.2f}x |"
+def _points(given, config: ModelConfig, times: dict, memories: dict, flops: int) -> list[dict]:
+    """One point for each peer."""
+    names = ("layers", "width", "heads", "kv_heads", "vocab", "rows", "length")
+    ours, *others = times
+    median = Quantiles.of(times[ours]).p50_ms
+    return [
+        results.UNTIMED
+        | {
+            "op": "training_step", "variant": "", "model": config.family, "dtype": "bfloat16",
+            "sizes": {name: getattr(given, name) for name in names} | {"T": given.length},
+            "device": given.device, "phase": "whole", "impl": ours, "peer": peer, "errors": {},
+            "clock": given.clock, "limits": {}, "tflops": flops / median / 1e9,
+            "peak_bytes": memories[ours], "peer_peak_bytes": memories[peer],
+            "memory_ratio": memories[ours] / memories[peer],
+        }
+        | results.timed(times[ours], times[peer])
+        for peer in others
+    ]  # fmt: skip
+
+
+def _table(given, times: dict, memories: dict, first: str, flops: int) -> str:
+    """One row a provider."""
+    tokens, base = given.rows * given.length, Quantiles.of(times[first]).p50_ms
+    header = ["provider", "ms (p20, p80)", "tokens/s", "TFLOP/s", "peak MiB",
+              f"speed, memory vs {first}"]  # fmt: skip
+    rows = []
+    for name, found in times.items():
+        q, memory = Quantiles.of(found), memories[name]
+        rows.append(
+            [
+                name,
+                f"{q.p50_ms:.0f} ({q.p20_ms:.0f}, {q.p80_ms:.0f})",
+                f"{1e3 * tokens / q.p50_ms:,.0f}",
+                f"{flops / q.p50_ms / 1e9:.3f}",
+                f"{memory / 2**20:,.0f}",
+                f"{base / q.p50_ms:.2f}x, {memory / memories[first]:.2f}x",
+            ]
         )
-        if arguments.json:
-            with open(arguments.json, "a", encoding="utf-8") as file:
-                row = {"provider": name, "tokens": tokens, "memory_bytes": memory}
-                row |= dataclasses.asdict(q) | {"model": dataclasses.asdict(config)} | environment()
-                file.write(json.dumps(row) + "\n")
+    return results.table(rows, header)

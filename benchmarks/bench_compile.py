@@ -1,0 +1,222 @@
+"""`python -m benchmarks compile`: every Triton kernel compiled for GPUs that are not here.
+
+For each kernel at the widths of StarCoder2 and for each architecture: registers of a thread, bytes
+of spilled registers, shared memory of a block beside what the GPU has, and how often the matrix and
+copy instructions stand in the code. What a launch would pass is described by the table below; a
+kernel of stellarator_kernels that is not in it is an error, so that none is forgotten.
+"""
+
+import argparse
+import os
+import pkgutil
+import re
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from benchmarks import results, shapes
+from benchmarks.harness import environment
+from benchmarks.usage import one_of
+from stellarator.progress import Progress
+
+ARCHITECTURES = {"sm_80": (8, 0), "sm_90a": (9, 0), "sm_100": (10, 0)}
+INSTRUCTIONS = {
+    "mma.sync": r"\bmma\.sync",
+    "wgmma": r"\bwgmma\.mma_async",
+    "tcgen05.mma": r"\btcgen05\.mma",
+    "cp.async": r"\bcp\.async\.(ca|cg)",
+    "cp.async.bulk": r"\bcp\.async\.bulk",
+    "ld.global.v4": r"\bld\.global\S*\.v4",
+    "st.global.v4": r"\bst\.global\S*\.v4",
+}
+_MODELS = ("starcoder2_3b", "starcoder2_7b", "starcoder2_15b")
+# Arguments by name; every other pointer is bf16.
+_FP32 = {
+    "mean_ptr", "rstd_ptr", "dweight_ptr", "dbias_ptr", "cos_ptr", "sin_ptr", "dloss_ptr",
+    "loss_ptr", "lse_ptr", "dlse_ptr", "delta_ptr", "weight_ptr:adamw", "grad_ptr", "exp_avg_ptr",
+    "exp_avg_sq_ptr", "clip_ptr", "factors_ptr", "norm_ptr",
+}  # fmt: skip
+_OTHERS = {"targets_ptr": "*i64", "bounds_ptr": "*i32", "sums_ptr": "*fp64", "x_ptr:norm": "*fp32"}
+_FLOAT_NUMBERS = {
+    "eps", "z_loss", "scale", "decay", "step_size", "root_correction", "beta1_rest", "beta2",
+    "beta2_rest",
+}  # fmt: skip
+_SIZES = {"N", "T", "S", "C", "V", "n"}
+
+
+@dataclass(frozen=True)
+class Build:
+    """One kernel with everything that is constant at compile time."""
+
+    kernel: str
+    case: str
+    function: object
+    values: dict
+    launch: dict
+
+
+def _module(name: str):
+    """A module of the kernels; functions of the same name hide some of them."""
+    __import__(f"stellarator_kernels.{name}")
+    return sys.modules[f"stellarator_kernels.{name}"]
+
+
+def type_of(name: str, kernel: str) -> str:
+    """Triton's type of an argument, from its name.
+
+    Sizes and strides are multiples of 16, as those of the models are, and a launch tells Triton.
+    """
+    marked = f"{name}:{kernel.split()[0].removesuffix('_').removeprefix('grad_')}"
+    if marked in _OTHERS or name in _OTHERS:
+        return _OTHERS.get(marked) or _OTHERS[name]
+    if marked in _FP32 or name in _FP32:
+        return "*fp32"
+    if name.endswith("_ptr"):
+        return "*bf16"
+    if name in _FLOAT_NUMBERS:
+        return "fp32"
+    return "i32:16" if name in _SIZES or "_stride_" in name else "i32"
+
+
+def builds(capability: tuple[int, int]) -> Iterator[Build]:
+    """Everything that is compiled for one GPU."""
+    for model in _MODELS:
+        yield from _per_token(model, shapes.get(model))
+    yield from _attention(capability)
+    losses = _module("cross_entropy")
+    BLOCK, num_warps = losses.tiles(49152)
+    launch = {"num_warps": num_warps}
+    for gradient in (False, True):
+        case = "with the gradient" if gradient else "loss"
+        values = {"GRADIENT": gradient, "BLOCK": BLOCK}
+        yield Build("cross_entropy forward", case, losses._cross_entropy_fwd_kernel, values, launch)
+    values = {"BLOCK": BLOCK}
+    yield Build("cross_entropy backward", "", losses._cross_entropy_bwd_kernel, values, launch)
+    adamw, norm = _module("adamw"), _module("grad_norm")
+    values = {"HAS_MASTER": True, "HAS_CLIP": True, "HAS_FACTORS": True, "BLOCK": adamw._BLOCK}
+    yield Build("adamw_", "bf16, master, clip", adamw._adamw_kernel, values, {})
+    values = {"BLOCK": norm._BLOCK, "BLOCKS": norm._BLOCKS_PER_PROGRAM}
+    yield Build("grad_norm squares", "fp32", norm._squares_kernel, values, {})
+    yield Build("grad_norm root", "", norm._root_kernel, {"BLOCK": norm._BLOCK}, {})
+
+
+def _per_token(model: str, shape: shapes.Shape) -> Iterator[Build]:
+    """layer_norm, bias_gelu and rope at the widths of a model, with everything switched on."""
+    norm, gelu, rope = _module("layer_norm"), _module("bias_gelu"), _module("rope")
+    BLOCK, num_warps = norm.tiles(shape.C)
+    values, launch = {"C": shape.C, "HAS_BIAS": True, "BLOCK": BLOCK}, {"num_warps": num_warps}
+    forward, backward = norm._layer_norm_fwd_kernel, norm._layer_norm_bwd_kernel
+    yield Build("layer_norm forward", model, forward, values | {"HAS_RESIDUAL": True}, launch)
+    extra = {"HAS_DSUMMED": True, "NEED_PARAMS": True}
+    yield Build("layer_norm backward", model, backward, values | extra, launch)
+    BLOCK_N, BLOCK_C, num_warps = gelu.tiles(shape.F)
+    values = {"HAS_BIAS": True, "TANH": True, "BLOCK_N": BLOCK_N, "BLOCK_C": BLOCK_C}
+    launch = {"num_warps": num_warps}
+    yield Build("bias_gelu forward", model, gelu._bias_gelu_fwd_kernel, values, launch)
+    yield Build("bias_gelu backward", model, gelu._bias_gelu_bwd_kernel, values, launch)
+    BLOCK_H, BLOCK_D, num_warps = rope.tiles(shape.H, shape.D)
+    values = {"D": shape.D, "CONJUGATE": True, "BLOCK_H": BLOCK_H, "BLOCK_D": BLOCK_D}
+    yield Build("rope", model, rope._rope_kernel, values, {"num_warps": num_warps})
+
+
+def _attention(capability: tuple[int, int]) -> Iterator[Build]:
+    """Heads of 64 and 128 with a window, and packed documents at 128."""
+    import torch
+
+    tiles = _module("attention.tiles")
+    backward = _module("attention.backward")
+    kernels = {
+        "forward": _module("attention.forward")._forward_kernel,
+        "dq": backward._dq_kernel,
+        "dkdv": backward._dkdv_kernel,
+    }
+    for phase, kernel in kernels.items():
+        for D, packed in ((64, False), (128, False), (128, True)):
+            chosen = tiles.tile_sizes(phase, D, torch.bfloat16, capability)
+            values = tiles.constants(D, torch.bfloat16, chosen)
+            launch = {name: values.pop(name) for name in ("num_warps", "num_stages")}
+            values |= {"CAUSAL": True, "WINDOW": True, "PACKED": packed}
+            if "HAS_DLSE" in kernel.arg_names:
+                values["HAS_DLSE"] = False
+            case = f"head {D}, window" + (", packed" if packed else "")
+            yield Build(f"flash_attention {phase}", case, kernel, values, launch)
+
+
+def _types(build: Build) -> dict[str, str]:
+    """Types of the arguments that are not constants."""
+    names = [name for name in build.function.arg_names if name not in build.values]
+    return {name: type_of(name, build.kernel) for name in names}
+
+
+def forgotten(known: list[Build]) -> list[str]:
+    """Kernels of the package that no build compiles."""
+    import stellarator_kernels
+    from stellarator_kernels._triton import triton
+
+    found, compiled = set(), {id(build.function) for build in known}
+    for module in pkgutil.walk_packages(stellarator_kernels.__path__, "stellarator_kernels."):
+        if module.name.rsplit(".", 1)[-1].startswith("_cpu"):
+            continue
+        __import__(module.name)
+        for name, value in vars(sys.modules[module.name]).items():
+            if name.endswith("_kernel") and isinstance(value, triton.JITFunction):
+                found |= set() if id(value) in compiled else {f"{module.name}.{name}"}
+    return sorted(found)
+
+
+def compile_build(build: Build, arch: str, where: dict) -> dict:
+    """The point of one kernel on one architecture."""
+    from stellarator_kernels.testing import compile_kernel, shared_memory_limit
+
+    capability = ARCHITECTURES[arch]
+    built = compile_kernel(build.function, _types(build), build.values, capability, **build.launch)
+    return {
+        "kernel": build.kernel,
+        "case": build.case,
+        "arch": arch,
+        "registers": built.registers,
+        "spill_bytes": built.spill_bytes,
+        "shared_bytes": built.shared_bytes,
+        "shared_limit": shared_memory_limit(capability),
+        "instructions": {n: len(re.findall(p, built.ptx)) for n, p in INSTRUCTIONS.items()},
+        "environment": where,
+    }
+
+
+def arguments(parser: argparse.ArgumentParser) -> None:
+    """Options of `compile`."""
+    parser.add_argument("--arch", default=",".join(ARCHITECTURES), help="with commas between")
+    parser.add_argument("--kernel", default="", help="kernels whose name begins so")
+    parser.add_argument("--output", metavar="FILE.json", help="one JSON line a kernel")
+
+
+def main(given: argparse.Namespace) -> int:
+    """Compile, print the table; 1 if a kernel is not in the list above."""
+    names = given.arch.split(",")
+    one_of("--arch", names, ARCHITECTURES)
+    # Read by Triton when it decorates a kernel, so before the kernels are imported.
+    os.environ["TRITON_INTERPRET"] = "0"
+    todo = [(n, b) for n in names for b in builds(ARCHITECTURES[n])]
+    missing = forgotten([build for _, build in todo])
+    todo = [(n, b) for n, b in todo if b.kernel.startswith(given.kernel)]
+    where = environment()
+    with results.Writer(given.output) as write, Progress("compile") as show:
+        for number, (name, build) in enumerate(todo):
+            show(number / len(todo), f"{build.kernel} {name}")
+            write(compile_build(build, name, where))
+    print(markdown(write.points))
+    for name in missing:
+        print(f"NOT COMPILED: {name} has no entry in benchmarks/bench_compile.py")
+    return 1 if missing else 0
+
+
+def markdown(points: list[dict]) -> str:
+    """One row a kernel and architecture; instructions that occur."""
+    header = ["kernel", "case", "arch", "registers", "spills B", "shared KiB", "instructions"]
+    rows = []
+    for p in points:
+        found = ", ".join(f"{n} {count}" for n, count in p["instructions"].items() if count)
+        share = f"{p['shared_bytes'] / 1024:.0f} of {p['shared_limit'] / 1024:.0f}"
+        rows.append([p["kernel"], p["case"], p["arch"], str(p["registers"]),
+                     str(p["spill_bytes"]), share, found])  # fmt: skip
+    return results.table(rows, header)

@@ -1,0 +1,134 @@
+"""Correctness before speed: errors against float64, measured by those of plain eager code.
+
+defines: Errors, LIMIT, Judge
+
+Two rules, for every result and every gradient: the largest error is at most twice that of plain
+eager torch in the same dtype, and so is the root mean square. A floor counts where eager code comes
+out better than it can be expected to:
+- 16 bits: eps/2 of a typical value for the largest error, eps/4 for the root mean square, which is
+  what rounding the result alone does;
+- 32 bits, where the order of the operations decides: 4 eps of the largest value, and of a typical
+  one;
+- a single number, which eager code may hit by luck: 1/64 of the eps of the run's dtype.
+`stellarator_kernels.testing`, made for small shapes, has a floor that grows with the length of the
+sums; at 49,152 classes in bf16 it would let everything pass.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+
+import torch
+
+from benchmarks.cases import Calls, Case, Maker
+from stellarator_kernels.testing import poison_empty
+
+LIMIT = 2.0  # of both ratios
+_SAME_THING = {2: 0.1, 4: 1e-2, 8: 1e-6}  # by bytes of an element: relative error of a peer
+_BLOCK = 2**24  # elements that are compared at one time
+
+
+@dataclass(frozen=True)
+class Errors:
+    """The worst result of a check."""
+
+    maximum: float  # largest error as a multiple of that of eager code
+    rms: float  # likewise, root mean square
+    where: str  # the result that the larger of the two belongs to
+
+    @property
+    def wrong(self) -> bool:
+        """A rule is broken. NaN breaks both."""
+        return not (self.maximum <= LIMIT and self.rms <= LIMIT)
+
+    def __str__(self) -> str:
+        return (
+            f"{self.where}: largest error {self.maximum:.3g} times that of eager code, "
+            f"root mean square {self.rms:.3g} times; allowed {LIMIT:g}"
+        )
+
+    def to_json(self) -> dict:
+        """For a result file."""
+        return asdict(self) | {"limit": LIMIT}
+
+
+def _distance(x: torch.Tensor, exact: torch.Tensor) -> tuple[float, float]:
+    """(largest, root mean square) of x - exact; NaN if x is not finite where `exact` is."""
+    if x.shape != exact.shape:
+        return math.nan, math.nan
+    largest, squares = 0.0, 0.0
+    for a, b in zip(x.reshape(-1).split(_BLOCK), exact.reshape(-1).split(_BLOCK), strict=True):
+        error = torch.where(a == b, 0.0, a.double() - b.double()).abs()
+        if not torch.isfinite(error).all():
+            return math.nan, math.nan
+        largest = max(largest, float(error.max()))
+        squares += float(error.square().sum())
+    return largest, math.sqrt(squares / max(1, x.numel()))
+
+
+def _floors(x: torch.Tensor, exact: torch.Tensor, dtype: torch.dtype) -> tuple[float, float]:
+    """What counts at least as the error of eager code: the largest, and the root mean square."""
+    eps, typical = torch.finfo(x.dtype).eps, math.sqrt(float(exact.double().square().mean()))
+    floors = (eps / 2 * typical, eps / 4 * typical)
+    if x.dtype.itemsize > 2:
+        floors = (4 * eps * float(exact.abs().max()), 4 * eps * typical)
+    if x.numel() == 1:
+        floors = tuple(max(floor, torch.finfo(dtype).eps * typical / 64) for floor in floors)
+    return tuple(max(floor, 1e-300) for floor in floors)
+
+
+def compare(
+    got: list, exact: list, eager: list, names: list[str], dtype: torch.dtype = torch.float32
+) -> Errors:
+    """The worst of several results; `dtype` is that of the run."""
+    worst = Errors(0.0, 0.0, names[0])
+    for x, exact_x, eager_x, name in zip(got, exact, eager, names, strict=True):
+        if not x.numel():
+            continue
+        floors = _floors(x, exact_x, dtype)
+        pairs = zip(_distance(x, exact_x), _distance(eager_x, exact_x), floors, strict=True)
+        maximum, rms = (error / max(eager_error, floor) for error, eager_error, floor in pairs)
+        found = Errors(maximum, rms, name)
+        if math.isnan(maximum) or max(maximum, rms) > max(worst.maximum, worst.rms):
+            worst = found
+        if math.isnan(worst.maximum):
+            return worst
+    return worst
+
+
+class Judge:
+    """Float64 results and eager results of a case, and what others are beside them.
+
+    Args:
+        case: at the shape of the check.
+        device, dtype: of the run.
+    """
+
+    def __init__(self, case: Case, device: str, dtype: torch.dtype):
+        self.case, self.dtype = case, dtype
+        self.calls = Calls(case.inputs(Maker(device, dtype)))
+        # Eager first: it sets the gradients of the results, in the dtype of the run.
+        self.eager = self._run(case.peers["eager"])
+        exact = self.calls.copy(torch.float64)
+        self.exact = exact.both(lambda *x: case.ours("reference", *x))
+        self.names = self.calls.names(len(self.exact))
+
+    def _run(self, function: Callable) -> list[torch.Tensor]:
+        calls = self.calls.copy() if self.case.in_place else self.calls
+        return calls.both(function)
+
+    def errors(self, impl: str) -> Errors:
+        """Of one of our implementations; memory that it leaves unwritten is NaN."""
+        with poison_empty():
+            got = self._run(lambda *x: self.case.ours(impl, *x))
+        return compare(got, self.exact, self.eager, self.names, self.dtype)
+
+    def peer_objection(self, peer: Callable) -> str:
+        """Why a peer does not compute the same thing, or empty. Roughly: its dtype is its own."""
+        results = self.calls.copy().both(peer)  # a copy: some peers work in place
+        for x, exact, name in zip(results, self.exact, self.names, strict=True):
+            size = math.sqrt(float(exact.double().square().mean())) or 1.0
+            error = _distance(x, exact)[1] / size
+            if not error <= _SAME_THING[self.dtype.itemsize]:
+                return f"{name} is {error:.1%} off"
+        return ""

@@ -1,0 +1,65 @@
+"""`python -m benchmarks gpu`: `run` for the Triton kernels on a GPU, at StarCoder2-3B's shapes.
+
+Every op is checked at a small and, where the float64 reference fits, at the timed shape, and then
+timed beside every peer that can be imported. `--dry` goes the same way on tensors of the CPU at
+small shapes, with TRITON_INTERPRET=1: its times mean nothing, its checks do.
+"""
+
+import argparse
+
+import torch
+
+from benchmarks import results, suite
+from benchmarks.run import print_report
+from benchmarks.usage import count
+from stellarator.progress import Progress
+
+
+def arguments(parser: argparse.ArgumentParser) -> None:
+    """Options of `gpu`."""
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda")
+    parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16")
+    parser.add_argument("--model", default="starcoder2_3b")
+    parser.add_argument("--tokens", type=count, default=4096, help="of a row")
+    parser.add_argument("--rows", type=count, default=2, help="of the micro-batch")
+    parser.add_argument("--peers", default="default", help="names with commas between")
+    parser.add_argument("--op", help="with commas between (all)")
+    parser.add_argument("--small", action="store_true", help="small shapes, to try it out")
+    parser.add_argument("--dry", action="store_true", help="tiny, on the CPU, in float32")
+    parser.add_argument("--repeats", type=count, default=20)
+    parser.add_argument(
+        "--output", "--json", dest="output", metavar="FILE", help="one JSON line a point"
+    )
+
+
+def plan_of(given: argparse.Namespace) -> suite.Plan:
+    """The plan that the options describe; ops without a Triton kernel run what `auto` takes."""
+    dry = given.dry
+    ops = {"ops": tuple(given.op.split(","))} if given.op else {}
+    return suite.Plan(
+        model="tiny" if dry else given.model,
+        tokens=given.tokens,
+        rows=given.rows,
+        small=given.small or dry,
+        device="cpu" if dry else given.device,
+        # The interpreter's casts to bfloat16 truncate.
+        dtype="float32" if dry else given.dtype,
+        impls=("triton", "auto"),
+        peers=given.peers,
+        warmup=0 if dry else 2,
+        repeats=1 if dry else given.repeats,
+        seconds=60.0,
+        **ops,
+    )
+
+
+def main(given: argparse.Namespace) -> int:
+    """Check, time and print; 1 if an op is wrong."""
+    plan = plan_of(given)
+    plan.check()
+    with results.Writer(given.output) as write, Progress("gpu") as show:
+        outcome = suite.run(plan, write, show)
+    print_report(write.points, outcome)
+    if plan.device == "cuda":
+        print(f"\npeak of the allocator: {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB")
+    return 1 if outcome.wrong else 0

@@ -1,0 +1,29 @@
+"""The table of ops: each name and the module of its cases.
+
+defines: OPS, cases
+"""
+
+import importlib
+
+from benchmarks.cases import Case
+from benchmarks.shapes import Shape
+
+OPS = {
+    "flash_attention": "bench_flash_attention",
+    "decode_attention": "bench_decode_attention",
+    "embedding": "bench_embedding",
+    "rope": "bench_rope",
+    "layer_norm": "bench_layer_norm",
+    "bias_gelu": "bench_bias_gelu",
+    "cross_entropy": "bench_cross_entropy",
+    "linear_cross_entropy": "bench_linear_cross_entropy",
+    "adamw_": "bench_adamw",
+    "grad_norm": "bench_grad_norm",
+}
+
+
+def cases(op: str, shape: Shape, device: str) -> list[Case]:
+    """The cases of one op at one shape."""
+    if op not in OPS:
+        raise ValueError(f"benchmarks: expected an op of {', '.join(OPS)}, got {op!r}.")
+    return importlib.import_module(f"benchmarks.{OPS[op]}").cases(shape, device)

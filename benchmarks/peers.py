@@ -1,0 +1,155 @@
+"""Kernels of other projects on a GPU, where they can be imported; and which peers are asked for.
+
+defines: attention, rope, layer_norm, cross_entropy, linear_cross_entropy, compiled, choose,
+    DEFAULT, OF_CUDA, OPTIONAL
+
+Each function returns {name: peer}, empty where the project is not installed. A peer that is there
+and fails is reported by the suite as one that cannot run; one that computes something else is
+reported too and not compared. None of these has been run by us yet: there was no GPU.
+"""
+
+import importlib
+import itertools
+from collections.abc import Callable
+
+import torch
+
+OF_CUDA = ("flex", "flash_attn", "liger", "apex")  # where they can be imported
+OPTIONAL = ("compile",)  # asked for by name, because compiling takes minutes
+DEFAULT = "default"
+
+
+def _module(name: str):
+    """A module of another project, or None. A broken install counts as none."""
+    try:
+        return importlib.import_module(name)
+    except Exception:  # whatever the project raises while it is imported
+        return None
+
+
+def compiled(function: Callable) -> Callable:
+    """A function under torch.compile, for these shapes."""
+    return torch.compile(function, dynamic=False)
+
+
+def choose(wanted: str, available: dict[str, Callable]) -> dict[str, Callable]:
+    """The peers that are asked for, in the order of the case.
+
+    Args:
+        wanted: names with commas between; "default" stands for all but the optional ones.
+        available: those of a case.
+    """
+    names = set(wanted.split(","))
+    found = {n: f for n, f in available.items() if DEFAULT in names or n in names}
+    if "compile" in names:
+        found["compile"] = compiled(available["eager"])
+    return found
+
+
+def attention(tokens: int, window: int | None, cu_seqlens: torch.Tensor | None) -> dict:
+    """FlexAttention and flash-attn, with the mask of a case."""
+    found = {"flex": _flex(tokens, window, cu_seqlens)}
+    module = _module("flash_attn")
+    if module is not None:
+        found["flash_attn"] = _flash_attn(module, window, cu_seqlens)
+    return found
+
+
+def _flex(tokens: int, window: int | None, cu_seqlens: torch.Tensor | None) -> Callable:
+    """FlexAttention, compiled, with a block mask that is made once."""
+    state = {}
+
+    def visible(b, h, query, key):
+        seen = key <= query
+        if window is not None:
+            seen = seen & (query - key < window)
+        if cu_seqlens is not None:
+            document = state["document"]
+            seen = seen & (document[query] == document[key])
+        return seen
+
+    def flex(q, k, v, mask):
+        from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+        if not state:
+            if cu_seqlens is not None:
+                index = torch.arange(tokens, device=q.device)
+                state["document"] = torch.bucketize(index, cu_seqlens[1:], right=True)
+            state["mask"] = create_block_mask(visible, None, None, tokens, tokens, device=q.device)
+            state["call"] = compiled(flex_attention)
+        packed = q.dim() == 3
+        q, k, v = ((x[None] if packed else x).transpose(1, 2) for x in (q, k, v))
+        out = state["call"](q, k, v, block_mask=state["mask"], enable_gqa=True).transpose(1, 2)
+        return out[0] if packed else out
+
+    return flex
+
+
+def _flash_attn(module, window: int | None, cu_seqlens: torch.Tensor | None) -> Callable:
+    """flash-attn; its window counts the keys to the left of the query."""
+    sides = (-1, -1) if window is None else (window - 1, 0)
+    ends = [0] if cu_seqlens is None else cu_seqlens.tolist()
+    longest = max((b - a for a, b in itertools.pairwise(ends)), default=0)
+
+    def flash_attn(q, k, v, mask):
+        if cu_seqlens is None:
+            return module.flash_attn_func(q, k, v, causal=True, window_size=sides)
+        return module.flash_attn_varlen_func(
+            q, k, v, cu_seqlens, cu_seqlens, longest, longest, causal=True, window_size=sides
+        )
+
+    return flash_attn
+
+
+def rope(B: int, T: int) -> dict:
+    """Liger's kernel, on heads first and a table of full width."""
+    module = _module("liger_kernel.transformers.functional")
+    if module is None:
+        return {}
+
+    def liger(q, k, cos, sin):
+        cos, sin = (torch.cat((x, x), -1).view(B, T, -1).to(q.dtype) for x in (cos, sin))
+        rotated = module.liger_rope(q.transpose(1, 2), k.transpose(1, 2), cos, sin)
+        return tuple(x.transpose(1, 2) for x in rotated)
+
+    return {"liger": liger}
+
+
+def layer_norm(eps: float) -> dict:
+    """Liger's and apex's kernels, behind the addition of the residual."""
+    found = {}
+    if (liger := _module("liger_kernel.transformers.functional")) is not None:
+
+        def with_liger(x, weight, bias, residual):
+            summed = x + residual
+            return liger.liger_layer_norm(summed, weight, bias, eps), summed
+
+        found["liger"] = with_liger
+    if (apex := _module("apex.normalization.fused_layer_norm")) is not None:
+
+        def with_apex(x, weight, bias, residual):
+            summed = x + residual
+            return apex.fused_layer_norm_affine(summed, weight, bias, x.shape[-1:], eps), summed
+
+        found["apex"] = with_apex
+    return found
+
+
+def cross_entropy() -> dict:
+    """Liger's kernel. It writes the gradient over the logits, so it gets a copy."""
+    module = _module("liger_kernel.transformers.functional")
+    if module is None:
+        return {}
+
+    def liger(logits, targets):
+        return module.liger_cross_entropy(logits.clone(), targets, reduction="none")
+
+    return {"liger": liger}
+
+
+def linear_cross_entropy() -> dict:
+    """Liger's kernel."""
+    module = _module("liger_kernel.transformers.functional")
+    if module is None:
+        return {}
+    return {"liger": module.liger_fused_linear_cross_entropy}

@@ -1,0 +1,35 @@
+"""Made-up points of a result file, and the verbs in a process of their own."""
+
+import os
+import subprocess
+import sys
+
+from benchmarks import results
+
+ENVIRONMENT = {
+    "cpu": "a processor", "threads": 2, "isa": "avx2", "gpu": None, "cuda": None, "python": "3.11",
+    "torch": "2.13.0", "triton": None, "numpy": "2", "commit": "abc1234", "dirty": False,
+    "date": "2026-11-21T00:00:00+00:00",
+}  # fmt: skip
+
+
+def point(ours_ms: list[float], peer_ms: list[float], **fields) -> dict:
+    """A valid point whose times are these, one a turn."""
+    found = results.UNTIMED | {
+        "op": "layer_norm", "variant": "residual", "model": "tiny", "sizes": {"N": 64, "C": 32},
+        "dtype": "bfloat16", "device": "cpu", "phase": "both", "impl": "cpu", "peer": "eager",
+        "gbps": 2.0, "tflops": 0.01, "copy_share": 0.2, "matmul_share": 0.02,
+        "flops_per_byte": 5.0, "peak_bytes": 2**20, "peer_peak_bytes": 2**22, "memory_ratio": 0.25,
+        "errors": {"small": {"maximum": 1.1, "rms": 0.9, "where": "result 0", "limit": 2.0}},
+        "clock": "wall", "limits": {"copy_gbps": 10.0, "matmul_tflops": 0.5},
+        "quiet": {"quiet": True, "others": 0.0, "drift": 0.0}, "environment": ENVIRONMENT,
+    } | results.timed(ours_ms, peer_ms)  # fmt: skip
+    return found | fields
+
+
+def run(*words: str, **environment: str) -> subprocess.CompletedProcess:
+    """`python -m benchmarks ...`."""
+    return subprocess.run(
+        [sys.executable, "-m", "benchmarks", *words],
+        capture_output=True, text=True, timeout=280, env=os.environ | environment,
+    )  # fmt: skip

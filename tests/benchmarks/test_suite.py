@@ -1,0 +1,208 @@
+"""What is wrong is named and never timed; what is right is checked, timed and weighed."""
+
+import dataclasses
+import math
+
+import pytest
+import torch
+
+from benchmarks import checks, ops, shapes, suite
+from benchmarks.cases import Maker
+from benchmarks.memory import peak_of_call
+from benchmarks.results import validate
+from stellarator_kernels.testing import assert_close_to_reference
+
+PLAN = suite.Plan(
+    ops=("layer_norm",), model="tiny", small=True, dtype="float32", peers="eager", repeats=3
+)
+
+
+def plant(monkeypatch, **changes) -> None:
+    """Every case of every op gets other functions: change(the case) makes each."""
+    real = ops.cases
+
+    def planted(op, shape, device):
+        return [
+            dataclasses.replace(case, **{name: make(case) for name, make in changes.items()})
+            for case in real(op, shape, device)
+        ]
+
+    monkeypatch.setattr(ops, "cases", planted)
+
+
+def run(plan: suite.Plan) -> tuple[list[dict], suite.Outcome]:
+    """The points of a plan, each valid."""
+    points = []
+    outcome = suite.run(plan, points.append, lambda done, text: None)
+    for point in points:
+        validate(point)
+    return points, outcome
+
+
+@pytest.mark.parametrize("op", ops.OPS)
+def test_each_op_is_right_and_timed(op):
+    points, outcome = run(dataclasses.replace(PLAN, ops=(op,)))
+    assert outcome.wrong == [] and outcome.notes == []
+    assert {p["op"] for p in points} == {op}
+    for p in points:
+        assert set(p["errors"]) == {"small"}  # the timed shape is the small one
+        worst = p["errors"]["small"]
+        assert 0 <= worst["maximum"] <= 2 and 0 <= worst["rms"] <= 2
+        assert 0 < p["ms"]["p20"] <= p["ms"]["p50"] <= p["ms"]["p80"]
+        assert p["ratio"] == pytest.approx(p["peer_ms"]["p50"] / p["ms"]["p50"])
+        assert p["copy_share"] == pytest.approx(p["gbps"] / p["limits"]["copy_gbps"])
+        assert p["matmul_share"] == pytest.approx(p["tflops"] / p["limits"]["matmul_tflops"])
+
+
+@pytest.mark.parametrize("where", ["result", "gradient"])
+def test_a_wrong_kernel_is_named_and_never_timed(monkeypatch, where):
+    class Off(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x * 1.001 if where == "result" else x.clone()
+
+        @staticmethod
+        def backward(ctx, dx):
+            return dx * 1.001 if where == "gradient" else dx
+
+    def wrong(case):
+        def ours(impl, x, *others):
+            right = case.ours(impl, x, *others)
+            return right if impl == "reference" else (Off.apply(right[0]), right[1])
+
+        return ours
+
+    plant(monkeypatch, ours=wrong)
+    monkeypatch.setattr(suite, "_measure", lambda *_: pytest.fail("a wrong kernel was timed"))
+    points, outcome = run(PLAN)
+    assert len(outcome.wrong) == 1 and "layer_norm residual, cpu: at the small" in outcome.wrong[0]
+    assert [p["ms"] for p in points] == [None]
+    assert ("result 0" if where == "result" else "gradient of") in points[0]["wrong"]
+
+
+def test_one_wrong_implementation_does_not_stop_the_other(monkeypatch):
+    def wrong(case):
+        return lambda impl, *x: case.ours(impl, *(x if impl != "torch" else (x[0] * 1.1, *x[1:])))
+
+    plant(monkeypatch, ours=wrong)
+    points, outcome = run(dataclasses.replace(PLAN, impls=("torch", "cpu")))
+    assert len(outcome.wrong) == 1 and ", torch: " in outcome.wrong[0]
+    assert {(p["impl"], p["ms"] is None) for p in points} == {("torch", True), ("cpu", False)}
+
+
+def test_memory_left_unwritten_is_wrong(monkeypatch):
+    """The check fills fresh memory with NaN."""
+
+    def holes(case):
+        def ours(impl, x, *others):
+            y, summed = case.ours(impl, x, *others)
+            if impl != "reference":
+                copy = torch.empty_like(y)
+                copy[1:] = y[1:]
+                y = copy
+            return y, summed
+
+        return ours
+
+    plant(monkeypatch, ours=holes)
+    points, _ = run(PLAN)
+    assert "nan" in points[0]["wrong"]
+
+
+def test_a_peer_that_computes_something_else_is_left_out(monkeypatch):
+    def peers(case):
+        other = dict(case.peers)
+        other["half"] = lambda x, *others: tuple(y / 2 for y in case.peers["eager"](x, *others))
+        other["broken"] = lambda *_: 1 / 0
+        return other
+
+    plant(monkeypatch, peers=peers)
+    points, outcome = run(dataclasses.replace(PLAN, peers="default"))
+    assert {p["peer"] for p in points} == {"eager"}
+    notes = sorted(outcome.notes)
+    assert len(notes) == 2 and "broken left out: cannot run: ZeroDivisionError" in notes[0]
+    assert "half left out: result 0 is 50.0% off" in notes[1]
+
+
+def test_the_timed_shape_is_checked_too(monkeypatch):
+    """A kernel that is wrong from the 1,000th token on passes the small shape alone."""
+
+    def late(case):
+        def ours(impl, x, *others):
+            y, summed = case.ours(impl, x, *others)
+            if impl != "reference" and len(y) > 1000:
+                y = torch.cat([y[:1000], y[1000:] + 1e-3])
+            return y, summed
+
+        return ours
+
+    plant(monkeypatch, ours=late)
+    points, outcome = run(dataclasses.replace(PLAN, small=False, model="demo"))
+    assert "at the timed shape" in outcome.wrong[0]
+    assert points[0]["errors"]["small"]["rms"] < 2 < points[0]["errors"]["timed"]["rms"]
+
+
+def test_the_limit_is_twice_the_error_of_eager_code():
+    exact = torch.linspace(-1, 1, 1001, dtype=torch.float64)
+    eager = exact + 1e-3
+    for factor, wrong in ((1.9, False), (2.1, True)):
+        found = checks.compare([exact + factor * 1e-3], [exact], [eager], ["x"])
+        assert found.wrong is wrong and found.rms == pytest.approx(factor, rel=1e-6)
+    one_off = eager.clone()
+    one_off[3] = exact[3] + 2.1e-3  # hides in the root mean square
+    found = checks.compare([one_off], [exact], [eager], ["x"])
+    assert found.wrong and found.rms < 1.1 and found.maximum == pytest.approx(2.1, rel=1e-6)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_what_is_not_finite_is_wrong(value):
+    exact = torch.ones(9, dtype=torch.float64)
+    x = exact.float()
+    x[4] = value
+    assert checks.compare([x], [exact], [exact.float()], ["x"]).wrong
+    assert checks.compare([x[:8]], [exact], [exact.float()], ["x"]).wrong  # another shape
+
+
+def test_the_rule_of_closeness():
+    exact = torch.linspace(-1, 1, 1000, dtype=torch.float64)
+    close = exact.float()
+    assert_close_to_reference(close, exact)
+    with pytest.raises(AssertionError, match="largest error"):
+        assert_close_to_reference(close + 1e-5 * (torch.arange(1000) == 3), exact)
+    with pytest.raises(AssertionError, match="root mean square"):
+        assert_close_to_reference(close + 1e-7, exact, exact.float())
+    with pytest.raises(AssertionError, match="not finite"):
+        assert_close_to_reference(close.log(), exact)
+
+
+def test_peak_memory_is_that_of_the_call():
+    kept = torch.ones(2**20)
+
+    def call() -> torch.Tensor:
+        first = torch.ones(24 * 2**20 // 4)  # 24 MiB, given back before the next
+        second = float(first.sum())
+        del first
+        return kept * second + torch.ones(8 * 2**20 // 4).sum()
+
+    call()
+    found = peak_of_call(call)
+    if found is None:
+        pytest.skip("/proc/self/clear_refs cannot be written here")
+    assert 23 * 2**20 < found < 29 * 2**20
+
+
+def test_shapes_are_those_of_the_models():
+    large = shapes.get("starcoder2_3b", tokens=4096)
+    assert (large.B, large.T, large.C, large.H, large.G, large.D) == (1, 4096, 3072, 24, 2, 128)
+    assert (large.F, large.V, large.parameters) == (12288, 49152, 95_978_496)
+    small = shapes.get("starcoder2_12m")
+    assert (small.B, small.T, small.C, small.parameters) == (8, 1024, 384, 12_599_040)
+    assert sum(large.documents()) == large.N and max(large.documents()) <= large.T
+    with pytest.raises(ValueError, match="Did you mean 'starcoder2_3b'"):
+        shapes.get("starcoder_3b")
+
+
+def test_inputs_are_the_same_in_every_run():
+    case = ops.cases("rope", shapes.reduced(shapes.get("tiny")), "cpu")[0]
+    one, two = (case.inputs(Maker("cpu", torch.float32)) for _ in range(2))
+    assert all(torch.equal(one[name], two[name]) for name in one)
