@@ -66,6 +66,33 @@ def test_two_ranks_follow_one(one, tmp_path):
     assert_same_state(one.folder, two.folder, 6)
 
 
+# A thread of gloo that still holds a tensor when Python ends aborts its process.
+LEAVES = """
+import pathlib, sys
+from stellarator import settings
+from stellarator.config import RunConfig
+from stellarator.train.loop import Trainer
+
+def threads():
+    return [p.read_text().strip() for p in pathlib.Path("/proc/self/task").glob("*/comm")]
+
+class Looking(Trainer):
+    def _one_step(self):
+        assert any("gloo" in name for name in threads()), threads()
+        return super()._one_step()
+
+assert Looking(settings.resolve(RunConfig(), sys.argv[2])).run()["status"] == "done"
+assert not any("gloo" in name for name in threads()), threads()
+"""
+
+
+def test_no_thread_of_the_group_outlives_the_run(tiny_config, tmp_path):
+    program = tmp_path / "leaves.py"
+    program.write_text(LEAVES)
+    done = torchrun(tiny_config, tmp_path, 2, [str(program)])
+    assert done.returncode == 0, done.stderr[-6000:]
+
+
 # Rank 1 alone is told to stop, after step 3; then rank 0 must stop and save there, too.
 STOPPED = """
 import os, signal, sys, time

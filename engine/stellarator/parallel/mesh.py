@@ -15,6 +15,11 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
+# Its functions have the process group as it is when they are defined as a default argument. What
+# imports it after the group is there (torch._dynamo does) would keep the group, and its threads,
+# alive beyond `stop`; one that still holds a tensor when Python ends aborts the process.
+import torch.distributed.nn.functional  # noqa: F401
+
 
 @dataclass(frozen=True)
 class Mesh:
