@@ -75,20 +75,19 @@ def test_the_compile_verb_and_its_gates(tmp_path):
         ("run --device cuda", 2, "expected a GPU"),
         ("run --op rope --impl fast", 2, "--impl: expected some of"),
         ("run --op rope --peers nobody", 2, "--peers: expected some of"),
-        ("run --tokens 0", 2, "--tokens: expected at least 1"),
-        ("run --repeats 0", 2, "--repeats: expected at least 1"),
+        ("run --tokens 0", 2, "--tokens: expected a whole number"),
+        ("run --repeats 0", 2, "--repeats: expected a whole number"),
         ("run --op rope --output /nonexistent/a.json", 2, "/nonexistent/a.json"),
         ("train --peers fast", 2, "--peers: expected some of"),
         ("compile --arch sm_75", 2, "--arch: expected some of"),
-        ("gate --set nobody", 2, "--set: expected one of"),
+        ("gate --set nobody", 2, "--set: expected some of"),
         ("walk", 2, "invalid choice: 'walk'"),
         ("", 2, "required: VERB"),
     ],
 )
 def test_mistakes_of_use(words, code, message):
     done = run(*words.split(), CUDA_VISIBLE_DEVICES="")
-    assert done.returncode == code and message in done.stdout + done.stderr
-    assert "Traceback" not in done.stderr
+    assert done.returncode == code and message in done.stderr and "Traceback" not in done.stderr
 
 
 def test_ctrl_c_leaves_the_points_that_are_done(tmp_path):
