@@ -63,6 +63,7 @@ def run(folder: Path, *arguments: str, **variables: str):
         "LD_PRELOAD": preload(),
         "ASAN_OPTIONS": "detect_leaks=0:abort_on_error=0:exitcode=99",
         "OMP_NUM_THREADS": "2",
+        "STELLARATOR_ARENA": "0",  # the sanitizer's own allocator sees every result
         **variables,
     }
     return subprocess.run(
@@ -78,6 +79,16 @@ def test_the_tests_of_the_ops_pass_under_the_sanitizers(package):
         *("-k", "cpu and not triton", *files),
     )
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+
+
+@needs_sanitizers
+def test_the_arena_under_the_sanitizers(package):
+    file = str(ROOT / "tests" / "ops" / "test_arena.py")
+    words = ("-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-p", "no:xdist", file)
+    words += ("-k", "not limited")  # the sanitizer wants addresses without a limit
+    done = run(package, *words, STELLARATOR_ARENA="1")
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    assert " passed" in done.stdout
     assert " passed" in done.stdout
 
 

@@ -26,9 +26,10 @@ void forward(bool is_bfloat16, bool is_tanh, int64_t N, int64_t C, const Address
 }
 
 void backward(bool is_bfloat16, bool is_tanh, int64_t N, int64_t C, const AddressAndStride& x,
-              uintptr_t bias, const AddressAndStride& dy, uintptr_t dx, uintptr_t dbias,
+              uintptr_t bias, uintptr_t y, const AddressAndStride& dy, uintptr_t dx, uintptr_t dbias,
               uintptr_t sums, int threads, Isa isa) {
     BiasGelu call = bias_gelu(is_bfloat16, is_tanh, N, C, x, bias);
+    call.y = pointer<void>(y);
     call.dy = rows(dy);
     call.dx = pointer<void>(dx);
     call.dbias = pointer<void>(dbias);
@@ -45,8 +46,8 @@ void bind_bias_gelu(py::module_& m) {
           py::arg("y"), py::arg("threads"), py::arg("isa"));
     m.def("bias_gelu_backward", &backward, py::kw_only(), py::arg("is_bfloat16"),
           py::arg("is_tanh"), py::arg("N"), py::arg("C"), py::arg("x"), py::arg("bias"),
-          py::arg("dy"), py::arg("dx"), py::arg("dbias"), py::arg("sums"), py::arg("threads"),
-          py::arg("isa"));
+          py::arg("y"), py::arg("dy"), py::arg("dx"), py::arg("dbias"), py::arg("sums"),
+          py::arg("threads"), py::arg("isa"));
 }
 
 }  // namespace stellarator

@@ -23,6 +23,7 @@ void bind_attention(pybind11::module_& m);
 void bind_bias_gelu(pybind11::module_& m);
 void bind_cross_entropy(pybind11::module_& m);
 void bind_layer_norm(pybind11::module_& m);
+void bind_memory(pybind11::module_& m);
 void bind_rope(pybind11::module_& m);
 
 }  // namespace stellarator

@@ -66,5 +66,6 @@ PYBIND11_MODULE(_cpu, m) {
     stellarator::bind_bias_gelu(m);
     stellarator::bind_cross_entropy(m);
     stellarator::bind_layer_norm(m);
+    stellarator::bind_memory(m);
     stellarator::bind_rope(m);
 }

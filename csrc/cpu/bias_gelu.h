@@ -14,7 +14,7 @@ struct BiasGelu {
     int64_t N, C;
     Rows x;            // (N, C)
     const void* bias;  // (C,) or null
-    void* y;           // (N, C), forward only
+    void* y;           // (N, C); backward: null, or the result of the forward once more
     // Backward only.
     Rows dy;      // (N, C)
     void* dx;     // (N, C)

@@ -201,13 +201,11 @@ def _implementations() -> list[str]:
     """What `explain` says of every op on the device of a run, for the two training dtypes."""
     import torch
 
-    import stellarator_kernels
     from stellarator_kernels import dispatch
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    questions = {"available", "explain"}
     lines = []
-    for op in (name for name in stellarator_kernels.__all__ if name not in questions):
+    for op in sorted(dispatch.ops()):
         answers = {
             str(dtype).removeprefix("torch."): dispatch.describe(
                 op, dispatch.facts(op, torch.empty((0, _WIDTH), device=device, dtype=dtype))

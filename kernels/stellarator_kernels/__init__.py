@@ -4,6 +4,7 @@ defines:
     attention    flash_attention, decode_attention
     positions    rope
     layers       embedding, layer_norm, bias_gelu
+    products     linear, layer_norm_linear, bias_gelu_linear
     losses       cross_entropy, linear_cross_entropy
     optimizer    adamw_, grad_norm
     questions    explain, available
@@ -21,6 +22,7 @@ from stellarator_kernels.dispatch import available, explain
 from stellarator_kernels.embedding import embedding
 from stellarator_kernels.grad_norm import grad_norm
 from stellarator_kernels.layer_norm import layer_norm
+from stellarator_kernels.linear import bias_gelu_linear, layer_norm_linear, linear
 from stellarator_kernels.linear_cross_entropy import linear_cross_entropy
 from stellarator_kernels.rope import rope
 
@@ -28,6 +30,7 @@ __all__ = [
     "adamw_",
     "available",
     "bias_gelu",
+    "bias_gelu_linear",
     "cross_entropy",
     "decode_attention",
     "embedding",
@@ -35,6 +38,8 @@ __all__ = [
     "flash_attention",
     "grad_norm",
     "layer_norm",
+    "layer_norm_linear",
+    "linear",
     "linear_cross_entropy",
     "rope",
 ]

@@ -21,6 +21,7 @@ from stellarator_kernels._triton import tl, triton
 from stellarator_kernels.checks import expect, expect_dtype, expect_same_device, expect_shape
 from stellarator_kernels.dispatch import choose
 from stellarator_kernels.layout import dense_rows
+from stellarator_kernels.memory import empty_like
 
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -135,39 +136,40 @@ def _arguments_cpu(x, bias, approximate):
 def _forward_cpu(x, bias, approximate):
     """Allocate and call the C++ kernel."""
     x, bias = dense_rows(x), dense_rows(bias)
-    y = x.new_empty(x.shape)
+    y = empty_like(x)
     arguments = _arguments_cpu(x, bias, approximate)
     extension.load().bias_gelu_forward(**arguments, y=y.data_ptr())
     return y
 
 
-def _backward_cpu(dy, x, bias, approximate):
-    """Allocate and call the C++ kernel."""
+def _backward_cpu(dy, x, bias, approximate, need_y):
+    """Allocate and call the C++ kernel: dx, dbias, and y in the same pass if it is needed."""
     dy, x, bias = (dense_rows(t) for t in (dy, x, bias))
     module, (N, C) = extension.load(), x.shape
-    dx, dbias, sums = x.new_empty(N, C), None, None
+    dx, dbias, sums = empty_like(x, N, C), None, None
     if bias is not None:
         dbias = bias.new_empty(C)
         sums = x.new_empty((module.blocks_of_rows(N), C), dtype=torch.float32)
-    results = {"dx": dx, "dbias": dbias, "sums": sums}
+    y = empty_like(x, N, C) if need_y else None
+    results = {"y": y, "dx": dx, "dbias": dbias, "sums": sums}
     module.bias_gelu_backward(
         **_arguments_cpu(x, bias, approximate),
         dy=extension.rows(dy),
         **{name: extension.address(t) for name, t in results.items()},
     )
-    return dx, dbias
+    return dx, dbias, y
 
 
 def _forward_torch(x, bias, approximate):
     """ATen's gelu, in place on x + bias."""
-    u = x.new_empty(x.shape)
+    u = empty_like(x)
     source = x if bias is None else torch.add(x, bias, out=u)
     return torch.ops.aten.gelu.out(source, approximate=approximate, out=u)
 
 
 def _backward_torch(dy, x, bias, approximate):
     """ATen's gelu_backward, in place on x + bias."""
-    u = x.new_empty(x.shape)
+    u = empty_like(x)
     source = x if bias is None else torch.add(x, bias, out=u)
     dx = torch.ops.aten.gelu_backward.grad_input(dy, source, approximate=approximate, grad_input=u)
     return dx, None if bias is None else dx.sum(0)
@@ -197,23 +199,32 @@ def _fake_forward(x, bias, approximate, impl):
 
 @torch.library.custom_op("stellarator::bias_gelu_backward", mutates_args=())
 def _bias_gelu_backward(
-    dy: torch.Tensor, x: torch.Tensor, bias: torch.Tensor | None, approximate: str, impl: str
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """dx and dbias (empty without a bias)."""
+    dy: torch.Tensor,
+    x: torch.Tensor,
+    bias: torch.Tensor | None,
+    approximate: str,
+    impl: str,
+    need_y: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """dx, dbias (empty without a bias), and y, the result of the forward (empty unless needed)."""
     chosen = choose("bias_gelu", impl, x)
-    backward = {
-        "triton": _backward_triton,
-        "cpu": _backward_cpu,
-        "torch": _backward_torch,
-        "reference": _backward_reference,
-    }[chosen]
-    dx, dbias = backward(dy, x, bias, approximate)
-    return dx, x.new_empty(0) if dbias is None else dbias
+    if chosen == "cpu":
+        dx, dbias, y = _backward_cpu(dy, x, bias, approximate, need_y)
+    else:
+        backward = {
+            "triton": _backward_triton,
+            "torch": _backward_torch,
+            "reference": _backward_reference,
+        }[chosen]
+        dx, dbias = backward(dy, x, bias, approximate)
+        y = _bias_gelu_forward(x, bias, approximate, impl) if need_y else None
+    return dx, x.new_empty(0) if dbias is None else dbias, x.new_empty(0) if y is None else y
 
 
 @_bias_gelu_backward.register_fake
-def _fake_backward(dy, x, bias, approximate, impl):
-    return x.new_empty(x.shape), x.new_empty(0 if bias is None else bias.shape)
+def _fake_backward(dy, x, bias, approximate, impl, need_y=False):
+    dbias = x.new_empty(0 if bias is None else bias.shape)
+    return x.new_empty(x.shape), dbias, x.new_empty(x.shape if need_y else 0)
 
 
 def _setup_context(ctx, inputs, output):
@@ -226,7 +237,7 @@ def _backward(ctx, dy):
     if dy is None:
         return None, None, None, None
     x, bias = ctx.saved_tensors
-    dx, dbias = _bias_gelu_backward(dy, x, bias, ctx.approximate, ctx.impl)
+    dx, dbias, _ = _bias_gelu_backward(dy, x, bias, ctx.approximate, ctx.impl)
     return dx, None if bias is None else dbias, None, None
 
 

@@ -20,6 +20,7 @@ from stellarator_kernels._triton import tl, triton
 from stellarator_kernels.checks import expect, expect_dtype, expect_same_device, expect_shape
 from stellarator_kernels.dispatch import choose
 from stellarator_kernels.layout import dense_rows
+from stellarator_kernels.memory import empty_like
 
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 # Elements of one fp32 block on a CPU: 2 MiB, measured as the fastest of 2^16 .. 2^20.
@@ -179,7 +180,7 @@ def forward_torch(logits, targets, dloss, ignore_index, z_loss):
 
 def _backward_torch(dloss, logits, targets, lse, ignore_index, z_loss):
     """ATen's path of the backward, by blocks of rows."""
-    dlogits = logits.new_empty(logits.shape)
+    dlogits = empty_like(logits)
     ignored = (targets == ignore_index)[:, None]
     index = targets[:, None].masked_fill(ignored, 0)
     dloss, lse = dloss.to(lse.dtype)[:, None], lse[:, None]
@@ -201,7 +202,7 @@ def forward_cpu(logits, targets, dloss, ignore_index, z_loss):
 
 def _backward_cpu(dloss, logits, targets, lse, ignore_index, z_loss):
     """The backward in C++."""
-    logits, dlogits = dense_rows(logits), logits.new_empty(logits.shape)
+    logits, dlogits = dense_rows(logits), empty_like(logits)
     _run_cpu(logits, targets, lse, None, dloss, dlogits, ignore_index, z_loss)
     return dlogits
 

@@ -1,6 +1,6 @@
 """Which implementation runs: a pure function of (op, impl, facts), and its reasons.
 
-defines: Facts, facts, choose, explain, describe, narrowest, available, IMPLEMENTATIONS
+defines: Facts, facts, choose, explain, describe, narrowest, available, ops, IMPLEMENTATIONS
 
 There is no silent fallback. `impl="auto"` takes the first implementation of the op's list that can
 run, and `explain` prints the reason for which every other one was refused. An explicit `impl` that
@@ -81,6 +81,11 @@ class Facts:
     interpreter: bool = False  # TRITON_INTERPRET=1
     no_extension: str | None = None  # why stellarator_kernels._cpu does not load; None: it does
     note: str = ""  # reason for which the op's own limits rule out `triton` and `cpu`; empty: none
+
+
+def ops() -> tuple[str, ...]:
+    """Names of the ops that have several implementations."""
+    return tuple(_OPS)
 
 
 @functools.cache

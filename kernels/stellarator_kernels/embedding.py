@@ -16,6 +16,7 @@ import torch
 from stellarator_kernels import reference
 from stellarator_kernels.checks import expect, expect_dtype, expect_same_device
 from stellarator_kernels.dispatch import choose
+from stellarator_kernels.memory import empty_like
 
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -24,7 +25,9 @@ _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 def _embedding_forward(ids: torch.Tensor, weight: torch.Tensor, impl: str) -> torch.Tensor:
     """(N,) and (V, C) -> (N, C)."""
     chosen = choose("embedding", impl, weight)
-    return weight[ids] if chosen == "reference" else torch.index_select(weight, 0, ids)
+    if chosen == "reference":
+        return weight[ids]
+    return torch.index_select(weight, 0, ids, out=empty_like(weight, len(ids), weight.shape[1]))
 
 
 @_embedding_forward.register_fake

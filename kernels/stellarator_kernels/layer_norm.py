@@ -30,6 +30,7 @@ from stellarator_kernels._triton import tl, triton
 from stellarator_kernels.checks import expect, expect_dtype, expect_same_device, expect_shape
 from stellarator_kernels.dispatch import choose
 from stellarator_kernels.layout import dense_rows
+from stellarator_kernels.memory import empty_like
 
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _ROWS = 512  # of a block that `_parameter_sums` widens
@@ -163,8 +164,8 @@ def _forward_cpu(x, residual, weight, bias, eps):
     """Allocate and call the C++ kernel."""
     x, residual, weight, bias = (dense_rows(t) for t in (x, residual, weight, bias))
     N, C = x.shape
-    y = x.new_empty(N, C)
-    summed = None if residual is None else x.new_empty(N, C)
+    y = empty_like(x, N, C)
+    summed = None if residual is None else empty_like(x, N, C)
     mean, rstd = (x.new_empty((N, 1), dtype=torch.float32) for _ in range(2))
     results = {"y": y, "summed": summed, "mean": mean, "rstd": rstd}
     extension.load().layer_norm_forward(
@@ -181,7 +182,7 @@ def _backward_cpu(dy, dsummed, summed, weight, mean, rstd, has_bias, need_params
     """Allocate and call the C++ kernel."""
     dy, dsummed, summed, weight = (dense_rows(t) for t in (dy, dsummed, summed, weight))
     module, (N, C) = extension.load(), summed.shape
-    dx, dweight, dbias, sums = summed.new_empty(N, C), None, None, None
+    dx, dweight, dbias, sums = empty_like(summed, N, C), None, None, None
     if need_params:
         dweight, dbias = weight.new_empty(C), weight.new_empty(C) if has_bias else None
         sums = mean.new_empty(module.blocks_of_rows(N), 2, C)

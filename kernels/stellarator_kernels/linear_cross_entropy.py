@@ -33,6 +33,7 @@ from stellarator_kernels.cross_entropy import (
     launch_forward,
 )
 from stellarator_kernels.dispatch import choose
+from stellarator_kernels.memory import empty_like
 
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _REDUCTIONS = ("mean", "sum", "none")
@@ -77,7 +78,7 @@ def _add_product(total, product, left, right, last):
     """
     dtype = reference.compute_dtype(left)
     if total is None and (last or left.dtype == dtype):
-        return torch.mm(left, right), None
+        return torch.mm(left, right, out=empty_like(left, left.shape[0], right.shape[1])), None
     if left.dtype == dtype:
         return torch.addmm(total, left, right, out=total), None
     if left.device.type == "cuda":
@@ -102,8 +103,10 @@ def _chunked(
     losses = hidden.new_zeros(N, dtype=dtype)
     dhidden = dweight = product = dbias = None
     if need[0]:
-        dhidden = hidden.new_empty(hidden.shape) if all_count else hidden.new_zeros(hidden.shape)
-    buffer = hidden.new_empty(min(rows, K), V)
+        dhidden = empty_like(hidden)
+        if not all_count:
+            dhidden.zero_()
+    buffer = empty_like(hidden, min(rows, K), V)
     compute = {"triton": launch_forward, "cpu": forward_cpu, "torch": forward_torch}[chosen]
     for start in range(0, K, rows):
         stop = min(K, start + rows)

@@ -17,6 +17,7 @@ from stellarator_kernels import extension, reference
 from stellarator_kernels._triton import tl, triton
 from stellarator_kernels.checks import expect, expect_dtype, expect_same_device, expect_shape
 from stellarator_kernels.dispatch import choose
+from stellarator_kernels.memory import empty_like
 from stellarator_kernels.reference import rope_table
 
 __all__ = ["rope", "rope_table"]
@@ -99,7 +100,7 @@ def _rotate_cpu(q, k, cos, sin, conjugate):
     """Call the C++ kernel; heads may be strided, the elements of one head may not."""
     q, k = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k))
     cos, sin = cos.contiguous(), sin.contiguous()
-    q_out, k_out = q.new_empty(q.shape), k.new_empty(k.shape)
+    q_out, k_out = empty_like(q), empty_like(k)
     extension.load().rope(
         **{"is_bfloat16": q.dtype == torch.bfloat16, "conjugate": conjugate},
         **{"M": q.shape[0], "D": q.shape[2], "cos": cos.data_ptr(), "sin": sin.data_ptr()},
@@ -118,7 +119,7 @@ def _rotate_torch(x, cos, sin):
     """
     dtype = reference.compute_dtype(x)
     M, H, D = x.shape
-    y = x.new_empty(x.shape)
+    y = empty_like(x)
     cos, sin = cos.to(dtype)[:, None], sin.to(dtype)[:, None]
     rows = max(1, M if x.device.type != "cpu" else min(M, _BLOCK_ELEMENTS // max(1, H * D)))
     x32 = y32 = None

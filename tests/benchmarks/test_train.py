@@ -22,7 +22,7 @@ def test_peers_are_chosen_by_name_and_ours_comes_first():
     assert list(bench_train.providers("eager")) == ["stellarator", "transformers eager"]
     found = bench_train.providers("compiled,eager")
     assert list(found) == ["stellarator", "transformers compiled", "transformers eager"]
-    with pytest.raises(UsageError, match="--peers: expected some of eager, compiled, got .fast.\."):
+    with pytest.raises(UsageError, match="--peers: expected some of eager, compiled, got"):
         bench_train.providers("eager,fast")
 
 

@@ -69,12 +69,14 @@ void backward(const BiasGelu& call, const Block& block, float* sums) {
         const Element* x = row_of<Element>(call.x, row);
         const Element* dy = row_of<Element>(call.dy, row);
         Element* dx = static_cast<Element*>(call.dx) + row * call.C;
+        Element* y = call.y == nullptr ? nullptr : static_cast<Element*>(call.y) + row * call.C;
         for_columns(block.begin_column, block.end_column, [&](int64_t i, auto part) {
             Floats u = load(x + i, part);
             if (bias != nullptr) u += load(bias + i, part);
             const Normal at = normal<kTanh>(u);
             const Floats d = load(dy + i, part) * (at.cdf + u * at.density);
             store(dx + i, d, part);
+            if (y != nullptr) store(y + i, u * at.cdf, part);
             if constexpr (kSums) {
                 const bool first = row == block.begin_row;
                 store(sums + i, first ? d : d + load(sums + i, part), part);

@@ -26,7 +26,7 @@ class Context:
 
 
 class Attention(torch.nn.Module):
-    """x (B, T, C) -> (B, T, C). The rows of `qkv` are [Q of all heads | K | V]."""
+    """Projected tokens (B, T, (H + 2G) * D), which are [Q of all heads | K | V], -> (B, T, C)."""
 
     def __init__(self, config: ModelConfig, kernels: str, *, device, dtype):
         super().__init__()
@@ -36,10 +36,10 @@ class Attention(torch.nn.Module):
         self.qkv = Linear(C, sum(self.widths), device=device, dtype=dtype)
         self.out = Linear(H * D, C, device=device, dtype=dtype)
 
-    def forward(self, x: torch.Tensor, context: Context, layer: int) -> torch.Tensor:
+    def forward(self, qkv: torch.Tensor, context: Context, layer: int) -> torch.Tensor:
         D, theta = self.config.head_width, self.config.rope_theta
         # Views into one buffer: RoPE and attention take strided heads, so nothing is copied.
-        q, k, v = (part.unflatten(-1, (-1, D)) for part in self.qkv(x).split(self.widths, dim=-1))
+        q, k, v = (part.unflatten(-1, (-1, D)) for part in qkv.split(self.widths, dim=-1))
         if context.rotation is not None:
             q, k = rope(q, k, context.positions, theta, table=context.rotation, impl=self.kernels)
         if context.cache is not None:
@@ -48,7 +48,7 @@ class Attention(torch.nn.Module):
             y = self._attend_packed(q, k, v, context.cu_seqlens)
         else:
             y = flash_attention(q, k, v, window=self.config.window, impl=self.kernels)
-        return self.out(y.reshape(x.shape[:2] + (-1,)))  # (B, T, H*D)
+        return self.out(y.reshape(qkv.shape[:2] + (-1,)))  # (B, T, H*D)
 
     def _attend_packed(self, q, k, v, cu_seqlens):
         """Attention within documents, of which rows are made end to end."""

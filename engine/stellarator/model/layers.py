@@ -8,7 +8,7 @@ random weights when they are made, which costs minutes for a large model and mov
 
 import torch
 
-from stellarator_kernels import layer_norm
+from stellarator_kernels import layer_norm, layer_norm_linear, linear
 
 
 def parameter(*shape: int, device, dtype) -> torch.nn.Parameter:
@@ -25,7 +25,7 @@ class Linear(torch.nn.Module):
         self.bias = parameter(out_width, device=device, dtype=dtype)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return torch.nn.functional.linear(x, self.weight, self.bias)
+        return linear(x, self.weight, self.bias)
 
 
 class LayerNorm(torch.nn.Module):
@@ -45,3 +45,17 @@ class LayerNorm(torch.nn.Module):
             y = layer_norm(residual, self.weight, self.bias, self.eps, impl=self.kernels)
             return y, residual
         return layer_norm(branch, self.weight, self.bias, self.eps, residual, impl=self.kernels)
+
+    def into(
+        self,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        branch: torch.Tensor | None,
+        residual: torch.Tensor,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """(normalised @ weight^T + bias, summed); the normalised rows are not kept."""
+        norm = (self.weight, self.bias)
+        options = {"impl": self.kernels}
+        if branch is None:
+            return layer_norm_linear(residual, *norm, weight, bias, self.eps, **options), residual
+        return layer_norm_linear(branch, *norm, weight, bias, self.eps, residual, **options)

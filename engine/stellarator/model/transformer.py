@@ -34,14 +34,15 @@ from stellarator_kernels.rope import rope_table
 
 RECOMPUTE = ("none", "selective", "full")
 _REDUCTIONS = ("mean", "sum", "none")
-_PRODUCTS = (torch.ops.aten.mm.default, torch.ops.aten.addmm.default)
 
 
 def _selective_policy(context, op, *args, **kwargs) -> CheckpointPolicy:
-    """Keep the results of matrix products and of attention: dear to compute, C to F wide."""
-    if op in _PRODUCTS or op.name().startswith("stellarator::flash_attention"):
-        return CheckpointPolicy.MUST_SAVE
-    return CheckpointPolicy.PREFER_RECOMPUTE
+    """Keep the results of attention and of products, but not those of twice their input's width."""
+    keep = op.name().startswith("stellarator::flash_attention")
+    if op.name() == "stellarator::product":
+        left, right = args[:2]
+        keep = right.shape[1] <= 2 * left.shape[1]
+    return CheckpointPolicy.MUST_SAVE if keep else CheckpointPolicy.PREFER_RECOMPUTE
 
 
 class Layer(torch.nn.Module):
@@ -56,8 +57,10 @@ class Layer(torch.nn.Module):
         self.mlp = Mlp(config, kernels, **to)
 
     def forward(self, branch, residual, context: Context, index: int):
-        y, residual = self.attention_norm(branch, residual)
-        y, residual = self.mlp_norm(self.attention(y, context, index), residual)
+        qkv, up = self.attention.qkv, self.mlp.up
+        y, residual = self.attention_norm.into(qkv.weight, qkv.bias, branch, residual)
+        y = self.attention(y, context, index)
+        y, residual = self.mlp_norm.into(up.weight, None, y, residual)
         return self.mlp(y), residual
 
 
@@ -88,8 +91,9 @@ class Transformer(torch.nn.Module):
     Args:
         config: its shape. Dropout rates are carried for export and are not applied.
         kernels: `impl` of every op.
-        recompute: what the backward pass computes again instead of keeping. "none"; "selective":
-            norms, RoPE and gelu; "full": whole layers. The gradients are the same to the bit.
+        recompute: what the backward pass computes again instead of keeping, beside norms and
+            gelu. "none"; "selective": RoPE and the MLP's first product, whose result is the widest
+            tensor; "full": whole layers. The gradients are the same to the bit.
         device, dtype: of the parameters.
     Raises:
         ValueError: the configuration contradicts itself.

@@ -10,6 +10,7 @@ and in the backward pass float32 sums of dk and dv and one packed head for each 
 import torch
 
 from stellarator_kernels import extension
+from stellarator_kernels.memory import empty, empty_like
 
 _ALIGNMENT = 64
 
@@ -18,7 +19,7 @@ def forward(q, k, v, cu_seqlens, causal, window, scale):
     """q (B, T, H, D), k and v (B, S, G, D), B = 1 if packed -> out (B, T, H, D), lse (B, H, T)."""
     B, T, H, _ = q.shape
     q, k, v = (_rows(x) for x in (q, k, v))
-    out = torch.empty_like(q, memory_format=torch.contiguous_format)
+    out = empty_like(q)
     lse = torch.empty((B, H, T), dtype=torch.float32)
     tensors = {"q": q, "k": k, "v": v, "out": out, "lse": lse}
     _run("attention_forward", tensors, cu_seqlens, causal, window, scale)
@@ -28,8 +29,7 @@ def forward(q, k, v, cu_seqlens, causal, window, scale):
 def backward(dout, dlse, q, k, v, out, lse, cu_seqlens, causal, window, scale):
     """Gradients dq (B, T, H, D), dk and dv (B, S, G, D), contiguous; dlse (B, H, T) or None."""
     dout, q, k, v = (_rows(x) for x in (dout, q, k, v))
-    dense = torch.contiguous_format
-    gradients = [torch.empty_like(x, memory_format=dense) for x in (q, k, v)]
+    gradients = [empty_like(x) for x in (q, k, v)]
     tensors = {
         **{"q": q, "k": k, "v": v, "out": out.contiguous(), "lse": lse.contiguous()},
         **{"dout": dout, "dlse": None if dlse is None else dlse.float().contiguous()},
@@ -61,7 +61,7 @@ def _run(function: str, tensors: dict, cu_seqlens, causal, window, scale) -> Non
         ],
     )
     size = getattr(module, f"{function}_workspace")(call, threads, isa)
-    workspace = torch.empty(size + _ALIGNMENT, dtype=torch.uint8)
+    workspace = empty((size + _ALIGNMENT,), torch.uint8, "cpu")
     start = -(-workspace.data_ptr() // _ALIGNMENT) * _ALIGNMENT
     getattr(module, function)(call, start, threads, isa)
 

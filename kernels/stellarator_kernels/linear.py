@@ -1,0 +1,245 @@
+"""Matrix products of a layer, with what stands in front of them computed again in the backward.
+
+defines: linear, layer_norm_linear, bias_gelu_linear
+
+    linear             y = x @ weight^T + bias
+    layer_norm_linear  y = linear(layer_norm(x + residual)), and the sum
+    bias_gelu_linear   y = linear(gelu(x + bias))
+
+The backward of a product needs its input. A norm or a gelu in front of it is cheap to compute from
+what is kept anyway: of the widest tensors of a transformer half as many are kept. Its bits are the
+same the second time, so the gradients are those of the ops one after the other, to the bit.
+
+backward: dx = dy @ weight;  dweight = dy^T @ x;  dbias = sum(dy)
+
+Each is made of registered operators: `stellarator::product` (ATen's product into memory that is
+used again, see memory.py) and those of layer_norm.py and bias_gelu.py.
+"""
+
+import torch
+
+from stellarator_kernels.checks import expect, expect_dtype, expect_same_device, expect_shape
+from stellarator_kernels.memory import empty_like
+
+_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+_ops = torch.ops.stellarator
+
+
+@torch.library.custom_op("stellarator::product", mutates_args=())
+def _product(
+    left: torch.Tensor, right: torch.Tensor, bias: torch.Tensor | None = None
+) -> torch.Tensor:
+    """(N, K) @ (K, M) + bias (M,), of any strides -> (N, M)."""
+    out = empty_like(left, left.shape[0], right.shape[1])
+    if bias is None:
+        return torch.mm(left, right, out=out)
+    return torch.addmm(bias, left, right, out=out)
+
+
+@_product.register_fake
+def _fake_product(left, right, bias=None):
+    return left.new_empty(left.shape[0], right.shape[1])
+
+
+def _parameter_gradients(ctx, dy, make_input, first: int):
+    """dweight and dbias of the product, whose place among the inputs is `first`; None: unneeded."""
+    dweight = dbias = None
+    if ctx.needs_input_grad[first]:
+        dweight = _product(dy.t(), make_input())
+    if ctx.needs_input_grad[first + 1]:
+        dbias = dy.sum(0)
+    return dweight, dbias
+
+
+class _Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight, bias):
+        ctx.save_for_backward(x, weight)
+        return _product(x, weight.t(), bias)
+
+    @staticmethod
+    def backward(ctx, dy):
+        x, weight = ctx.saved_tensors
+        dweight, dbias = _parameter_gradients(ctx, dy, lambda: x, 1)
+        return _product(dy, weight) if ctx.needs_input_grad[0] else None, dweight, dbias
+
+
+class _LayerNormLinear(torch.autograd.Function):
+    """Inputs: rows, residual rows or None, weight and bias of the norm, and of the product."""
+
+    @staticmethod
+    def forward(ctx, x, residual, norm_weight, norm_bias, weight, bias, eps, impl):
+        y, summed, mean, rstd = _ops.layer_norm_forward(
+            x, residual, norm_weight, norm_bias, eps, impl
+        )
+        ctx.eps, ctx.impl, ctx.has_residual = eps, impl, residual is not None
+        kept = summed if ctx.has_residual else x
+        ctx.save_for_backward(kept, norm_weight, norm_bias, mean, rstd, weight)
+        ctx.set_materialize_grads(False)
+        return _product(y, weight.t(), bias), summed
+
+    @staticmethod
+    def backward(ctx, dout, dsummed):
+        summed, norm_weight, norm_bias, mean, rstd, weight = ctx.saved_tensors
+        dsummed = dsummed if ctx.has_residual else None
+        if dout is None:
+            return dsummed, dsummed if ctx.has_residual else None, *(None,) * 6
+
+        def normalised():
+            return _ops.layer_norm_forward(summed, None, norm_weight, norm_bias, ctx.eps, ctx.impl)[
+                0
+            ]
+
+        dweight, dbias = _parameter_gradients(ctx, dout, normalised, 4)
+        need_params = ctx.needs_input_grad[2] or ctx.needs_input_grad[3]
+        has_bias = norm_bias is not None
+        dx, dnorm_weight, dnorm_bias = _ops.layer_norm_backward(
+            _product(dout, weight), dsummed, summed, norm_weight, mean, rstd, has_bias,
+            need_params, ctx.impl,
+        )  # fmt: skip
+        return (
+            dx,
+            dx if ctx.has_residual else None,
+            dnorm_weight if need_params else None,
+            dnorm_bias if need_params and has_bias else None,
+            *(dweight, dbias, None, None),
+        )
+
+
+class _BiasGeluLinear(torch.autograd.Function):
+    """Inputs: rows, bias of the gelu or None, weight and bias of the product."""
+
+    @staticmethod
+    def forward(ctx, x, gelu_bias, weight, bias, approximate, impl):
+        ctx.approximate, ctx.impl = approximate, impl
+        ctx.save_for_backward(x, gelu_bias, weight)
+        y = _ops.bias_gelu_forward(x, gelu_bias, approximate, impl)
+        return _product(y, weight.t(), bias)
+
+    @staticmethod
+    def backward(ctx, dout):
+        x, gelu_bias, weight = ctx.saved_tensors
+        dx, dgelu_bias, y = _ops.bias_gelu_backward(
+            _product(dout, weight), x, gelu_bias, ctx.approximate, ctx.impl,
+            need_y=ctx.needs_input_grad[2],
+        )  # fmt: skip
+        dweight, dbias = _parameter_gradients(ctx, dout, lambda: y, 2)
+        return dx, None if gelu_bias is None else dgelu_bias, dweight, dbias, None, None
+
+
+def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """x @ weight^T + bias.
+
+    Args:
+        x: (..., in) bf16/fp16/fp32/fp64.
+        weight: (out, in), dtype of x.
+        bias: (out,), dtype of x, or None.
+    Returns:
+        (..., out), contiguous, the dtype of x.
+    Raises:
+        ValueError: shapes, dtypes or devices disagree.
+    Cost: 2*N*in*out FLOPs forward, twice as many backward.
+    """
+    _check("linear", x, weight, bias)
+    return _Linear.apply(_rows(x), weight, bias).view(*x.shape[:-1], -1)
+
+
+def layer_norm_linear(
+    x: torch.Tensor,
+    norm_weight: torch.Tensor,
+    norm_bias: torch.Tensor | None,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    eps: float = 1e-5,
+    residual: torch.Tensor | None = None,
+    *,
+    impl: str = "auto",
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    """linear(layer_norm(x), weight, bias), or of x + residual; the normalised rows are not kept.
+
+    Args:
+        x: (..., C) bf16/fp16/fp32/fp64.
+        norm_weight, norm_bias: (C,), the latter may be None.
+        weight, bias: (out, C) and (out,) or None.
+        eps: added to the variance.
+        residual: shape and dtype of x.
+        impl: of the norm.
+    Returns:
+        y (..., out); with a residual (y, summed), summed = x + residual in the dtype of x.
+    Raises:
+        ValueError: shapes, dtypes or devices disagree.
+    Cost: `cost.layer_norm` and `linear`, and in the backward once more the forward of the norm.
+    """
+    op = "layer_norm_linear"
+    _check(op, x, weight, bias)
+    _check_vectors(op, x, norm_weight=norm_weight, norm_bias=norm_bias)
+    if residual is not None:
+        expect_shape(op, "residual", residual, "like x", x.shape, "Pass rows of the same tokens")
+        expect_dtype(op, "residual", residual, (x.dtype,), "Cast it to the dtype of x")
+        expect_same_device(op, x=x, residual=residual)
+    y, summed = _LayerNormLinear.apply(
+        _rows(x), None if residual is None else _rows(residual), norm_weight, norm_bias,
+        weight, bias, eps, impl,
+    )  # fmt: skip
+    y = y.view(*x.shape[:-1], -1)
+    return y if residual is None else (y, summed.view(x.shape))
+
+
+def bias_gelu_linear(
+    x: torch.Tensor,
+    gelu_bias: torch.Tensor | None,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    *,
+    approximate: str = "tanh",
+    impl: str = "auto",
+) -> torch.Tensor:
+    """linear(bias_gelu(x, gelu_bias), weight, bias); the activated rows are not kept.
+
+    Args:
+        x: (..., F) bf16/fp16/fp32/fp64.
+        gelu_bias: (F,) or None.
+        weight, bias: (out, F) and (out,) or None.
+        approximate: "tanh" or "none" (erf).
+        impl: of the gelu.
+    Returns:
+        (..., out), contiguous, the dtype of x.
+    Raises:
+        ValueError: shapes, dtypes or devices disagree.
+    Cost: `cost.bias_gelu` and `linear`, and in the backward once more the forward of the gelu.
+    """
+    op = "bias_gelu_linear"
+    _check(op, x, weight, bias)
+    _check_vectors(op, x, gelu_bias=gelu_bias)
+    forms = ("tanh", "none")
+    expect(approximate in forms, op, f"approximate in {forms}", repr(approximate), "Use one")
+    y = _BiasGeluLinear.apply(_rows(x), gelu_bias, weight, bias, approximate, impl)
+    return y.view(*x.shape[:-1], -1)
+
+
+def _rows(x: torch.Tensor) -> torch.Tensor:
+    """(N, width)."""
+    return x.reshape(-1, x.shape[-1])
+
+
+def _check(op, x, weight, bias):
+    """Raise ValueError for a product whose arguments do not fit together."""
+    if x.dim() < 1 or weight.dim() != 2 or weight.shape[1] != x.shape[-1]:
+        form = "x (..., in) and weight (out, in)"
+        got = (tuple(x.shape), tuple(weight.shape))
+        expect(False, op, form, got, "Pass the weight as torch.nn.Linear has it")
+    expect_dtype(op, "x", x, _FLOATS, "Cast it to a floating dtype")
+    expect_dtype(op, "weight", weight, (x.dtype,), "Cast it to the dtype of x")
+    if bias is not None:
+        expect_shape(op, "bias", bias, "(out,)", weight.shape[:1], "Pass one value per output")
+        expect_dtype(op, "bias", bias, (x.dtype,), "Cast it to the dtype of x")
+    expect_same_device(op, x=x, weight=weight, bias=bias)
+
+
+def _check_vectors(op, x, **vectors):
+    """Raise ValueError unless each vector that is there is as wide as x."""
+    for name, vector in vectors.items():
+        if vector is not None:
+            expect_shape(op, name, vector, "(width of x,)", x.shape[-1:], "Pass that width")
+            expect_dtype(op, name, vector, (x.dtype,), "Cast it to the dtype of x")
+            expect_same_device(op, x=x, **{name: vector})

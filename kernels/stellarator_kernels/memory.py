@@ -1,0 +1,70 @@
+"""Memory of large results on a CPU: used again instead of mapped anew for every tensor.
+
+defines: empty, empty_like, arena, ARENA_VARIABLE
+
+The C library gives a large block back to the system as soon as it is freed, and the next one costs
+a page fault for every 4 KiB. Results of a mebibyte and more therefore come from a range of
+addresses that stays with the process (csrc/cpu/arena.h); torch gives them back to it when their
+last view dies. On a GPU torch's own allocator does the same.
+
+STELLARATOR_ARENA=0 turns it off: a tool that watches every allocation then sees these too.
+"""
+
+import functools
+import math
+import os
+
+import torch
+from torch.utils.dlpack import from_dlpack
+
+from stellarator_kernels import extension
+
+ARENA_VARIABLE = "STELLARATOR_ARENA"
+_LEAST_BYTES = 1 << 20
+# DLPack's codes of the kinds of numbers, and bits.
+_CODES = {
+    torch.float16: (2, 16),
+    torch.bfloat16: (4, 16),
+    torch.float32: (2, 32),
+    torch.float64: (2, 64),
+    torch.uint8: (1, 8),
+}
+
+
+@functools.cache
+def _usable() -> bool:
+    return os.environ.get(ARENA_VARIABLE, "") != "0" and extension.failure() is None
+
+
+def empty(shape, dtype: torch.dtype, device: torch.device | str) -> torch.Tensor:
+    """torch.empty; large results on a CPU lie in the arena.
+
+    torch fills fresh memory with NaN where it was told to
+    (`torch.utils.deterministic.fill_uninitialized_memory`), and so does this.
+    """
+    size = math.prod(shape) * dtype.itemsize
+    on_cpu = torch.device(device).type == "cpu"
+    if size < _LEAST_BYTES or not on_cpu or dtype not in _CODES or not _usable():
+        return torch.empty(shape, dtype=dtype, device=device)
+    capsule = extension.load().arena_empty(list(shape), *_CODES[dtype])
+    if capsule is None:
+        return torch.empty(shape, dtype=dtype, device=device)
+    x = from_dlpack(capsule)
+    if (
+        torch.are_deterministic_algorithms_enabled()
+        and torch.utils.deterministic.fill_uninitialized_memory
+    ):
+        x.fill_(torch.nan if dtype.is_floating_point else torch.iinfo(dtype).max)
+    return x
+
+
+def empty_like(x: torch.Tensor, *shape: int, dtype: torch.dtype | None = None) -> torch.Tensor:
+    """A dense tensor of the shape of x, or of the given one, with its device and dtype."""
+    return empty(shape or x.shape, dtype or x.dtype, x.device)
+
+
+def arena() -> dict[str, int]:
+    """Bytes: "reserved" (addresses; 0: no arena), "used" now, "high" (what stays resident)."""
+    if not _usable():
+        return {"reserved": 0, "used": 0, "high": 0}
+    return dict(zip(("reserved", "used", "high"), extension.load().arena_state(), strict=True))

@@ -1,0 +1,202 @@
+"""linear, layer_norm_linear and bias_gelu_linear.
+
+The first against F.linear in float64 (tolerance: testing.assert_close_to_reference, eager code in
+the tested dtype as the peer). The others against the ops one after the other, to the bit: what is
+computed again must come out as it was. And they keep what they say they keep.
+"""
+
+import grid
+import pytest
+import torch
+import torch.nn.functional as F
+from grid import generator
+
+from stellarator_kernels import bias_gelu, bias_gelu_linear, layer_norm, layer_norm_linear, linear
+from stellarator_kernels.testing import assert_close_to_reference, poison_empty
+
+DTYPES = [torch.bfloat16, torch.float16, torch.float32, torch.float64]
+SHAPES = {"one": (1, 1, 1), "odd": (7, 13, 5), "wide": (70, 64, 520), "long": (2100, 48, 80)}
+BY_IMPL = [("cpu", torch.bfloat16), ("cpu", torch.float32), ("torch", torch.bfloat16)]
+BY_IMPL += [("torch", torch.float32), ("reference", torch.float64)]
+OPS = ["layer_norm", "layer_norm_residual", "bias_gelu", "bias_gelu_erf"]
+
+
+def rows(shape: str, dtype, *more: tuple[int, ...]):
+    """x (N, C), weight (M, C), bias (M,), dy (N, M), and tensors of more shapes."""
+    N, C, M = SHAPES[shape]
+    g = generator(N + C + M)
+    shapes = ((N, C), (M, C), (M,), (N, M), *more)
+    return [torch.randn(*s, generator=g).to(dtype) for s in shapes]
+
+
+def gradients(function, tensors, dys):
+    """Results, then the gradients of all tensors."""
+    leaves = [t.detach().clone().requires_grad_() for t in tensors]
+    outputs = function(*leaves)
+    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+    return [o.detach() for o in outputs] + list(torch.autograd.grad(outputs, leaves, dys))
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("has_bias", [True, False])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_linear_cpu(dtype, has_bias, shape):
+    x, weight, bias, dy = rows(shape, dtype)
+    given = [x, weight, bias][: 2 + has_bias]
+    with poison_empty():
+        actual = gradients(linear, given, [dy])
+    eager = gradients(F.linear, given, [dy])
+    exact = gradients(F.linear, [t.double() for t in given], [dy.double()])
+    lengths = (SHAPES[shape][1], SHAPES[shape][2], SHAPES[shape][0], SHAPES[shape][0])
+    names = ("y", "dx", "dweight", "dbias")
+    for name, a, e, p, n in zip(names, actual, exact, eager, lengths, strict=False):
+        assert a.dtype == dtype and a.is_contiguous(), name
+        assert_close_to_reference(a, e, p, reduction_length=n, name=name)
+
+
+def pair(op: str, impl: str):
+    """(the op, the same by two ops), functions of x, vectors of its width, weight and bias."""
+    if op == "layer_norm":
+        return (
+            lambda x, w, b, r, weight, bias: layer_norm_linear(x, w, b, weight, bias, impl=impl),
+            lambda x, w, b, r, weight, bias: linear(layer_norm(x, w, b, impl=impl), weight, bias),
+        )
+    if op == "layer_norm_residual":
+
+        def one(x, w, b, r, weight, bias):
+            return layer_norm_linear(x, w, b, weight, bias, residual=r, impl=impl)
+
+        def two(x, w, b, r, weight, bias):
+            y, summed = layer_norm(x, w, b, residual=r, impl=impl)
+            return linear(y, weight, bias), summed
+
+        return one, two
+    form = {"approximate": "none" if op == "bias_gelu_erf" else "tanh", "impl": impl}
+    return (
+        lambda x, w, b, r, weight, bias: bias_gelu_linear(x, b, weight, bias, **form),
+        lambda x, w, b, r, weight, bias: linear(bias_gelu(x, b, **form), weight, bias),
+    )
+
+
+@pytest.mark.parametrize("shape", ["one", "odd", "wide"])
+@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize(("impl", "dtype"), [*BY_IMPL, *grid.CASES])
+def test_the_bits_are_those_of_two_ops(impl, dtype, op, shape):
+    N, C, _ = SHAPES[shape]
+    x, weight, bias, dy, w, b, residual = rows(shape, dtype, (C,), (C,), (N, C))
+    one, two = pair(op, impl)
+    used = {"layer_norm": (0, 1, 2, 4, 5), "layer_norm_residual": range(6)}.get(op, (0, 2, 4, 5))
+    given = [x, w, b, residual, weight, bias]
+    dys = [dy, residual] if op == "layer_norm_residual" else [dy]
+
+    def of_used(function):
+        def call(*leaves):
+            full = dict(zip(used, leaves, strict=True))
+            return function(*(full.get(i) for i in range(6)))
+
+        return call
+
+    with poison_empty():
+        ours = gradients(of_used(one), [given[i] for i in used], dys)
+    expected = gradients(of_used(two), [given[i] for i in used], dys)
+    assert len(ours) == len(expected)
+    for number, (a, e) in enumerate(zip(ours, expected, strict=True)):
+        assert torch.equal(a, e), number
+
+
+@pytest.mark.parametrize("missing", ["output", "sum", "parameters", "inputs"])
+def test_gradients_that_are_not_wanted_cpu(missing):
+    """A result that is not used, frozen parameters, and rows that need no gradient."""
+    N, C, _ = SHAPES["odd"]
+    x, weight, bias, dy, w, b, residual = rows("odd", torch.float32, (C,), (C,), (N, C))
+    frozen = {"parameters": "w b weight bias", "inputs": "x residual"}.get(missing, "").split()
+    found = []
+    for function in pair("layer_norm_residual", "auto"):
+        named = {"x": x, "w": w, "b": b, "r": residual, "weight": weight, "bias": bias}
+        frozen = ["r" if name == "residual" else name for name in frozen]
+        leaves = {n: t.clone().requires_grad_(n not in frozen) for n, t in named.items()}
+        y, summed = function(*leaves.values())
+        loss = (y * dy).sum() if missing != "output" else 0.0
+        loss = loss + ((summed * residual).sum() if missing != "sum" else 0.0)
+        loss.backward()
+        found.append({n: t.grad for n, t in leaves.items()})
+    for name in found[0]:
+        a, e = (f[name] for f in found)
+        assert (a is None) == (e is None), name
+        assert a is None or torch.equal(a, e), name
+
+
+def kept_bytes(function, tensors) -> int:
+    """Memory that the backward of a call keeps beside its inputs and results."""
+    seen = {}
+    leaves = [t.detach().clone().requires_grad_() for t in tensors]
+
+    def note(t):
+        storage = t.untyped_storage()
+        seen[storage.data_ptr()] = storage.nbytes()
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda t: t):
+        outputs = function(*leaves)
+    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+    for t in (*leaves, *outputs):
+        seen.pop(t.untyped_storage().data_ptr(), None)
+    return sum(seen.values())
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_what_goes_into_the_product_is_not_kept_cpu(op):
+    N, C, _ = SHAPES["long"]
+    x, weight, bias, _, w, b, residual = rows("long", torch.bfloat16, (C,), (C,), (N, C))
+    one, two = pair(op, "auto")
+    given = [x, w, b, residual, weight, bias]
+    assert kept_bytes(one, given) <= 2 * 4 * N  # mean and rstd at most
+    assert kept_bytes(two, given) >= 2 * N * C
+
+
+def test_one_graph_under_torch_compile_cpu():
+    N, C, M = SHAPES["odd"]
+    x, weight, bias, dy, w, b, residual = rows("odd", torch.float32, (C,), (C,), (N, C))
+    up, down = weight, weight.t().contiguous()
+
+    def block(x, residual, w, b, up, bias, down):
+        y, summed = layer_norm_linear(x, w, b, up, None, residual=residual)
+        return bias_gelu_linear(y, bias, down, None) + linear(summed, up) @ down.t()
+
+    given = [x, residual, w, b, up, bias, down]
+    compiled = torch.compile(block, fullgraph=True, backend="aot_eager")
+    dys = [torch.randn(N, C, generator=generator(1))]
+    for a, e in zip(gradients(compiled, given, dys), gradients(block, given, dys), strict=True):
+        torch.testing.assert_close(a, e)
+
+
+def test_the_registered_product_cpu():
+    x, weight, bias, _ = rows("odd", torch.float32)
+    for given in ((x, weight.t(), bias), (x, weight.t(), None), (x.t(), x, None)):
+        torch.library.opcheck(torch.ops.stellarator.product, given)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"weight": torch.ones(4, 9)}, "weight"),
+        ({"weight": torch.ones(4, 8).double()}, "weight"),
+        ({"bias": torch.ones(5)}, "bias"),
+        ({"norm_weight": torch.ones(7)}, "norm_weight"),
+        ({"norm_bias": torch.ones(8).double()}, "norm_bias"),
+        ({"residual": torch.ones(3, 7)}, "residual"),
+        ({"x": torch.ones(3, 8).int()}, "x"),
+    ],
+)
+def test_arguments_that_do_not_fit_cpu(change, message):
+    given = {
+        "x": torch.ones(3, 8), "norm_weight": torch.ones(8), "norm_bias": torch.ones(8),
+        "weight": torch.ones(4, 8), "bias": torch.ones(4),
+    }  # fmt: skip
+    layer_norm_linear(**given)
+    with pytest.raises(ValueError, match=f"layer_norm_linear: expected .*{message}"):
+        layer_norm_linear(**(given | change))
+    with pytest.raises(ValueError, match="gelu_bias"):
+        bias_gelu_linear(given["x"], torch.ones(7), given["weight"], None)
+    with pytest.raises(ValueError, match="approximate"):
+        bias_gelu_linear(given["x"], None, given["weight"], None, approximate="fast")
