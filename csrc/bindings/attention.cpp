@@ -12,12 +12,12 @@ namespace stellarator {
 namespace {
 
 // Sizes: (B, T, S, H, G, D). Addresses: those of Attention in its order, 0 for none. Strides: batch,
-// token and head of q, k, v and dout.
+// token and head of q, k, v, dout, dq, dk and dv.
 Attention attention(bool is_bfloat16, const std::array<int64_t, 6>& sizes,
                     uintptr_t cu_seqlens, int64_t documents, bool causal,
                     int64_t window, double scale,
                     const std::array<uintptr_t, 10>& addresses,
-                    const std::array<int64_t, 12>& strides) {
+                    const std::array<int64_t, 21>& strides) {
     Attention call;
     call.is_bfloat16 = is_bfloat16;
     call.B = sizes[0], call.T = sizes[1], call.S = sizes[2];
@@ -38,8 +38,9 @@ Attention attention(bool is_bfloat16, const std::array<int64_t, 6>& sizes,
     call.dk = pointer<void>(addresses[8]);
     call.dv = pointer<void>(addresses[9]);
     Strides* parts[] = {&call.q_strides, &call.k_strides, &call.v_strides,
-                        &call.dout_strides};
-    for (int i = 0; i < 4; ++i) {
+                        &call.dout_strides, &call.dq_strides, &call.dk_strides,
+                        &call.dv_strides};
+    for (int i = 0; i < 7; ++i) {
         *parts[i] = {strides[3 * i], strides[3 * i + 1], strides[3 * i + 2]};
     }
     return call;

@@ -14,13 +14,14 @@ namespace {
 // Address, strides of tokens and heads, number of heads.
 using Heads = std::array<int64_t, 4>;
 
-TokenHeads heads(const Heads& x, uintptr_t to) {
+TokenHeads heads(const Heads& x, const Heads& to) {
     return {pointer<const void>(static_cast<uintptr_t>(x[0])), x[1], x[2], x[3],
-            pointer<void>(to)};
+            pointer<void>(static_cast<uintptr_t>(to[0])), to[1], to[2]};
 }
 
 void run(bool is_bfloat16, bool conjugate, int64_t M, int64_t D, uintptr_t cos, uintptr_t sin,
-         const Heads& q, const Heads& k, uintptr_t q_out, uintptr_t k_out, int threads, Isa isa) {
+         const Heads& q, const Heads& k, const Heads& q_out, const Heads& k_out, int threads,
+         Isa isa) {
     Rope call;
     call.is_bfloat16 = is_bfloat16, call.conjugate = conjugate;
     call.M = M, call.D = D;

@@ -45,7 +45,8 @@ struct Attention {
     const void* dout;
     Strides dout_strides;
     const float* dlse;   // (B, H, T) or null
-    void *dq, *dk, *dv;  // contiguous
+    void *dq, *dk, *dv;
+    Strides dq_strides, dk_strides, dv_strides;
 };
 
 // What all tasks of one call share.

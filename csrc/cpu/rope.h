@@ -12,7 +12,8 @@ struct TokenHeads {
     const void* from;
     int64_t token_stride, head_stride;
     int64_t count;
-    void* to;  // contiguous
+    void* to;  // may be `from`
+    int64_t to_token_stride, to_head_stride;
 };
 
 // The names are those of stellarator_kernels/rope.py.

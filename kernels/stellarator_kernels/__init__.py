@@ -1,7 +1,7 @@
 """Kernels for code language models: forward and backward, each with its mathematics beside it.
 
 defines:
-    attention    flash_attention, decode_attention
+    attention    flash_attention, decode_attention, projected_attention
     positions    rope
     layers       embedding, layer_norm, bias_gelu
     products     linear, layer_norm_linear, bias_gelu_linear
@@ -15,7 +15,11 @@ place.
 """
 
 from stellarator_kernels.adamw import adamw_
-from stellarator_kernels.attention import decode_attention, flash_attention
+from stellarator_kernels.attention import (
+    decode_attention,
+    flash_attention,
+    projected_attention,
+)
 from stellarator_kernels.bias_gelu import bias_gelu
 from stellarator_kernels.cross_entropy import cross_entropy
 from stellarator_kernels.dispatch import available, explain
@@ -41,5 +45,6 @@ __all__ = [
     "layer_norm_linear",
     "linear",
     "linear_cross_entropy",
+    "projected_attention",
     "rope",
 ]

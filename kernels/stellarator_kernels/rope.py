@@ -101,14 +101,19 @@ def _rotate_cpu(q, k, cos, sin, conjugate):
     q, k = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k))
     cos, sin = cos.contiguous(), sin.contiguous()
     q_out, k_out = empty_like(q), empty_like(k)
+    rotate_into(q_out, k_out, q, k, cos, sin, conjugate)
+    return q_out, k_out
+
+
+def rotate_into(q_out, k_out, q, k, cos, sin, conjugate):
+    """The C++ kernel: (M, H, D) and (M, G, D) of any strides but 1 in a head; may be in place."""
+    heads = {"q": q, "k": k, "q_out": q_out, "k_out": k_out}
     extension.load().rope(
         **{"is_bfloat16": q.dtype == torch.bfloat16, "conjugate": conjugate},
         **{"M": q.shape[0], "D": q.shape[2], "cos": cos.data_ptr(), "sin": sin.data_ptr()},
-        **{n: (x.data_ptr(), *x.stride()[:2], x.shape[1]) for n, x in (("q", q), ("k", k))},
-        **{"q_out": q_out.data_ptr(), "k_out": k_out.data_ptr()},
+        **{n: (x.data_ptr(), *x.stride()[:2], x.shape[1]) for n, x in heads.items()},
         **{"threads": torch.get_num_threads(), "isa": extension.isa()},
     )
-    return q_out, k_out
 
 
 def _rotate_torch(x, cos, sin):

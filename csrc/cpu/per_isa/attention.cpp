@@ -433,7 +433,6 @@ void backward(const Plan& plan, const Sequence& sequence, int64_t group, int64_t
     memset(dk, 0, bytes);
     memset(dv, 0, bytes);
     const MatrixUnit unit;
-    const Strides dense = {call.T * call.H * D, call.H * D, D};
     const int64_t last = heads * (share + 1) / plan.shares;
     for (int64_t i = heads * share / plan.shares; i < last; ++i) {
         const int64_t number = group * heads + i;
@@ -441,9 +440,10 @@ void backward(const Plan& plan, const Sequence& sequence, int64_t group, int64_t
         backward_head(plan, sequence, group, head, scratch, dk, dv);
         for (int64_t q0 = 0; q0 < sequence.T; q0 += kQueries) {
             Element* dq = const_cast<Element*>(
-                head_of<Element>(call.dq, dense, sequence.batch, sequence.query + q0, number));
+                head_of<Element>(call.dq, call.dq_strides, sequence.batch, sequence.query + q0,
+                                 number));
             store_transposed(head.dq + q0 * W, W, std::min(kQueries, sequence.T - q0), D,
-                             call.scale, buffer, dq, call.H * D);
+                             call.scale, buffer, dq, call.dq_strides.token);
         }
     }
 }
@@ -467,12 +467,13 @@ template <typename Element>
 void finish(const Plan& plan, const Sequence& sequence, int64_t group, int64_t k0, int64_t count,
             const float* dk, const float* dv, int64_t part_stride) {
     const Attention& call = plan.call;
-    const int64_t W = plan.width, D = call.D, row = call.G * D;
-    const int64_t at = ((sequence.batch * call.S + sequence.key + k0) * call.G + group) * D;
+    const int64_t W = plan.width, D = call.D, b = sequence.batch, key = sequence.key + k0;
     store_sum(dk + k0 * W, plan.shares, part_stride, count, W, D, call.scale,
-              static_cast<Element*>(call.dk) + at, row);
+              const_cast<Element*>(head_of<Element>(call.dk, call.dk_strides, b, key, group)),
+              call.dk_strides.token);
     store_sum(dv + k0 * W, plan.shares, part_stride, count, W, D, 1.0f,
-              static_cast<Element*>(call.dv) + at, row);
+              const_cast<Element*>(head_of<Element>(call.dv, call.dv_strides, b, key, group)),
+              call.dv_strides.token);
 }
 
 }  // namespace

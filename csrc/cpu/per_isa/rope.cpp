@@ -12,7 +12,7 @@ template <typename Element>
 void rotate(const TokenHeads& heads, int64_t token, int64_t half, const float* cos,
             const float* sin, float sign) {
     const Element* from = static_cast<const Element*>(heads.from) + token * heads.token_stride;
-    Element* to = static_cast<Element*>(heads.to) + token * heads.count * 2 * half;
+    Element* to = static_cast<Element*>(heads.to) + token * heads.to_token_stride;
     for (int64_t head = 0; head < heads.count; ++head) {
         for_columns(0, half, [&](int64_t i, auto part) {
             const Floats c = load(cos + i, part), s = load(sin + i, part) * sign;
@@ -21,7 +21,7 @@ void rotate(const TokenHeads& heads, int64_t token, int64_t half, const float* c
             store(to + half + i, second * c + first * s, part);
         });
         from += heads.head_stride;
-        to += 2 * half;
+        to += heads.to_head_stride;
     }
 }
 

@@ -12,7 +12,7 @@ import torch
 from stellarator.config import ModelConfig
 from stellarator.model.cache import KVCache
 from stellarator.model.layers import Linear
-from stellarator_kernels import decode_attention, flash_attention, rope
+from stellarator_kernels import decode_attention, flash_attention, projected_attention, rope
 
 
 @dataclass(frozen=True)
@@ -37,27 +37,28 @@ class Attention(torch.nn.Module):
         self.out = Linear(H * D, C, device=device, dtype=dtype)
 
     def forward(self, qkv: torch.Tensor, context: Context, layer: int) -> torch.Tensor:
-        D, theta = self.config.head_width, self.config.rope_theta
-        # Views into one buffer: RoPE and attention take strided heads, so nothing is copied.
+        config, shape = self.config, qkv.shape[:2]
+        if context.cache is not None:
+            y = self._attend_cached(qkv, context, layer)
+        else:
+            y = projected_attention(
+                qkv,
+                config.num_heads,
+                config.num_kv_heads,
+                context.rotation,
+                window=config.window,
+                cu_seqlens=context.cu_seqlens,
+                impl=self.kernels,
+            )
+        return self.out(y.reshape(*shape, -1))  # (B, T, H*D)
+
+    def _attend_cached(self, qkv, context: Context, layer: int):
+        """Attention to everything in the cache, which takes the new keys and values first."""
+        D, cache = self.config.head_width, context.cache
         q, k, v = (part.unflatten(-1, (-1, D)) for part in qkv.split(self.widths, dim=-1))
         if context.rotation is not None:
-            q, k = rope(q, k, context.positions, theta, table=context.rotation, impl=self.kernels)
-        if context.cache is not None:
-            y = self._attend_cached(q, k, v, context.cache, layer)
-        elif context.cu_seqlens is not None:
-            y = self._attend_packed(q, k, v, context.cu_seqlens)
-        else:
-            y = flash_attention(q, k, v, window=self.config.window, impl=self.kernels)
-        return self.out(y.reshape(qkv.shape[:2] + (-1,)))  # (B, T, H*D)
-
-    def _attend_packed(self, q, k, v, cu_seqlens):
-        """Attention within documents, of which rows are made end to end."""
-        q, k, v = (t.flatten(0, 1) for t in (q, k, v))  # (N, H or G, D)
-        window = self.config.window
-        return flash_attention(q, k, v, cu_seqlens=cu_seqlens, window=window, impl=self.kernels)
-
-    def _attend_cached(self, q, k, v, cache, layer):
-        """Attention to everything in the cache, which takes the new keys and values first."""
+            table, theta = context.rotation, self.config.rope_theta
+            q, k = rope(q, k, context.positions, theta, table=table, impl=self.kernels)
         cache.append(layer, k, v)
         window, T = self.config.window, q.shape[1]
         if cache.empty:  # nothing before these tokens: ordinary attention, without the cache

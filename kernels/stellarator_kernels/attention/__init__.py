@@ -2,6 +2,7 @@
 
 defines:
     api.py        flash_attention: validation, the registered operators, dispatch
+    projected.py  projected_attention: RoPE and attention of a fused projection
     decode.py     decode_attention: the newest tokens against a cache
     forward.py    Triton forward kernel and its launcher
     backward.py   Triton backward kernels (dq, then dk and dv) and their launcher
@@ -12,5 +13,6 @@ defines:
 
 from stellarator_kernels.attention.api import flash_attention
 from stellarator_kernels.attention.decode import decode_attention
+from stellarator_kernels.attention.projected import projected_attention
 
-__all__ = ["decode_attention", "flash_attention"]
+__all__ = ["decode_attention", "flash_attention", "projected_attention"]

@@ -53,7 +53,7 @@ def flash_attention(
     Cost: `cost.flash_attention`: 4*D*H FLOPs per visible pair forward, 10*D*H backward.
     Source: FlashAttention-2, Dao 2023, arXiv:2307.08691.
     """
-    _validate(q, k, v, causal, window, cu_seqlens)
+    check_call(q, k, v, causal, window, cu_seqlens)
     if cu_seqlens is not None:
         q, k, v = q[None], k[None], v[None]
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
@@ -65,7 +65,7 @@ def flash_attention(
     return (out, lse) if return_lse else out
 
 
-def _validate(q, k, v, causal, window, cu_seqlens) -> None:
+def check_call(q, k, v, causal, window, cu_seqlens) -> None:
     """Shapes, dtypes and devices of one call; not the values of `cu_seqlens`."""
     packed = cu_seqlens is not None
     forms = ("(N, H, D)", "(N, G, D)") if packed else ("(B, T, H, D)", "(B, S, G, D)")

@@ -26,10 +26,13 @@ def forward(q, k, v, cu_seqlens, causal, window, scale):
     return out, lse
 
 
-def backward(dout, dlse, q, k, v, out, lse, cu_seqlens, causal, window, scale):
-    """Gradients dq (B, T, H, D), dk and dv (B, S, G, D), contiguous; dlse (B, H, T) or None."""
+def backward(dout, dlse, q, k, v, out, lse, cu_seqlens, causal, window, scale, into=None):
+    """Gradients dq (B, T, H, D), dk and dv (B, S, G, D); dlse (B, H, T) or None.
+
+    into: tensors for the three; None: new ones, contiguous.
+    """
     dout, q, k, v = (_rows(x) for x in (dout, q, k, v))
-    gradients = [empty_like(x) for x in (q, k, v)]
+    gradients = [empty_like(x) for x in (q, k, v)] if into is None else into
     tensors = {
         **{"q": q, "k": k, "v": v, "out": out.contiguous(), "lse": lse.contiguous()},
         **{"dout": dout, "dlse": None if dlse is None else dlse.float().contiguous()},
@@ -42,7 +45,7 @@ def backward(dout, dlse, q, k, v, out, lse, cu_seqlens, causal, window, scale):
 def _run(function: str, tensors: dict, cu_seqlens, causal, window, scale) -> None:
     """Call one function of the extension."""
     module, isa, threads = extension.load(), extension.isa(), torch.get_num_threads()
-    q, k, dout = tensors["q"], tensors["k"], tensors.get("dout")
+    q, k = tensors["q"], tensors["k"]
     names = ("q", "k", "v", "out", "lse", "dout", "dlse", "dq", "dk", "dv")
     cu_seqlens = None if cu_seqlens is None else cu_seqlens.contiguous()
     call = module.Attention(
@@ -56,7 +59,7 @@ def _run(function: str, tensors: dict, cu_seqlens, causal, window, scale) -> Non
         addresses=[_address(tensors.get(name)) for name in names],
         strides=[
             s
-            for x in (q, k, tensors["v"], dout)
+            for x in (q, k, tensors["v"], *(tensors.get(n) for n in ("dout", "dq", "dk", "dv")))
             for s in ((0, 0, 0) if x is None else x.stride()[:3])
         ],
     )

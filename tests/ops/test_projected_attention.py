@@ -1,0 +1,134 @@
+"""projected_attention against rope and flash_attention on the parts of the projection, to the bit.
+
+Those ops are held to float64 in their own tests; here the results and the gradient, written in one
+piece, must be theirs.
+"""
+
+import grid
+import pytest
+import torch
+from grid import generator
+
+from stellarator_kernels import flash_attention, projected_attention, rope
+from stellarator_kernels.rope import rope_table
+from stellarator_kernels.testing import poison_empty
+
+CASES = [("cpu", torch.bfloat16), ("cpu", torch.float32), ("torch", torch.float32)]
+CASES += [("reference", torch.float64), *grid.CASES]
+# B, T, H, G, D, window, lengths of documents
+SHAPES = {
+    "one_token": (1, 1, 1, 1, 16, None, None),
+    "groups": (2, 70, 6, 2, 32, None, None),
+    "mqa_window": (2, 33, 3, 1, 16, 7, None),
+    "packed": (2, 40, 4, 2, 16, None, [3, 1, 50, 26]),
+    "packed_window": (1, 90, 2, 2, 64, 20, [64, 1, 25]),
+}
+
+
+def make(shape, dtype):
+    B, T, H, G, D, window, lengths = SHAPES[shape]
+    g = generator(T + H)
+    qkv = torch.randn(B, T, (H + 2 * G) * D, generator=g).to(dtype)
+    dout = torch.randn(B, T, H, D, generator=g).to(dtype)
+    positions = torch.arange(T).expand(B, T) + 5
+    cu_seqlens = None
+    if lengths is not None:
+        ends = torch.tensor([0, *lengths]).cumsum(0)
+        cu_seqlens = ends.int()
+    return qkv, dout, positions, window, cu_seqlens
+
+
+def op_by_op(qkv, H, G, positions, table, window, cu_seqlens, impl):
+    """The same from the public ops; autograd puts the gradient together."""
+    D = qkv.shape[-1] // (H + 2 * G)
+    q, k, v = qkv.unflatten(-1, (-1, D)).split([H, G, G], dim=2)
+    if table is not None:
+        q, k = rope(q, k, positions, 1e4, table=table, impl=impl)
+    if cu_seqlens is not None:
+        q, k, v = (x.flatten(0, 1) for x in (q, k, v))
+    out = flash_attention(q, k, v, window=window, cu_seqlens=cu_seqlens, impl=impl)
+    return out.reshape(*qkv.shape[:2], H, D)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("rotated", [True, False])
+@pytest.mark.parametrize(("impl", "dtype"), CASES)
+def test_the_bits_are_those_of_the_ops(impl, dtype, rotated, shape):
+    qkv, dout, positions, window, cu_seqlens = make(shape, dtype)
+    _, _, H, G, D, _, _ = SHAPES[shape]
+    table = rope_table(positions, D, 1e4) if rotated else None
+    given = qkv.clone().requires_grad_()
+    with poison_empty():
+        out = projected_attention(
+            given, H, G, table, window=window, cu_seqlens=cu_seqlens, impl=impl
+        )
+        (dqkv,) = torch.autograd.grad(out, given, dout)
+    leaf = qkv.clone().requires_grad_()
+    expected = op_by_op(leaf, H, G, positions, table, window, cu_seqlens, impl)
+    (dexpected,) = torch.autograd.grad(expected, leaf, dout)
+    assert torch.equal(out, expected) and torch.equal(dqkv, dexpected)
+    assert torch.equal(given, qkv)  # the projection is as it was
+    assert dqkv.is_contiguous() and out.shape == dout.shape
+
+
+def test_gradient_of_a_strided_result_twice_cpu():
+    qkv, dout, positions, _, _ = make("groups", torch.float32)
+    _, _, H, G, D, _, _ = SHAPES["groups"]
+    given = qkv.requires_grad_()
+    out = projected_attention(given, H, G, rope_table(positions, D, 1e4))
+    strided = dout.transpose(1, 2).contiguous().transpose(1, 2)
+    first, second = (
+        torch.autograd.grad(out, given, d, retain_graph=True)[0] for d in (strided, dout)
+    )
+    assert torch.equal(first, second)
+
+
+def test_the_registered_backward_cpu():
+    qkv, dout, positions, _, _ = make("groups", torch.float32)
+    _, _, H, G, D, _, _ = SHAPES["groups"]
+    q, k, _ = (x.contiguous() for x in qkv.unflatten(-1, (-1, D)).split([H, G, G], dim=2))
+    out, lse = torch.ops.stellarator.flash_attention_forward(
+        q, k, k, None, True, None, 0.2, False, "auto"
+    )
+    cos, sin = rope_table(positions, D, 1e4)
+    given = (dout, q, k, qkv, out, lse, cos, sin, None, None, 0.2, "auto")
+    torch.library.opcheck(torch.ops.stellarator.projected_attention_backward, given)
+
+
+def test_one_graph_under_torch_compile_cpu():
+    qkv, dout, positions, window, _ = make("mqa_window", torch.float32)
+    _, _, H, G, D, _, _ = SHAPES["mqa_window"]
+    table = rope_table(positions, D, 1e4)
+
+    def call(x):
+        return projected_attention(x * 2, H, G, table, window=window)
+
+    found = []
+    for function in (call, torch.compile(call, fullgraph=True, backend="aot_eager")):
+        leaf = qkv.clone().requires_grad_()
+        out = function(leaf)
+        found.append((out.detach(), *torch.autograd.grad(out, leaf, dout)))
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"num_heads": 5}, "qkv"),
+        ({"num_kv_heads": 0}, "qkv"),
+        ({"qkv": torch.ones(2, 70, 321)}, "qkv"),
+        ({"qkv": torch.ones(70, 320)}, "qkv"),
+        ({"table": (torch.ones(140, 16), torch.ones(70, 16))}, "sin"),
+        ({"table": (torch.ones(140, 16).double(), torch.ones(140, 16))}, "cos"),
+        ({"window": 0}, "window"),
+        ({"cu_seqlens": torch.tensor([0, 140])}, "cu_seqlens"),
+    ],
+)
+def test_arguments_that_do_not_fit_cpu(change, message):
+    given = {
+        "qkv": torch.ones(2, 70, 320), "num_heads": 6, "num_kv_heads": 2,
+        "table": (torch.ones(140, 16), torch.ones(140, 16)),
+    }  # fmt: skip
+    projected_attention(**given)
+    with pytest.raises(ValueError, match=f"expected .*{message}"):
+        projected_attention(**(given | change))
