@@ -25,5 +25,6 @@ void bind_cross_entropy(pybind11::module_& m);
 void bind_layer_norm(pybind11::module_& m);
 void bind_memory(pybind11::module_& m);
 void bind_rope(pybind11::module_& m);
+void bind_weight_gradient(pybind11::module_& m);
 
 }  // namespace stellarator

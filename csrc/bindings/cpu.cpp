@@ -68,4 +68,5 @@ PYBIND11_MODULE(_cpu, m) {
     stellarator::bind_layer_norm(m);
     stellarator::bind_memory(m);
     stellarator::bind_rope(m);
+    stellarator::bind_weight_gradient(m);
 }

@@ -13,13 +13,16 @@ same the second time, so the gradients are those of the ops one after the other,
 backward: dx = dy @ weight;  dweight = dy^T @ x;  dbias = sum(dy)
 
 Each is made of registered operators: `stellarator::product` (ATen's product into memory that is
-used again, see memory.py) and those of layer_norm.py and bias_gelu.py.
+used again, see memory.py), `stellarator::weight_gradient` (the same; in bf16 on AMX the C++ of
+csrc/cpu/weight_gradient.h), and those of layer_norm.py and bias_gelu.py.
 """
 
 import torch
 
+from stellarator_kernels import extension
 from stellarator_kernels.checks import expect, expect_dtype, expect_same_device, expect_shape
-from stellarator_kernels.memory import empty_like
+from stellarator_kernels.layout import dense_rows
+from stellarator_kernels.memory import aligned_bytes, empty_like
 
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _ops = torch.ops.stellarator
@@ -41,11 +44,51 @@ def _fake_product(left, right, bias=None):
     return left.new_empty(left.shape[0], right.shape[1])
 
 
+@torch.library.custom_op("stellarator::weight_gradient", mutates_args=())
+def _weight_gradient(dy: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """dy^T @ x, (N, M) and (N, K) -> (M, K)."""
+    out = empty_like(dy, dy.shape[1], x.shape[1])
+    if not has_matrix_unit(dy):
+        return torch.mm(dy.t(), x, out=out)
+    _run_cpu(dy, x, out.data_ptr(), 0)
+    return out
+
+
+def add_weight_gradient(total: torch.Tensor, dy: torch.Tensor, x: torch.Tensor) -> None:
+    """total (M, K) fp32 += dy^T @ x, unrounded; only where `has_matrix_unit(dy)`."""
+    _run_cpu(dy, x, 0, total.data_ptr())
+
+
+def _run_cpu(dy, x, dweight: int, total: int) -> None:
+    """Call the C++ kernel with the address of one of its two results."""
+    dy, x = dense_rows(dy), dense_rows(x)
+    module, isa, threads = extension.load(), extension.isa(), torch.get_num_threads()
+    workspace, start = aligned_bytes(module.weight_gradient_workspace(threads, isa))
+    module.weight_gradient(
+        **{"N": dy.shape[0], "M": dy.shape[1], "K": x.shape[1]},
+        **{"dy": extension.rows(dy), "x": extension.rows(x), "dweight": dweight, "total": total},
+        **{"workspace": start, "threads": threads, "isa": isa},
+    )
+    del workspace  # it had to live until here
+
+
+@_weight_gradient.register_fake
+def _fake_weight_gradient(dy, x):
+    return dy.new_empty(dy.shape[1], x.shape[1])
+
+
+def has_matrix_unit(dy: torch.Tensor) -> bool:
+    """Where the C++ kernel is measured to beat ATen: bf16 on AMX."""
+    if dy.device.type != "cpu" or dy.dtype != torch.bfloat16 or not dy.numel():
+        return False
+    return extension.failure() is None and extension.isa().name == "amx"
+
+
 def _parameter_gradients(ctx, dy, make_input, first: int):
     """dweight and dbias of the product, whose place among the inputs is `first`; None: unneeded."""
     dweight = dbias = None
     if ctx.needs_input_grad[first]:
-        dweight = _product(dy.t(), make_input())
+        dweight = _weight_gradient(dy, make_input())
     if ctx.needs_input_grad[first + 1]:
         dbias = dy.sum(0)
     return dweight, dbias

@@ -10,13 +10,15 @@ twice. So "mean" and "sum" compute their gradients in the forward pass, when one
 backward only multiplies them by the incoming scalar. For "none" the gradient of each loss is known
 in the backward alone, which computes the logits of a chunk again (8*N*V*C).
 
-`cpu` is `torch` with the losses and their gradient in C++; the products are those of torch.
+`cpu` is `torch` with the losses and their gradient in C++, and on AMX the product of dweight
+(linear.py); the other two products are those of torch.
 
 Precision: the logits of a chunk have the dtype of hidden, rounded once from an fp32 accumulator,
 and are overwritten in place. (fp32 logits out of a 16-bit product do not exist on a CPU, where the
 fp32 product takes 7 times as long; on a GPU they would triple the memory of a chunk.) Softmax and
-losses are fp32. dweight and dbias are added over the chunks in fp32 and cast once. With fp16 and
-"mean" the gradient of many tokens can underflow: use "sum".
+losses are fp32. dweight and dbias are added over the chunks in fp32 and cast once; on a CPU the
+product of each chunk is rounded first, but not in bf16 on AMX. With fp16 and "mean" the gradient of
+many tokens can underflow: use "sum".
 
 Memory beside the results: one chunk of logits, the product and the fp32 sum of dweight.
 Source: chunking, pytorch issue 124480; gradient in the forward pass, Liger, arXiv:2410.10989.
@@ -33,6 +35,7 @@ from stellarator_kernels.cross_entropy import (
     launch_forward,
 )
 from stellarator_kernels.dispatch import choose
+from stellarator_kernels.linear import add_weight_gradient, has_matrix_unit
 from stellarator_kernels.memory import empty_like
 
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -71,14 +74,20 @@ def counted(targets: torch.Tensor, ignore_index: int) -> tuple[torch.Tensor, int
     return kept, count
 
 
-def _add_product(total, product, left, right, last):
-    """total += left @ right, in fp32 or more; returns the new total and a buffer for the next call.
+def _add_product(total, product, dlogits, h, only):
+    """total += dlogits^T @ h, in fp32 or more; returns it and a buffer for the next call.
 
     The only chunk needs no sum: its product already has the dtype of the result.
     """
-    dtype = reference.compute_dtype(left)
-    if total is None and (last or left.dtype == dtype):
-        return torch.mm(left, right, out=empty_like(left, left.shape[0], right.shape[1])), None
+    dtype = reference.compute_dtype(h)
+    if total is None and (only or h.dtype == dtype):
+        return torch.ops.stellarator.weight_gradient(dlogits, h), None
+    if has_matrix_unit(dlogits):
+        if total is None:
+            total = empty_like(h, dlogits.shape[1], h.shape[1], dtype=dtype).zero_()
+        add_weight_gradient(total, dlogits, h)
+        return total, None
+    left, right = dlogits.t(), h
     if left.dtype == dtype:
         return torch.addmm(total, left, right, out=total), None
     if left.device.type == "cuda":
@@ -128,7 +137,7 @@ def _chunked(
             dhidden[index] = torch.mm(logits, weight)
         if need[1]:
             only = start == 0 and stop == K
-            dweight, product = _add_product(dweight, product, logits.t(), h, only)
+            dweight, product = _add_product(dweight, product, logits, h, only)
         if need[2]:
             partial = logits.sum(0).to(dtype)
             dbias = partial if dbias is None else dbias.add_(partial)

@@ -1,6 +1,6 @@
 """Memory of large results on a CPU: used again instead of mapped anew for every tensor.
 
-defines: empty, empty_like, arena, ARENA_VARIABLE
+defines: empty, empty_like, aligned_bytes, arena, ARENA_VARIABLE
 
 The C library gives a large block back to the system as soon as it is freed, and the next one costs
 a page fault for every 4 KiB. Results of a mebibyte and more therefore come from a range of
@@ -61,6 +61,12 @@ def empty(shape, dtype: torch.dtype, device: torch.device | str) -> torch.Tensor
 def empty_like(x: torch.Tensor, *shape: int, dtype: torch.dtype | None = None) -> torch.Tensor:
     """A dense tensor of the shape of x, or of the given one, with its device and dtype."""
     return empty(shape or x.shape, dtype or x.dtype, x.device)
+
+
+def aligned_bytes(size: int) -> tuple[torch.Tensor, int]:
+    """Scratch memory: a tensor that keeps it alive, and an address in it that 64 divides."""
+    buffer = empty((size + 64,), torch.uint8, "cpu")
+    return buffer, -(-buffer.data_ptr() // 64) * 64
 
 
 def arena() -> dict[str, int]:

@@ -5,13 +5,22 @@ the tested dtype as the peer). The others against the ops one after the other, t
 computed again must come out as it was. And they keep what they say they keep.
 """
 
+import sys
+
 import grid
 import pytest
 import torch
 import torch.nn.functional as F
 from grid import generator
 
-from stellarator_kernels import bias_gelu, bias_gelu_linear, layer_norm, layer_norm_linear, linear
+from stellarator_kernels import (
+    bias_gelu,
+    bias_gelu_linear,
+    extension,
+    layer_norm,
+    layer_norm_linear,
+    linear,
+)
 from stellarator_kernels.testing import assert_close_to_reference, poison_empty
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32, torch.float64]
@@ -52,6 +61,45 @@ def test_linear_cpu(dtype, has_bias, shape):
     for name, a, e, p, n in zip(names, actual, exact, eager, lengths, strict=False):
         assert a.dtype == dtype and a.is_contiguous(), name
         assert_close_to_reference(a, e, p, reduction_length=n, name=name)
+
+
+LARGE = {"several_blocks": (700, 1000, 500), "odd": (257, 803, 401), "one_row": (513, 5, 900)}
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize("shape", LARGE)
+@pytest.mark.parametrize("level", grid.levels())
+def test_weight_gradient_cpp(level, shape, threads, monkeypatch):
+    """In C++ on every instruction set, also where ATen would be taken; rows of dy are strided."""
+    monkeypatch.setenv(extension.ISA_VARIABLE, level)
+    module = sys.modules["stellarator_kernels.linear"]
+    monkeypatch.setattr(module, "has_matrix_unit", lambda dy: True)
+    N, M, K = LARGE[shape]
+    g = generator(N)
+    dy = torch.randn(N, M + 7, generator=g).bfloat16()[:, 3 : M + 3]
+    x = torch.randn(N, K, generator=g).bfloat16()
+    total = torch.ones(M, K)
+    with grid.threads(threads), poison_empty():
+        actual = torch.ops.stellarator.weight_gradient(dy, x)
+        again = torch.ops.stellarator.weight_gradient(dy, x)
+        module.add_weight_gradient(total, dy, x)
+    exact, peer = dy.double().t() @ x.double(), dy.t() @ x
+    assert_close_to_reference(actual, exact, peer)
+    assert torch.equal(actual, again)
+    # Products of bf16 are exact in fp32, so only the order of the additions is left.
+    assert_close_to_reference(total, 1 + exact, 1 + dy.float().t() @ x.float(), reduction_length=N)
+
+
+@pytest.mark.skipif(extension.failure() is not None, reason="no C++ extension")
+def test_weight_gradient_does_not_depend_on_threads_cpp(monkeypatch):
+    module = sys.modules["stellarator_kernels.linear"]
+    monkeypatch.setattr(module, "has_matrix_unit", lambda dy: True)
+    dy, x = (torch.randn(300, width, generator=generator(width)).bfloat16() for width in (900, 70))
+    found = []
+    for count in (1, 2, 5):
+        with grid.threads(count):
+            found.append(torch.ops.stellarator.weight_gradient(dy, x))
+    assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
 
 
 def pair(op: str, impl: str):
@@ -174,6 +222,8 @@ def test_the_registered_product_cpu():
     x, weight, bias, _ = rows("odd", torch.float32)
     for given in ((x, weight.t(), bias), (x, weight.t(), None), (x.t(), x, None)):
         torch.library.opcheck(torch.ops.stellarator.product, given)
+    for dtype in (torch.float32, torch.bfloat16):
+        torch.library.opcheck(torch.ops.stellarator.weight_gradient, (x.to(dtype), x.to(dtype)))
 
 
 @pytest.mark.parametrize(

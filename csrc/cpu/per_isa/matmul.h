@@ -258,6 +258,24 @@ inline void copy_rows(const Element* from, int64_t stride, int64_t rows, int64_t
     memset(to + rows * full_width, 0, (full_rows - rows) * full_width * sizeof(Work));
 }
 
+// to[2c] = even[c], to[2c + 1] = odd[c] for the 16 columns of a panel.
+inline void interleave(const uint16_t* even, const uint16_t* odd, uint16_t* to) {
+#if defined(__AVX512F__)  // GCC 12 makes two halves of what is below
+    const __m512i low = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)even));
+    const __m512i high = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)odd));
+    _mm512_storeu_si512(to, _mm512_or_si512(low, _mm512_slli_epi32(high, 16)));
+#else
+    for (int c = 0; c < kPanel; c += kLanes) {
+        Halves first, second;
+        memcpy(&first, even + c, sizeof first);
+        memcpy(&second, odd + c, sizeof second);
+        const Bits pairs = __builtin_convertvector(first, Bits) |
+                           (__builtin_convertvector(second, Bits) << 16);
+        memcpy(to + 2 * c, &pairs, sizeof pairs);
+    }
+#endif
+}
+
 // Panels of B from rows of k: B[i][j] = rows[i][j]. k rows of n elements, both filled up.
 template <typename Work>
 inline void pack_rows(const Work* rows, int64_t stride, int64_t k, int64_t n, Work* panels) {
@@ -268,14 +286,7 @@ inline void pack_rows(const Work* rows, int64_t stride, int64_t k, int64_t n, Wo
             if constexpr (sizeof(Work) == 4) {
                 memcpy(to, from, kPanel * sizeof(Work));
             } else {
-                for (int c = 0; c < kPanel; c += kLanes) {
-                    Halves even, odd;
-                    memcpy(&even, from + c, sizeof even);
-                    memcpy(&odd, from + stride + c, sizeof odd);
-                    const Bits pairs = __builtin_convertvector(even, Bits) |
-                                       (__builtin_convertvector(odd, Bits) << 16);
-                    memcpy(to + 2 * c, &pairs, sizeof pairs);
-                }
+                interleave(from, from + stride, to);
             }
         }
     }

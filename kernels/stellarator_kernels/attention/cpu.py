@@ -10,9 +10,7 @@ and in the backward pass float32 sums of dk and dv and one packed head for each 
 import torch
 
 from stellarator_kernels import extension
-from stellarator_kernels.memory import empty, empty_like
-
-_ALIGNMENT = 64
+from stellarator_kernels.memory import aligned_bytes, empty_like
 
 
 def forward(q, k, v, cu_seqlens, causal, window, scale):
@@ -64,9 +62,9 @@ def _run(function: str, tensors: dict, cu_seqlens, causal, window, scale) -> Non
         ],
     )
     size = getattr(module, f"{function}_workspace")(call, threads, isa)
-    workspace = empty((size + _ALIGNMENT,), torch.uint8, "cpu")
-    start = -(-workspace.data_ptr() // _ALIGNMENT) * _ALIGNMENT
+    workspace, start = aligned_bytes(size)
     getattr(module, function)(call, start, threads, isa)
+    del workspace  # it had to live until here
 
 
 def _rows(x: torch.Tensor) -> torch.Tensor:

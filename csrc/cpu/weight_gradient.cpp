@@ -1,0 +1,42 @@
+#include "weight_gradient.h"
+
+#include "parallel.h"
+
+namespace stellarator {
+namespace {
+
+struct Job {
+    WeightGradient call;
+    Isa isa;
+    int64_t columns;  // blocks in a row of blocks
+    unsigned char* scratch;
+    int64_t scratch_size;
+};
+
+int64_t blocks(int64_t count, int64_t size) { return (count + size - 1) / size; }
+
+void run(void* context, int64_t i, int thread) {
+    const Job& job = *static_cast<Job*>(context);
+    STELLARATOR_SELECT(job.isa, gradient_block)
+    (job.call, i / job.columns * job.call.rows, i % job.columns * kGradientColumns,
+     job.scratch + thread * job.scratch_size);
+}
+
+}  // namespace
+
+int64_t weight_gradient_workspace(int threads, Isa isa) {
+    return threads * STELLARATOR_SELECT(isa, gradient_block_bytes)();
+}
+
+void weight_gradient(const WeightGradient& call, void* workspace, int threads, Isa isa) {
+    const int64_t columns = blocks(call.K, kGradientColumns);
+    int64_t rows = blocks(call.M, kGradientRows);
+    // Few tasks come in a multiple of the threads.
+    while (rows * columns < 4 * threads && rows * columns % threads != 0) ++rows;
+    Job job{call, isa, columns, static_cast<unsigned char*>(workspace),
+            STELLARATOR_SELECT(isa, gradient_block_bytes)()};
+    job.call.rows = blocks(blocks(call.M, rows), 16) * 16;
+    parallel_for(blocks(call.M, job.call.rows) * columns, threads, run, &job);
+}
+
+}  // namespace stellarator
