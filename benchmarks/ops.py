@@ -15,6 +15,7 @@ OPS = {
     "rope": "bench_rope",
     "layer_norm": "bench_layer_norm",
     "bias_gelu": "bench_bias_gelu",
+    "linear": "bench_linear",
     "cross_entropy": "bench_cross_entropy",
     "linear_cross_entropy": "bench_linear_cross_entropy",
     "adamw_": "bench_adamw",

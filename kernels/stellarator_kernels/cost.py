@@ -4,7 +4,7 @@ Docstrings, benchmarks and the MFU figure of a run all use these functions.
 A multiply-add counts as two operations. Bytes are what must cross memory once; caches are ignored.
 
 defines: Cost, visible_pairs, flash_attention, embedding, rope, layer_norm, bias_gelu,
-    cross_entropy, linear_cross_entropy, adamw, grad_norm
+    linear, cross_entropy, linear_cross_entropy, adamw, grad_norm
 """
 
 from dataclasses import dataclass
@@ -49,6 +49,12 @@ def flash_attention(pairs: int, N_q: int, N_k: int, H: int, G: int, D: int, item
 def embedding(N: int, V: int, C: int, itemsize: int) -> Cost:
     """N rows of C are read and written; back, they are read and added into (V, C) in fp32."""
     return Cost(0, N * C, 2 * N * C * itemsize, N * C * itemsize + 8 * N * C + V * C * itemsize)
+
+
+def linear(N: int, K: int, M: int, itemsize: int) -> Cost:
+    """(N, K) times (M, K) transposed: one product forward, two backward."""
+    flops, once = 2 * N * K * M, (N * K + M * K + N * M) * itemsize
+    return Cost(flops, 2 * flops, once, 2 * once)
 
 
 def rope(M: int, H: int, G: int, D: int, itemsize: int) -> Cost:

@@ -31,6 +31,7 @@ _OPS = {
     "layer_norm": ("triton", "cpu", "torch", "reference"),
     "bias_gelu": ("triton", "cpu", "torch", "reference"),
     "cross_entropy": ("triton", "cpu", "torch", "reference"),
+    "linear": ("cpu", "torch", "reference"),
     "linear_cross_entropy": ("triton", "cpu", "torch", "reference"),
     "adamw_": ("triton", "cpu", "torch", "reference"),
     "grad_norm": ("triton", "cpu", "torch", "reference"),
@@ -44,6 +45,7 @@ _DECIDING = {
     "layer_norm": "x",
     "bias_gelu": "x",
     "cross_entropy": "logits",
+    "linear": "x",
     "linear_cross_entropy": "hidden",
     "adamw_": "params",
     "grad_norm": "tensors",
@@ -66,8 +68,19 @@ def _limit_of_layer_norm(x: torch.Tensor) -> str:
     return "" if fits else f"the kernels take rows of at most {_MAX_WIDTH} elements, not {C}"
 
 
+def _limit_of_linear(x: torch.Tensor) -> str:
+    """Where the C++ weight gradient was measured to beat ATen's."""
+    loads = extension.failure() is None
+    fits = x.dtype == torch.bfloat16 and loads and extension.isa().name == "amx"
+    return "" if fits else "the C++ weight gradient is for bfloat16 on AMX"
+
+
 # Limits of an op's own kernels: from its deciding argument to the reason for refusing it, or "".
-_LIMITS = {"flash_attention": _limit_of_attention, "layer_norm": _limit_of_layer_norm}
+_LIMITS = {
+    "flash_attention": _limit_of_attention,
+    "layer_norm": _limit_of_layer_norm,
+    "linear": _limit_of_linear,
+}
 
 
 @dataclass(frozen=True)

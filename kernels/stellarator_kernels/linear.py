@@ -21,6 +21,7 @@ import torch
 
 from stellarator_kernels import extension
 from stellarator_kernels.checks import expect, expect_dtype, expect_same_device, expect_shape
+from stellarator_kernels.dispatch import choose
 from stellarator_kernels.layout import dense_rows
 from stellarator_kernels.memory import aligned_bytes, empty_like
 
@@ -30,9 +31,10 @@ _ops = torch.ops.stellarator
 
 @torch.library.custom_op("stellarator::product", mutates_args=())
 def _product(
-    left: torch.Tensor, right: torch.Tensor, bias: torch.Tensor | None = None
+    left: torch.Tensor, right: torch.Tensor, bias: torch.Tensor | None = None, impl: str = "auto"
 ) -> torch.Tensor:
-    """(N, K) @ (K, M) + bias (M,), of any strides -> (N, M)."""
+    """(N, K) @ (K, M) + bias (M,), of any strides -> (N, M). An `impl` that cannot run raises."""
+    choose("linear", impl, left)
     out = empty_like(left, left.shape[0], right.shape[1])
     if bias is None:
         return torch.mm(left, right, out=out)
@@ -40,22 +42,22 @@ def _product(
 
 
 @_product.register_fake
-def _fake_product(left, right, bias=None):
+def _fake_product(left, right, bias=None, impl="auto"):
     return left.new_empty(left.shape[0], right.shape[1])
 
 
 @torch.library.custom_op("stellarator::weight_gradient", mutates_args=())
-def _weight_gradient(dy: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+def _weight_gradient(dy: torch.Tensor, x: torch.Tensor, impl: str = "auto") -> torch.Tensor:
     """dy^T @ x, (N, M) and (N, K) -> (M, K)."""
     out = empty_like(dy, dy.shape[1], x.shape[1])
-    if not has_matrix_unit(dy):
+    if choose("linear", impl, dy) != "cpu" or not dy.numel():
         return torch.mm(dy.t(), x, out=out)
     _run_cpu(dy, x, out.data_ptr(), 0)
     return out
 
 
 def add_weight_gradient(total: torch.Tensor, dy: torch.Tensor, x: torch.Tensor) -> None:
-    """total (M, K) fp32 += dy^T @ x, unrounded; only where `has_matrix_unit(dy)`."""
+    """total (M, K) fp32 += dy^T @ x, unrounded; only where `linear` is in C++."""
     _run_cpu(dy, x, 0, total.data_ptr())
 
 
@@ -73,22 +75,15 @@ def _run_cpu(dy, x, dweight: int, total: int) -> None:
 
 
 @_weight_gradient.register_fake
-def _fake_weight_gradient(dy, x):
+def _fake_weight_gradient(dy, x, impl="auto"):
     return dy.new_empty(dy.shape[1], x.shape[1])
 
 
-def has_matrix_unit(dy: torch.Tensor) -> bool:
-    """Where the C++ kernel is measured to beat ATen: bf16 on AMX."""
-    if dy.device.type != "cpu" or dy.dtype != torch.bfloat16 or not dy.numel():
-        return False
-    return extension.failure() is None and extension.isa().name == "amx"
-
-
-def _parameter_gradients(ctx, dy, make_input, first: int):
+def _parameter_gradients(ctx, dy, make_input, first: int, impl: str = "auto"):
     """dweight and dbias of the product, whose place among the inputs is `first`; None: unneeded."""
     dweight = dbias = None
     if ctx.needs_input_grad[first]:
-        dweight = _weight_gradient(dy, make_input())
+        dweight = _weight_gradient(dy, make_input(), impl)
     if ctx.needs_input_grad[first + 1]:
         dbias = dy.sum(0)
     return dweight, dbias
@@ -96,15 +91,16 @@ def _parameter_gradients(ctx, dy, make_input, first: int):
 
 class _Linear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, weight, bias):
+    def forward(ctx, x, weight, bias, impl):
+        ctx.impl = impl
         ctx.save_for_backward(x, weight)
-        return _product(x, weight.t(), bias)
+        return _product(x, weight.t(), bias, impl)
 
     @staticmethod
     def backward(ctx, dy):
         x, weight = ctx.saved_tensors
-        dweight, dbias = _parameter_gradients(ctx, dy, lambda: x, 1)
-        return _product(dy, weight) if ctx.needs_input_grad[0] else None, dweight, dbias
+        dweight, dbias = _parameter_gradients(ctx, dy, lambda: x, 1, ctx.impl)
+        return _product(dy, weight) if ctx.needs_input_grad[0] else None, dweight, dbias, None
 
 
 class _LayerNormLinear(torch.autograd.Function):
@@ -170,21 +166,30 @@ class _BiasGeluLinear(torch.autograd.Function):
         return dx, None if gelu_bias is None else dgelu_bias, dweight, dbias, None, None
 
 
-def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+def linear(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    *,
+    impl: str = "auto",
+) -> torch.Tensor:
     """x @ weight^T + bias.
 
     Args:
         x: (..., in) bf16/fp16/fp32/fp64.
         weight: (out, in), dtype of x.
         bias: (out,), dtype of x, or None.
+        impl: of the weight gradient: "auto", "cpu" (bf16 on AMX), "torch" or "reference"; the other
+            products are ATen's.
     Returns:
         (..., out), contiguous, the dtype of x.
     Raises:
         ValueError: shapes, dtypes or devices disagree.
-    Cost: 2*N*in*out FLOPs forward, twice as many backward.
+        RuntimeError: the requested `impl` cannot run here.
+    Cost: `cost.linear`.
     """
     _check("linear", x, weight, bias)
-    return _Linear.apply(_rows(x), weight, bias).view(*x.shape[:-1], -1)
+    return _Linear.apply(_rows(x), weight, bias, impl).view(*x.shape[:-1], -1)
 
 
 def layer_norm_linear(

@@ -35,7 +35,7 @@ from stellarator_kernels.cross_entropy import (
     launch_forward,
 )
 from stellarator_kernels.dispatch import choose
-from stellarator_kernels.linear import add_weight_gradient, has_matrix_unit
+from stellarator_kernels.linear import add_weight_gradient
 from stellarator_kernels.memory import empty_like
 
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -82,7 +82,7 @@ def _add_product(total, product, dlogits, h, only):
     dtype = reference.compute_dtype(h)
     if total is None and (only or h.dtype == dtype):
         return torch.ops.stellarator.weight_gradient(dlogits, h), None
-    if has_matrix_unit(dlogits):
+    if choose("linear", "auto", dlogits) == "cpu":
         if total is None:
             total = empty_like(h, dlogits.shape[1], h.shape[1], dtype=dtype).zero_()
         add_weight_gradient(total, dlogits, h)

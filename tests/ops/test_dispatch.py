@@ -100,6 +100,7 @@ def arguments(dtype, width=16):
         "layer_norm": ((x, x[0], x[0]), {"residual": x}),
         "bias_gelu": ((), {"x": x, "bias": x[0]}),
         "cross_entropy": ((x, ids), {"z_loss": 0.1}),
+        "linear": ((x, x), {"bias": x[:, 0]}),
         "linear_cross_entropy": ((x, x, ids, None), {"reduction": "sum"}),
         "adamw_": (
             ([flat], *states),

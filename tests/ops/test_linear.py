@@ -16,6 +16,7 @@ from grid import generator
 from stellarator_kernels import (
     bias_gelu,
     bias_gelu_linear,
+    explain,
     extension,
     layer_norm,
     layer_norm_linear,
@@ -63,6 +64,13 @@ def test_linear_cpu(dtype, has_bias, shape):
         assert_close_to_reference(a, e, p, reduction_length=n, name=name)
 
 
+def in_cpp_everywhere(monkeypatch):
+    """The C++ weight gradient is taken on every instruction set."""
+    module = sys.modules["stellarator_kernels.linear"]
+    monkeypatch.setattr(module, "choose", lambda op, impl, x: "cpu")
+    return module
+
+
 LARGE = {"several_blocks": (700, 1000, 500), "odd": (257, 803, 401), "one_row": (513, 5, 900)}
 
 
@@ -72,8 +80,7 @@ LARGE = {"several_blocks": (700, 1000, 500), "odd": (257, 803, 401), "one_row": 
 def test_weight_gradient_cpp(level, shape, threads, monkeypatch):
     """In C++ on every instruction set, also where ATen would be taken; rows of dy are strided."""
     monkeypatch.setenv(extension.ISA_VARIABLE, level)
-    module = sys.modules["stellarator_kernels.linear"]
-    monkeypatch.setattr(module, "has_matrix_unit", lambda dy: True)
+    module = in_cpp_everywhere(monkeypatch)
     N, M, K = LARGE[shape]
     g = generator(N)
     dy = torch.randn(N, M + 7, generator=g).bfloat16()[:, 3 : M + 3]
@@ -92,14 +99,22 @@ def test_weight_gradient_cpp(level, shape, threads, monkeypatch):
 
 @pytest.mark.skipif(extension.failure() is not None, reason="no C++ extension")
 def test_weight_gradient_does_not_depend_on_threads_cpp(monkeypatch):
-    module = sys.modules["stellarator_kernels.linear"]
-    monkeypatch.setattr(module, "has_matrix_unit", lambda dy: True)
+    in_cpp_everywhere(monkeypatch)
     dy, x = (torch.randn(300, width, generator=generator(width)).bfloat16() for width in (900, 70))
     found = []
     for count in (1, 2, 5):
         with grid.threads(count):
             found.append(torch.ops.stellarator.weight_gradient(dy, x))
     assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
+
+
+def test_where_the_cpp_is_taken():
+    x = torch.ones(2, 2)
+    best = "cpu" if "amx" in grid.levels() else "torch"
+    assert f"-> linear: {best}" in explain("linear", x.bfloat16(), x.bfloat16()).splitlines()
+    assert "-> linear: torch" in explain("linear", x, x).splitlines()
+    with pytest.raises(RuntimeError, match="bfloat16 on AMX"):
+        linear(x, x, impl="cpu")
 
 
 def pair(op: str, impl: str):
