@@ -8,9 +8,10 @@ On a CPU: resident memory, as the kernel counts it, so that scratch memory of an
 and not only tensors. Before the call the C library gives back what it has cached (malloc_trim) and
 the high-water mark is reset (a 5 written to /proc/self/clear_refs); the result is the mark after
 the call less the resident memory before it, the larger of two calls, as a few free pages may always
-be left to the first. Pages that are never touched do not count. The call has
-run before, so that code that is loaded and caches that are filled once are not in it. On
-/proc/self/clear_refs that cannot be written nothing is measured: None.
+be left to the first. Pages that are never touched do not count. Those of the kernels' arena stay
+resident between calls, so what lies in it is counted by the arena itself. The call has run before,
+so that code that is loaded and caches that are filled once are not in it. Where
+/proc/self/clear_refs cannot be written nothing is measured: None.
 """
 
 import ctypes
@@ -19,6 +20,8 @@ import multiprocessing
 from collections.abc import Callable
 
 import torch
+
+from stellarator_kernels.memory import arena, reset_peak
 
 
 def _resident_bytes(key: str) -> int:
@@ -51,9 +54,11 @@ def _resident_peak(call: Callable[[], object]) -> int | None:
             file.write("5")
     except (OSError, AttributeError):  # not permitted, or another C library
         return None
-    before = _resident_bytes("VmRSS")
+    before, used = _resident_bytes("VmRSS"), arena()["used"]
+    reset_peak()
     call()
-    return max(0, _resident_bytes("VmHWM") - before)
+    resident = max(0, _resident_bytes("VmHWM") - before)
+    return resident + arena()["peak"] - used
 
 
 def _measure(make: Callable, arguments: tuple, pipe) -> None:

@@ -73,8 +73,9 @@ void bind_memory(py::module_& m) {
     m.def("arena_empty", &empty, py::arg("shape"), py::arg("code"), py::arg("bits"));
     m.def("arena_state", [] {
         const ArenaState state = arena_state();
-        return py::make_tuple(state.reserved, state.used, state.high);
+        return py::make_tuple(state.reserved, state.used, state.high, state.peak);
     });
+    m.def("arena_reset_peak", &arena_reset_peak);
 }
 
 }  // namespace stellarator

@@ -20,7 +20,7 @@ struct Arena {
     std::mutex mutex;
     char* base = nullptr;
     std::map<int64_t, int64_t> gaps, blocks;  // offset -> bytes
-    ArenaState state{0, 0, 0};
+    ArenaState state{0, 0, 0, 0};
 
     Arena() {
 #if defined(__linux__)
@@ -65,6 +65,7 @@ void* arena_allocate(int64_t bytes) {
         if (room > size) a.gaps[offset + size] = room - size;
         a.blocks[offset] = size;
         a.state.used += size;
+        if (a.state.used > a.state.peak) a.state.peak = a.state.used;
         if (offset + size > a.state.high) a.state.high = offset + size;
         return a.base + offset;
     }
@@ -98,6 +99,12 @@ ArenaState arena_state() {
     Arena& a = arena();
     const std::lock_guard<std::mutex> lock(a.mutex);
     return a.state;
+}
+
+void arena_reset_peak() {
+    Arena& a = arena();
+    const std::lock_guard<std::mutex> lock(a.mutex);
+    a.state.peak = a.state.used;
 }
 
 }  // namespace stellarator

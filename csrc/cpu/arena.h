@@ -15,11 +15,13 @@ struct ArenaState {
     int64_t reserved;  // bytes of addresses; 0: there is no arena
     int64_t used;      // bytes of blocks now
     int64_t high;      // the highest end of a block so far
+    int64_t peak;      // the most bytes of blocks since arena_reset_peak
 };
 
 // `bytes` aligned to 4096, or null: no arena on this machine, or no gap. Any thread may call these.
 void* arena_allocate(int64_t bytes);
 void arena_free(void* block);
 ArenaState arena_state();
+void arena_reset_peak();
 
 }  // namespace stellarator

@@ -1,6 +1,6 @@
 """Memory of large results on a CPU: used again instead of mapped anew for every tensor.
 
-defines: empty, empty_like, aligned_bytes, arena, ARENA_VARIABLE
+defines: empty, empty_like, aligned_bytes, arena, reset_peak, ARENA_VARIABLE
 
 The C library gives a large block back to the system as soon as it is freed, and the next one costs
 a page fault for every 4 KiB. Results of a mebibyte and more therefore come from a range of
@@ -70,7 +70,15 @@ def aligned_bytes(size: int) -> tuple[torch.Tensor, int]:
 
 
 def arena() -> dict[str, int]:
-    """Bytes: "reserved" (addresses; 0: no arena), "used" now, "high" (what stays resident)."""
+    """Bytes: "reserved" (addresses; 0: no arena), "used" now, "high" (what stays resident), "peak"
+    (the most that was used since `reset_peak`)."""
+    names = ("reserved", "used", "high", "peak")
     if not _usable():
-        return {"reserved": 0, "used": 0, "high": 0}
-    return dict(zip(("reserved", "used", "high"), extension.load().arena_state(), strict=True))
+        return dict.fromkeys(names, 0)
+    return dict(zip(names, extension.load().arena_state(), strict=True))
+
+
+def reset_peak() -> None:
+    """Begin the "peak" of `arena` anew."""
+    if _usable():
+        extension.load().arena_reset_peak()

@@ -11,6 +11,7 @@ from benchmarks.cases import Maker
 from benchmarks.memory import peak_of_call
 from benchmarks.results import validate
 from stellarator import build_model, recipes
+from stellarator_kernels.memory import arena, empty
 from stellarator_kernels.testing import assert_close_to_reference
 
 PLAN = suite.Plan(
@@ -186,6 +187,19 @@ def test_peak_memory_is_that_of_the_call():
     if found is None:
         pytest.skip("/proc/self/clear_refs cannot be written here")
     assert 32 * 2**20 <= found < 34 * 2**20
+
+
+def test_peak_memory_counts_what_lies_in_the_arena():
+    def call() -> float:
+        large = empty((24 * 2**20 // 4,), torch.float32, "cpu").fill_(1)
+        return float(large.sum() + empty((8 * 2**20 // 4,), torch.float32, "cpu").fill_(2).sum())
+
+    call()
+    for _ in range(2):  # its pages are resident from the first call on
+        found = peak_of_call(call)
+        if found is None or arena()["reserved"] == 0:
+            pytest.skip("no /proc/self/clear_refs, or no arena")
+        assert 32 * 2**20 <= found < 34 * 2**20
 
 
 def test_shapes_are_those_of_the_models():

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from stellarator_kernels import layer_norm
-from stellarator_kernels.memory import arena, empty, empty_like
+from stellarator_kernels.memory import arena, empty, empty_like, reset_peak
 from stellarator_kernels.testing import poison_empty
 
 MB = 1 << 20
@@ -101,6 +101,20 @@ def test_blocks_never_overlap_cpu():
     alive.clear()
     del x
     assert arena()["used"] == before
+
+
+def test_the_peak_begins_anew_cpu():
+    kept = block(2)
+    reset_peak()
+    used = arena()["used"]
+    assert arena()["peak"] == used
+    a, b = block(3), block(1)
+    del a
+    c = block(2)
+    assert arena()["peak"] == used + 4 * MB
+    reset_peak()
+    assert arena()["peak"] == arena()["used"] == used + 3 * MB
+    del b, c, kept
 
 
 def test_threads_may_allocate_and_free_cpu():
