@@ -20,7 +20,7 @@ _COPY_BYTES = {"cpu": 256 * 2**20, "cuda": 2**30}
 _SIDES = {"cpu": (1024, 2048), "cuda": (4096, 8192)}
 _TICKS = os.sysconf("SC_CLK_TCK")
 # Shares above which a run is called loaded.
-_OTHERS_LIMIT, _DRIFT_LIMIT = 0.1, 0.1
+_OTHERS_LIMIT, _DRIFT_LIMIT = 0.1, 0.2
 
 
 @dataclass(frozen=True)

@@ -268,9 +268,14 @@ def _setup_context(ctx, inputs, output):
 
 
 def _times(gradient, dloss):
-    """gradient * dloss, with dloss (0-d, fp32) unrounded whatever the dtype of the gradient."""
+    """gradient * dloss, with dloss (0-d, fp32) unrounded whatever the dtype of the gradient.
+
+    On a CPU, where looking at dloss costs nothing, a factor of 1 needs no copy of (V, C). It is
+    then what the forward saved: changed in place, autograd refuses another backward through it.
+    """
     if gradient.device.type == "cpu":
-        return gradient * dloss
+        known = type(dloss) is torch.Tensor  # not one that torch.compile traces with
+        return gradient if known and dloss.item() == 1.0 else gradient * dloss
     # A 0-d tensor on a GPU would be rounded to 16 bits before the product; one of one element not.
     return (gradient * dloss.reshape((1,) * gradient.dim())).to(gradient.dtype)
 

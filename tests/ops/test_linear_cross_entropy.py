@@ -438,3 +438,21 @@ def test_few_sizes_of_products(N, count, K):
     kept, found = counted(targets, -100)
     assert found == count and kept.numel() == K
     assert torch.equal(kept[:count], chosen) and kept.unique().numel() == K
+
+
+def test_backward_twice_and_a_changed_gradient_cpu():
+    """With a factor of 1 the saved gradient itself goes out."""
+    g = generator(3)
+    hidden = torch.randn(6, 8, generator=g).requires_grad_()
+    weight = torch.randn(11, 8, generator=g).requires_grad_()
+    loss = linear_cross_entropy(hidden, weight, torch.arange(6))
+    (first,) = torch.autograd.grad(loss, weight, retain_graph=True)
+    expected = first.clone()
+    (scaled,) = torch.autograd.grad(3 * loss, weight, retain_graph=True)
+    torch.testing.assert_close(scaled, 3 * expected)
+    for times in (1, 2, 3):
+        loss.backward(retain_graph=True)
+        torch.testing.assert_close(weight.grad, times * expected)
+    first.zero_()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()

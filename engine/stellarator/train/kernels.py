@@ -1,6 +1,6 @@
 """Whether `train.kernels` names an implementation that every op of a training step has.
 
-But the embedding, which has fewer: the model chooses it by itself.
+But the embedding and the products, which have fewer: they are chosen by themselves.
 
 defines: check
 """
