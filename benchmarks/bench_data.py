@@ -60,8 +60,8 @@ def _corpus(folder: Path, megabytes: float) -> dict[str, str]:
             text = path.read_bytes().decode()
         except UnicodeDecodeError:
             continue
-        if not text.strip() or "\r" in text:
-            continue
+        if not text.strip() or "\r" in text or text.startswith("\ufeff"):
+            continue  # ours would clean it first
         relative = path.relative_to(library)
         target = folder / relative
         target.parent.mkdir(parents=True, exist_ok=True)

@@ -22,7 +22,7 @@ from benchmarks.run import markdown
 from benchmarks.usage import UsageError
 
 _COLOURS = {"forward": "#4477aa", "backward": "#ee6677", "both": "#228833", "whole": "#228833"}
-_MARKS = "osD^vP*X<>hp"
+_MARKS = "osD^vP*X<>hpd8H"
 _TICKS = [m * 10.0**e for e in range(-4, 5) for m in (1, 2, 5)]
 
 
@@ -126,7 +126,9 @@ def page(points: list[dict], files: list[str]) -> str:
     """The Markdown page."""
     judged = [p for p in points if "kernel" not in p]
     timed = [p for p in judged if p["wrong"] is None]
-    places = dict.fromkeys(results.where(p["environment"]) for p in points)
+    # One line for each machine and commit, with its first date.
+    places = {results.where(p["environment"] | {"date": ""}): p for p in points[::-1]}
+    places = [results.where(p["environment"]) for p in list(places.values())[::-1]]
     lines = ["# Benchmark results", "", *(f"- {place}" for place in places)]
     if any(p["quiet"] and not p["quiet"]["quiet"] for p in timed):
         lines.append("- Loaded: other work used the machine, the times are not to be kept.")
@@ -141,7 +143,7 @@ def page(points: list[dict], files: list[str]) -> str:
             "",
         ]
     if others := [p for p in timed if p["gbps"] is None]:
-        header = ["what", "ours", "ms", "peer", "peer ms", "speed"]
+        header = ["what", "ours", "ms", "peer", "peer ms", "speed", "MiB, peer", "memory"]
         lines += [results.table([_row(p) for p in others], header), ""]
     wrong = [p for p in judged if p["wrong"] is not None]
     lines += [f"Wrong, not timed: {results.name(p)}, {p['impl']}: {p['wrong']}" for p in wrong]
@@ -153,7 +155,11 @@ def page(points: list[dict], files: list[str]) -> str:
 def _row(p: dict) -> list[str]:
     ours, peer = p["ms"]["p50"], p["peer_ms"]["p50"]
     what = results.name(p)
-    return [what, p["impl"], f"{ours:.1f}", p["peer"], f"{peer:.1f}", f"{p['ratio']:.2f}x"]
+    cells = [what, p["impl"], f"{ours:.1f}", p["peer"], f"{peer:.1f}", f"{p['ratio']:.2f}x"]
+    if p["memory_ratio"] is None:
+        return [*cells, "", ""]
+    sizes = (p["peak_bytes"] / 2**20, p["peer_peak_bytes"] / 2**20)
+    return [*cells, f"{sizes[0]:,.0f}, {sizes[1]:,.0f}", f"{p['memory_ratio']:.2f}x"]
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:

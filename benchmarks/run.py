@@ -94,17 +94,18 @@ def markdown(points: list[dict]) -> str:
     """One row a point."""
     header = ["op", "phase", "impl", "ms (p20, p80)", "peer", "peer ms", "speed", "MiB, peer",
               "memory", "GB/s", "TFLOP/s", "errors / eager"]  # fmt: skip
-    return results.table([_cells(p) for p in points], header)
+    several = len({p["model"] for p in points}) > 1
+    return results.table([_cells(p, several) for p in points], header)
 
 
-def _cells(p: dict) -> list[str]:
+def _cells(p: dict, with_model: bool) -> list[str]:
     ms, peer = p["ms"], p["peer_ms"]
     memory, ratio = "", ""
     if p["peak_bytes"] is not None and p["peer_peak_bytes"] is not None:
         memory = f"{p['peak_bytes'] / 2**20:,.1f}, {p['peer_peak_bytes'] / 2**20:,.1f}"
         ratio = "" if p["memory_ratio"] is None else f"{p['memory_ratio']:.2f}x"
     return [
-        results.name(p),
+        results.name(p) + (f", {p['model']}" if with_model else ""),
         p["phase"],
         p["impl"],
         f"{ms['p50']:.3f} ({ms['p20']:.3f}, {ms['p80']:.3f})",
