@@ -17,6 +17,8 @@ used again, see memory.py), `stellarator::weight_gradient` (the same; in bf16 on
 csrc/cpu/weight_gradient.h), and those of layer_norm.py and bias_gelu.py.
 """
 
+import math
+
 import torch
 
 from stellarator_kernels import extension
@@ -189,7 +191,7 @@ def linear(
     Cost: `cost.linear`.
     """
     _check("linear", x, weight, bias)
-    return _Linear.apply(_rows(x), weight, bias, impl).view(*x.shape[:-1], -1)
+    return _Linear.apply(_rows(x), weight, bias, impl).view(*x.shape[:-1], weight.shape[0])
 
 
 def layer_norm_linear(
@@ -229,7 +231,7 @@ def layer_norm_linear(
         _rows(x), None if residual is None else _rows(residual), norm_weight, norm_bias,
         weight, bias, eps, impl,
     )  # fmt: skip
-    y = y.view(*x.shape[:-1], -1)
+    y = y.view(*x.shape[:-1], weight.shape[0])
     return y if residual is None else (y, summed.view(x.shape))
 
 
@@ -262,12 +264,12 @@ def bias_gelu_linear(
     forms = ("tanh", "none")
     expect(approximate in forms, op, f"approximate in {forms}", repr(approximate), "Use one")
     y = _BiasGeluLinear.apply(_rows(x), gelu_bias, weight, bias, approximate, impl)
-    return y.view(*x.shape[:-1], -1)
+    return y.view(*x.shape[:-1], weight.shape[0])
 
 
 def _rows(x: torch.Tensor) -> torch.Tensor:
     """(N, width)."""
-    return x.reshape(-1, x.shape[-1])
+    return x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
 
 
 def _check(op, x, weight, bias):

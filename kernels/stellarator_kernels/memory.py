@@ -21,6 +21,7 @@ from stellarator_kernels import extension
 
 ARENA_VARIABLE = "STELLARATOR_ARENA"
 _LEAST_BYTES = 1 << 20
+_MOST_BYTES = 1 << 60  # torch has an error for sizes that are no numbers of 64 bits
 # DLPack's codes of the kinds of numbers, and bits.
 _CODES = {
     torch.float16: (2, 16),
@@ -44,7 +45,7 @@ def empty(shape, dtype: torch.dtype, device: torch.device | str) -> torch.Tensor
     """
     size = math.prod(shape) * dtype.itemsize
     on_cpu = torch.device(device).type == "cpu"
-    if size < _LEAST_BYTES or not on_cpu or dtype not in _CODES or not _usable():
+    if not _LEAST_BYTES <= size < _MOST_BYTES or not on_cpu or dtype not in _CODES or not _usable():
         return torch.empty(shape, dtype=dtype, device=device)
     capsule = extension.load().arena_empty(list(shape), *_CODES[dtype])
     if capsule is None:

@@ -57,6 +57,12 @@ def test_small_tensors_and_other_kinds_come_from_torch_cpu():
     assert arena()["used"] == before and kept[2].shape == (0, MB)
 
 
+def test_sizes_that_are_none_are_torchs_errors_cpu():
+    for shape in ((1 << 40, 1 << 40), (-1, MB)):
+        with pytest.raises(RuntimeError):
+            empty(shape, torch.float32, "cpu")
+
+
 def test_a_freed_block_is_used_again_and_gaps_join_cpu():
     a, b, c, guard = block(2), block(3), block(4), block(1)
     places = [x.data_ptr() for x in (a, b, c)]

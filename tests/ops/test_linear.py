@@ -108,6 +108,23 @@ def test_weight_gradient_does_not_depend_on_threads_cpp(monkeypatch):
     assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("op", ["linear", *OPS])
+def test_no_rows_and_one_row_without_a_dimension_cpu(op, dtype):
+    w, b, weight, bias = (torch.ones(*s, dtype=dtype) for s in ((4,), (4,), (6, 4), (6,)))
+    call = linear if op == "linear" else None
+    for leading in ((0,), (2, 0), ()):
+        x = torch.ones(*leading, 4, dtype=dtype).requires_grad_()
+        weight.grad = None
+        weight.requires_grad_()
+        given = (x, w, b, torch.ones_like(x), weight, bias)
+        out = call(x, weight, bias) if call else pair(op, "auto")[0](*given)
+        out = out[0] if isinstance(out, tuple) else out
+        assert out.shape == (*leading, 6)
+        out.sum().backward()
+        assert x.grad.shape == x.shape and (0 not in leading or not weight.grad.any())
+
+
 def test_where_the_cpp_is_taken():
     x = torch.ones(2, 2)
     best = "cpu" if "amx" in grid.levels() else "torch"

@@ -71,6 +71,15 @@ def test_the_bits_are_those_of_the_ops(impl, dtype, rotated, shape):
     assert dqkv.is_contiguous() and out.shape == dout.shape
 
 
+@pytest.mark.parametrize("shape", [(0, 3, 32), (2, 0, 32)])
+def test_no_tokens_cpu(shape):
+    qkv = torch.ones(shape).requires_grad_()
+    table = tuple(torch.ones(shape[0] * shape[1], 4) for _ in range(2))
+    out = projected_attention(qkv, 2, 1, table)
+    out.sum().backward()
+    assert out.shape == (*shape[:2], 2, 8) and qkv.grad.shape == shape
+
+
 def test_gradient_of_a_strided_result_twice_cpu():
     qkv, dout, positions, _, _ = make("groups", torch.float32)
     _, _, H, G, D, _, _ = SHAPES["groups"]

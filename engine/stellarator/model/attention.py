@@ -50,7 +50,7 @@ class Attention(torch.nn.Module):
                 cu_seqlens=context.cu_seqlens,
                 impl=self.kernels,
             )
-        return self.out(y.reshape(*shape, -1))  # (B, T, H*D)
+        return self.out(y.reshape(*shape, config.num_heads * config.head_width))
 
     def _attend_cached(self, qkv, context: Context, layer: int):
         """Attention to everything in the cache, which takes the new keys and values first."""

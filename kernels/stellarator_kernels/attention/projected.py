@@ -25,7 +25,7 @@ _ops = torch.ops.stellarator
 def _heads(qkv: torch.Tensor, H: int, G: int) -> list[torch.Tensor]:
     """Views (B, T, H or G, D) of (B, T, (H + 2G) * D)."""
     D = qkv.shape[-1] // (H + 2 * G)
-    return list(qkv.unflatten(-1, (-1, D)).split([H, G, G], dim=2))
+    return list(qkv.unflatten(-1, (H + 2 * G, D)).split([H, G, G], dim=2))
 
 
 @torch.library.custom_op("stellarator::projected_attention_backward", mutates_args=())
@@ -63,7 +63,9 @@ def _backward_op(
     )
     if cos is not None:
         dq, dk = _ops.rope_backward(dq.view(B * T, H, D), dk.view(B * T, G, D), cos, sin, impl)
-    return torch.cat([x.reshape(B, T, -1) for x in (dq, dk, dv)], dim=-1)
+    shapes = ((B, T, H * D), (B, T, G * D), (B, T, G * D))
+    parts = zip((dq, dk, dv), shapes, strict=True)
+    return torch.cat([x.reshape(shape) for x, shape in parts], dim=-1)
 
 
 def _attend_backward_cpu(dout, q, k, v, out, lse, cu_seqlens, window, scale, into):
