@@ -3,8 +3,8 @@
 The extension is built with both and loaded in place of the usual one; the tests of the ops then run
 on it, in a process of their own. torch's memory goes through the sanitizer's allocator, so a kernel
 that leaves a tensor is stopped. The guard is seen failing with a kernel that reads one element too
-far. Not covered: leaks (Python and torch keep what they have), data
-races, loads and stores of whole AMX tiles, which the compiler does not instrument.
+far. Not covered: leaks (Python and torch keep what they have), data races, loads and stores of
+whole AMX tiles, which the compiler does not instrument.
 """
 
 import os
@@ -76,7 +76,7 @@ def test_the_tests_of_the_ops_pass_under_the_sanitizers(package):
     files = sorted(str(path) for path in (ROOT / "tests" / "ops").glob("test_*.py"))
     done = run(
         *(package, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-p", "no:xdist"),
-        *("-k", "cpu and not triton", *files),
+        *("-k", "(cpu or cpp) and not triton", *files),
     )
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
 
@@ -88,7 +88,6 @@ def test_the_arena_under_the_sanitizers(package):
     words += ("-k", "not limited")  # the sanitizer wants addresses without a limit
     done = run(package, *words, STELLARATOR_ARENA="1")
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    assert " passed" in done.stdout
     assert " passed" in done.stdout
 
 

@@ -11,8 +11,8 @@ namespace py = pybind11;
 namespace stellarator {
 namespace {
 
-// Sizes: (B, T, S, H, G, D). Addresses: those of Attention in its order, 0 for none. Strides: batch,
-// token and head of q, k, v, dout, dq, dk and dv.
+// Sizes: (B, T, S, H, G, D). Addresses: those of Attention in its order, 0 for none. Strides:
+// batch, token and head of q, k, v, dout, dq, dk and dv.
 Attention attention(bool is_bfloat16, const std::array<int64_t, 6>& sizes,
                     uintptr_t cu_seqlens, int64_t documents, bool causal,
                     int64_t window, double scale,

@@ -26,8 +26,8 @@ void forward(bool is_bfloat16, bool is_tanh, int64_t N, int64_t C, const Address
 }
 
 void backward(bool is_bfloat16, bool is_tanh, int64_t N, int64_t C, const AddressAndStride& x,
-              uintptr_t bias, uintptr_t y, const AddressAndStride& dy, uintptr_t dx, uintptr_t dbias,
-              uintptr_t sums, int threads, Isa isa) {
+              uintptr_t bias, uintptr_t y, const AddressAndStride& dy, uintptr_t dx,
+              uintptr_t dbias, uintptr_t sums, int threads, Isa isa) {
     BiasGelu call = bias_gelu(is_bfloat16, is_tanh, N, C, x, bias);
     call.y = pointer<void>(y);
     call.dy = rows(dy);

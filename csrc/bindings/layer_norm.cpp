@@ -23,10 +23,10 @@ void forward(bool is_bfloat16, int64_t N, int64_t C, double eps, const AddressAn
     layer_norm_forward(call, threads, isa);
 }
 
-void backward(bool is_bfloat16, int64_t N, int64_t C, const AddressAndStride& dy, const AddressAndStride& dsummed,
-              const AddressAndStride& summed, uintptr_t weight, uintptr_t mean, uintptr_t rstd,
-              uintptr_t dx, uintptr_t dweight, uintptr_t dbias, uintptr_t sums, int threads,
-              Isa isa) {
+void backward(bool is_bfloat16, int64_t N, int64_t C, const AddressAndStride& dy,
+              const AddressAndStride& dsummed, const AddressAndStride& summed,
+              uintptr_t weight, uintptr_t mean, uintptr_t rstd, uintptr_t dx, uintptr_t dweight,
+              uintptr_t dbias, uintptr_t sums, int threads, Isa isa) {
     LayerNormBackward call;
     call.is_bfloat16 = is_bfloat16;
     call.N = N, call.C = C;

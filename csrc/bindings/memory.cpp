@@ -76,6 +76,7 @@ void bind_memory(py::module_& m) {
         return py::make_tuple(state.reserved, state.used, state.high, state.peak);
     });
     m.def("arena_reset_peak", &arena_reset_peak);
+    m.def("arena_trim", &arena_trim);
 }
 
 }  // namespace stellarator

@@ -1,5 +1,7 @@
 #include "arena.h"
 
+#include <cstdio>
+#include <cstdlib>
 #include <iterator>
 #include <map>
 #include <mutex>
@@ -76,6 +78,10 @@ void arena_free(void* block) {
     Arena& a = arena();
     const std::lock_guard<std::mutex> lock(a.mutex);
     const auto found = a.blocks.find(static_cast<char*>(block) - a.base);
+    if (found == a.blocks.end()) {  // memory is damaged: going on would damage more
+        std::fputs("stellarator: arena_free of an address that is no block\n", stderr);
+        std::abort();
+    }
     auto [offset, size] = *found;
     a.blocks.erase(found);
     a.state.used -= size;
@@ -93,6 +99,17 @@ void arena_free(void* block) {
         }
     }
     a.gaps[offset] = size;
+}
+
+void arena_trim() {
+    Arena& a = arena();
+    const std::lock_guard<std::mutex> lock(a.mutex);
+    const auto last = a.blocks.rbegin();
+    const int64_t end = last == a.blocks.rend() ? 0 : last->first + last->second;
+#if defined(__linux__)
+    if (end < a.state.high) madvise(a.base + end, a.state.high - end, MADV_DONTNEED);
+#endif
+    a.state.high = end;
 }
 
 ArenaState arena_state() {

@@ -4,11 +4,10 @@
 #include <utility>
 
 #include "parallel.h"
+#include "rows.h"
 
 namespace stellarator {
 namespace {
-
-int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 
 Plan make_plan(const Attention& call) {
     Plan plan{call, round_up(call.D, 32), 1, {}, 0, nullptr};

@@ -1,7 +1,7 @@
 // Flash attention, forward and backward, for bfloat16 and float32.
 //
-// All scores are kept transposed: a row is a key, a column a query, 64 queries at a time. Maxima and
-// sums over the keys are then sums of whole vectors, and exp(S)^T is in the order that the next
+// All scores are kept transposed: a row is a key, a column a query, 64 queries at a time. Maxima
+// and sums over the keys are then sums of whole vectors, and exp(S)^T is in the order that the next
 // products want, so nothing is transposed but inputs and outputs.
 //
 // Work is cut into tasks whose results do not overlap: no atomics, the same bits on every run.

@@ -1,6 +1,7 @@
 #include "weight_gradient.h"
 
 #include "parallel.h"
+#include "rows.h"
 
 namespace stellarator {
 namespace {
@@ -12,8 +13,6 @@ struct Job {
     unsigned char* scratch;
     int64_t scratch_size;
 };
-
-int64_t blocks(int64_t count, int64_t size) { return (count + size - 1) / size; }
 
 void run(void* context, int64_t i, int thread) {
     const Job& job = *static_cast<Job*>(context);
@@ -29,14 +28,14 @@ int64_t weight_gradient_workspace(int threads, Isa isa) {
 }
 
 void weight_gradient(const WeightGradient& call, void* workspace, int threads, Isa isa) {
-    const int64_t columns = blocks(call.K, kGradientColumns);
-    int64_t rows = blocks(call.M, kGradientRows);
+    const int64_t columns = ceil_div(call.K, kGradientColumns);
+    int64_t rows = ceil_div(call.M, kGradientRows);
     // Few tasks come in a multiple of the threads.
     while (rows * columns < 4 * threads && rows * columns % threads != 0) ++rows;
     Job job{call, isa, columns, static_cast<unsigned char*>(workspace),
             STELLARATOR_SELECT(isa, gradient_block_bytes)()};
-    job.call.rows = blocks(blocks(call.M, rows), 16) * 16;
-    parallel_for(blocks(call.M, job.call.rows) * columns, threads, run, &job);
+    job.call.rows = round_up(ceil_div(call.M, rows), 16);
+    parallel_for(ceil_div(call.M, job.call.rows) * columns, threads, run, &job);
 }
 
 }  // namespace stellarator

@@ -1,11 +1,13 @@
 """Memory of large results on a CPU: used again instead of mapped anew for every tensor.
 
-defines: empty, empty_like, aligned_bytes, arena, reset_peak, ARENA_VARIABLE
+defines: empty, empty_like, aligned_bytes, arena, reset_peak, trim, ARENA_VARIABLE
 
 The C library gives a large block back to the system as soon as it is freed, and the next one costs
 a page fault for every 4 KiB. Results of a mebibyte and more therefore come from a range of
 addresses that stays with the process (csrc/cpu/arena.h); torch gives them back to it when their
-last view dies. On a GPU torch's own allocator does the same.
+last view dies; `trim` gives what is free at its end back to the system. On a GPU torch's own
+allocator does the same. Like other memory that torch did not allocate, it cannot grow in place:
+`resize_` and `out=` beyond its size raise torch's error.
 
 STELLARATOR_ARENA=0 turns it off: a tool that watches every allocation then sees these too.
 """
@@ -71,8 +73,8 @@ def aligned_bytes(size: int) -> tuple[torch.Tensor, int]:
 
 
 def arena() -> dict[str, int]:
-    """Bytes: "reserved" (addresses; 0: no arena), "used" now, "high" (what stays resident), "peak"
-    (the most that was used since `reset_peak`)."""
+    """Bytes: "reserved" (addresses; 0: no arena), "used" now, "high" (what may be resident, since
+    `trim`), "peak" (the most that was used since `reset_peak`)."""
     names = ("reserved", "used", "high", "peak")
     if not _usable():
         return dict.fromkeys(names, 0)
@@ -83,3 +85,12 @@ def reset_peak() -> None:
     """Begin the "peak" of `arena` anew."""
     if _usable():
         extension.load().arena_reset_peak()
+
+
+def trim() -> None:
+    """Give the pages above the arena's last block back to the system.
+
+    A step that needs them again pays a page fault for each: call it after the odd large one only.
+    """
+    if _usable():
+        extension.load().arena_trim()

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from stellarator_kernels import layer_norm
-from stellarator_kernels.memory import arena, empty, empty_like, reset_peak
+from stellarator_kernels.memory import arena, empty, empty_like, reset_peak, trim
 from stellarator_kernels.testing import poison_empty
 
 MB = 1 << 20
@@ -121,6 +121,23 @@ def test_the_peak_begins_anew_cpu():
     reset_peak()
     assert arena()["peak"] == arena()["used"] == used + 3 * MB
     del b, c, kept
+
+
+def test_trimmed_pages_go_back_to_the_system_cpu():
+    def resident() -> int:
+        with open("/proc/self/statm") as file:
+            return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+    kept = block(2).fill_(5)
+    large = block(200).fill_(1)
+    full = resident()
+    del large
+    assert resident() > full - 20 * MB  # they stay
+    trim()
+    assert resident() < full - 180 * MB
+    assert arena()["high"] <= arena()["reserved"] and kept.eq(5).all()
+    again = block(200)
+    assert arena()["high"] >= 200 * MB and again.fill_(2).eq(2).all() and kept.eq(5).all()
 
 
 def test_threads_may_allocate_and_free_cpu():

@@ -9,6 +9,7 @@
 #include <algorithm>
 
 #include "matmul.h"
+#include "rows.h"
 
 namespace stellarator {
 namespace STELLARATOR_ISA {
@@ -17,8 +18,6 @@ namespace {
 constexpr int kGroups = kQueries / kLanes;  // vectors in a row of scores
 constexpr float kLog2E = 1.44269504f;
 constexpr float kLn2 = 0.693147181f;
-
-int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 
 // The next `count` elements of a buffer; every part begins on a line of 64 bytes.
 template <typename T>

@@ -3,9 +3,9 @@
 //   C (m x n, float32, row-major) = or += A (m x k, row-major) * B (k x n, in panels)
 //
 // An operand is `Work`: bfloat16 where the instruction set multiplies it (AMX, AVX-512-BF16), else
-// float32, into which bfloat16 is widened while it is packed. A panel holds 16 columns of B; each of
-// its rows holds `kPair` successive elements of k for each column: [k / kPair][16][kPair]. m and n
-// are multiples of 16 and k is one of kDepth; packing fills up with zeros.
+// float32, into which bfloat16 is widened while it is packed. A panel holds 16 columns of B; each
+// of its rows holds `kPair` successive elements of k for each column: [k / kPair][16][kPair]. m and
+// n are multiples of 16 and k is one of kDepth; packing fills up with zeros.
 #pragma once
 
 #include "vector.h"
@@ -216,7 +216,7 @@ inline void transpose_16x16(const uint32_t* from, int64_t from_stride, uint32_t*
         x[4 * i + 2] = _mm512_unpacklo_epi64(y[4 * i + 1], y[4 * i + 3]);
         x[4 * i + 3] = _mm512_unpackhi_epi64(y[4 * i + 1], y[4 * i + 3]);
     }
-    for (int i = 0; i < 4; ++i) {  // now x[4 * g + i] holds, in quarter q, rows 4g.. of column 4q + i
+    for (int i = 0; i < 4; ++i) {  // x[4 * g + i] holds, in quarter q, rows 4g.. of column 4q + i
         const __m512i low01 = _mm512_shuffle_i32x4(x[i], x[4 + i], 0x88);
         const __m512i high01 = _mm512_shuffle_i32x4(x[i], x[4 + i], 0xdd);
         const __m512i low23 = _mm512_shuffle_i32x4(x[8 + i], x[12 + i], 0x88);

@@ -5,6 +5,7 @@
 
 #include "bfloat16.h"
 #include "matmul.h"
+#include "rows.h"
 
 namespace stellarator {
 namespace STELLARATOR_ISA {
@@ -12,8 +13,6 @@ namespace {
 
 typedef WorkOf<uint16_t>::type Work;
 constexpr int64_t kWidest = std::max(kGradientRows, kGradientColumns);
-
-int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 
 // Elements [begin, begin + width) of `count` tokens, filled up: where they are if they need no
 // filling and no widening, else in `copy`.
@@ -65,7 +64,8 @@ void gradient_block(const WeightGradient& call, int64_t row, int64_t column, voi
         int64_t i = 0;
         if (call.total != nullptr) {
             float* total = call.total + at;
-            for (; i + kLanes <= columns; i += kLanes) store(total + i, load(total + i) + load(from + i));
+            for (; i + kLanes <= columns; i += kLanes)
+                store(total + i, load(total + i) + load(from + i));
             for (; i < columns; ++i) total[i] += from[i];
             continue;
         }
