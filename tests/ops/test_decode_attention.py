@@ -137,7 +137,8 @@ ERRORS = {
     "cache dtype": ((Q, K.half(), K, N), {}, "expected k_cache with dtype in"),
     "v dtype": ((Q, K, K.half(), N), {}, "expected v_cache with dtype in"),
     "device": ((Q, K.to("meta"), K.to("meta"), N), {}, "expected all tensors on one device"),
-    "window": ((Q, K, K, N), {"window": 0}, "expected window >= 1 or None, got 0"),
+    "window": ((Q, K, K, N), {"window": 0}, "expected window, a number of keys >= 1"),
+    "scale": ((Q, K, K, N), {"scale": -1.0}, "expected a finite scale above 0, got -1.0"),
     "too long": ((Q, K, K, N + 1), {}, "expected lengths of at most S = 6 tokens, got 7"),
     "impl": ((Q, K, K, N), {"impl": "fast"}, "expected impl in"),
 }

@@ -130,6 +130,7 @@ def test_one_graph_under_torch_compile_cpu():
         ({"table": (torch.ones(140, 16), torch.ones(70, 16))}, "sin"),
         ({"table": (torch.ones(140, 16).double(), torch.ones(140, 16))}, "cos"),
         ({"window": 0}, "window"),
+        ({"qkv": torch.ones(2, 70, 70), "table": (torch.ones(140, 3),) * 2}, "even head width"),
         ({"cu_seqlens": torch.tensor([0, 140])}, "cu_seqlens"),
     ],
 )

@@ -41,22 +41,23 @@ def flash_attention(
         window: keys that a query sees at most, its own included; needs `causal`. None: all.
         cu_seqlens: (E+1,) int32 on the device of q: 0, ends of the documents, the last one N. A
             query sees keys of its own document only. Its values are checked on the CPU only.
-        scale: of the scores; None: D**-0.5.
+        scale: of the scores, above 0; None: D**-0.5.
         return_lse: also return lse; gradients flow through it.
         impl: "auto", "triton" or "cpu" (D a multiple of 8 from 16 to 256), "torch" or "reference".
     Returns:
         out, of the shape and dtype of q; with `return_lse` also lse = log sum exp(scale q k^T) in
         nats, (B, H, T) or (H, N), fp32 (fp64 for fp64).
     Raises:
-        ValueError: shapes, dtypes or devices disagree, or a window without `causal`.
+        ValueError: shapes, dtypes or devices disagree, a window without `causal`, a scale that is
+            not above 0.
         RuntimeError: the requested `impl` cannot run here.
     Cost: `cost.flash_attention`: 4*D*H FLOPs per visible pair forward, 10*D*H backward.
     Source: FlashAttention-2, Dao 2023, arXiv:2307.08691.
     """
     check_call(q, k, v, causal, window, cu_seqlens)
+    scale = checked_scale(_OP, scale, q.shape[-1])
     if cu_seqlens is not None:
         q, k, v = q[None], k[None], v[None]
-    scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
     out, lse = torch.ops.stellarator.flash_attention_forward(
         q, k, v, cu_seqlens, causal, window, scale, return_lse, impl
     )
@@ -99,12 +100,13 @@ def check_call(q, k, v, causal, window, cu_seqlens) -> None:
     for name, x in (("k", k), ("v", v)):
         checks.expect_dtype(_OP, name, x, (q.dtype,), "Give q, k and v one dtype")
     checks.expect_same_device(_OP, q=q, k=k, v=v, cu_seqlens=cu_seqlens)
+    check_window(_OP, window)
     checks.expect(
-        window is None or (causal and window >= 1),
+        window is None or causal,
         _OP,
-        "window >= 1 with causal=True, or None",
-        f"window={window}, causal={causal}",
-        "None means no window; a bidirectional window is not supported",
+        "window=None without causal=True",
+        f"window={window}",
+        "A bidirectional window is not supported",
     )
     if packed:
         checks.expect_dtype(_OP, "cu_seqlens", cu_seqlens, (torch.int32,), "Cast it to int32")
@@ -115,6 +117,20 @@ def check_call(q, k, v, causal, window, cu_seqlens) -> None:
             tuple(cu_seqlens.shape),
             "Pass 0 and the end of each document",
         )
+
+
+def check_window(op: str, window: int | None) -> None:
+    """A number of keys, or None."""
+    right = window is None or (isinstance(window, int) and 1 <= window < 2**31)
+    checks.expect(right, op, "window, a number of keys >= 1, or None", window, "None: no window")
+
+
+def checked_scale(op: str, scale: float | None, D: int) -> float:
+    """The scale of the scores; one that is not above 0 would make masked scores the largest."""
+    scale = D**-0.5 if scale is None else float(scale)
+    todo = "Pass None for D**-0.5"
+    checks.expect(0.0 < scale < float("inf"), op, "a finite scale above 0", scale, todo)
+    return scale
 
 
 def _check_documents(cu_seqlens: torch.Tensor | None, N: int) -> None:

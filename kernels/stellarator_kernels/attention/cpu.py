@@ -10,13 +10,14 @@ and in the backward pass float32 sums of dk and dv and one packed head for each 
 import torch
 
 from stellarator_kernels import extension
+from stellarator_kernels.layout import dense_rows
 from stellarator_kernels.memory import aligned_bytes, empty_like
 
 
 def forward(q, k, v, cu_seqlens, causal, window, scale):
     """q (B, T, H, D), k and v (B, S, G, D), B = 1 if packed -> out (B, T, H, D), lse (B, H, T)."""
     B, T, H, _ = q.shape
-    q, k, v = (_rows(x) for x in (q, k, v))
+    q, k, v = (dense_rows(x) for x in (q, k, v))
     out = empty_like(q)
     lse = torch.empty((B, H, T), dtype=torch.float32)
     tensors = {"q": q, "k": k, "v": v, "out": out, "lse": lse}
@@ -29,7 +30,7 @@ def backward(dout, dlse, q, k, v, out, lse, cu_seqlens, causal, window, scale, i
 
     into: tensors for the three; None: new ones, contiguous.
     """
-    dout, q, k, v = (_rows(x) for x in (dout, q, k, v))
+    dout, q, k, v = (dense_rows(x) for x in (dout, q, k, v))
     gradients = [empty_like(x) for x in (q, k, v)] if into is None else into
     tensors = {
         **{"q": q, "k": k, "v": v, "out": out.contiguous(), "lse": lse.contiguous()},
@@ -65,11 +66,6 @@ def _run(function: str, tensors: dict, cu_seqlens, causal, window, scale) -> Non
     workspace, start = aligned_bytes(size)
     getattr(module, function)(call, start, threads, isa)
     del workspace  # it had to live until here
-
-
-def _rows(x: torch.Tensor) -> torch.Tensor:
-    """`x` with its last dimension contiguous."""
-    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
 
 
 def _address(x: torch.Tensor | None) -> int:

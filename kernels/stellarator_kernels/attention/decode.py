@@ -14,6 +14,7 @@ import math
 import torch
 
 from stellarator_kernels import checks, dispatch, reference
+from stellarator_kernels.attention.api import check_window, checked_scale
 
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -38,7 +39,7 @@ def decode_attention(
             finite (zeros, or old tokens).
         lengths: (B,) int64, tokens of each row in the cache, the T new ones included; T..S.
         window: visible keys per query, itself included; None: all.
-        scale: of the scores; None: D**-0.5.
+        scale: of the scores, above 0; None: D**-0.5.
         impl: "auto", "torch" or "reference".
     Returns:
         (B, T, H, D) in the dtype of q. A query at a negative position (lengths[b] < T) gives 0.
@@ -47,7 +48,7 @@ def decode_attention(
     Cost: reads the used part of both caches once: 2 * B*S*G*D * itemsize bytes.
     """
     _validate(q, k_cache, v_cache, lengths, window)
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    scale = checked_scale("decode_attention", scale, q.shape[-1])
     chosen = dispatch.choose("decode_attention", impl, q)
     run = _decode if chosen == "torch" else reference.decode_attention_ref
     with torch.no_grad():
@@ -79,9 +80,7 @@ def _validate(q, k_cache, v_cache, lengths, window) -> None:
         checks.expect_dtype(op, name, cache, (q.dtype,), "Give q and the caches one dtype")
     checks.expect_dtype(op, "lengths", lengths, (torch.int64,), "Count tokens in int64")
     checks.expect_same_device(op, q=q, k_cache=k_cache, v_cache=v_cache, lengths=lengths)
-    checks.expect(
-        window is None or window >= 1, op, "window >= 1 or None", window, "None means no window"
-    )
+    check_window(op, window)
     if lengths.device.type == "cpu" and len(lengths):  # on a GPU looking would wait for it
         S, longest = k_cache.shape[1], int(lengths.max())
         todo = "Make the cache larger, or drop its oldest tokens"

@@ -144,6 +144,7 @@ def projected_attention(
     if table is not None:
         B, T, width = qkv.shape
         D = width // (H + 2 * G)
+        expect(D % 2 == 0, _OP, "an even head width D for RoPE", D, "Pass table=None without RoPE")
         for name, part in zip(("cos", "sin"), table, strict=True):
             shape = (B * T, D // 2)
             expect_shape(_OP, name, part, "(B*T, D/2)", shape, "Make it with rope_table")
