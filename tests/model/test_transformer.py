@@ -367,3 +367,44 @@ def test_gradients_in_bf16_do_not_lose_sums_over_many_tokens(kernels):
         model(tokens, targets).backward()
     for (name, p), q in zip(exact.named_parameters(), rounded.parameters(), strict=True):
         assert (q.grad - p.grad).norm() < 0.03 * p.grad.norm(), name
+
+
+def _projections(model):
+    """(parent, name, module) of every product and norm within the layers."""
+    for layer in model.layers:
+        for parent in (layer, layer.attention, layer.mlp):
+            for name, module in parent.named_children():
+                if not list(module.children()):
+                    yield parent, name, module
+
+
+@BOTH
+def test_products_and_norms_that_are_watched_or_replaced_run(config):
+    """Ops that span modules give way; the loss and the gradients stay what they were."""
+
+    class Adapter(torch.nn.Module):
+        def __init__(self, inner):
+            super().__init__()
+            self.inner, self.calls = inner, 0
+
+        def forward(self, *inputs):
+            self.calls += 1
+            return self.inner(*inputs)
+
+    def run(model):
+        loss = model(*_batch())
+        return loss, torch.autograd.grad(loss, list(model.parameters()))
+
+    model = _model(config, dtype=torch.float64)
+    expected = run(model)
+    watched, seen = copy.deepcopy(model), []
+    for _, _, module in _projections(watched):
+        module.register_forward_hook(lambda module, inputs, output: seen.append(id(module)))
+    assert len(list(_projections(watched))) == 6 * config.num_layers
+    found = run(watched)
+    assert sorted(seen) == sorted(id(module) for _, _, module in _projections(watched))
+    torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-12)
+    for parent, name, module in list(_projections(model)):
+        setattr(parent, name, Adapter(module))
+    torch.testing.assert_close(run(model), expected, rtol=1e-10, atol=1e-12)
+    assert all(m.calls == 1 for m in model.modules() if isinstance(m, Adapter))

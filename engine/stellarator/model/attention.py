@@ -1,4 +1,6 @@
-"""Causal self-attention: one fused projection, RoPE or none, grouped heads, window, cache.
+"""Causal self-attention with the norm in front of it.
+
+One fused projection, RoPE or none, grouped heads, window, cache.
 
 defines: Attention, Context
 
@@ -11,7 +13,7 @@ import torch
 
 from stellarator.config import ModelConfig
 from stellarator.model.cache import KVCache
-from stellarator.model.layers import Linear
+from stellarator.model.layers import LayerNorm, Linear, fusible
 from stellarator_kernels import decode_attention, flash_attention, projected_attention, rope
 
 
@@ -26,7 +28,10 @@ class Context:
 
 
 class Attention(torch.nn.Module):
-    """Projected tokens (B, T, (H + 2G) * D), which are [Q of all heads | K | V], -> (B, T, C)."""
+    """(branch, residual) -> (branch, residual), each (B, T, C).
+
+    The projection is [Q of all heads | K | V], (B, T, (H + 2G) * D).
+    """
 
     def __init__(self, config: ModelConfig, kernels: str, *, device, dtype):
         super().__init__()
@@ -36,7 +41,14 @@ class Attention(torch.nn.Module):
         self.qkv = Linear(C, sum(self.widths), device=device, dtype=dtype)
         self.out = Linear(H * D, C, device=device, dtype=dtype)
 
-    def forward(self, qkv: torch.Tensor, context: Context, layer: int) -> torch.Tensor:
+    def forward(
+        self, norm: LayerNorm, branch, residual, context: Context, layer: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        if fusible(norm, self.qkv):
+            qkv, residual = norm.into(self.qkv.weight, self.qkv.bias, branch, residual)
+        else:
+            y, residual = norm(branch, residual)
+            qkv = self.qkv(y)
         config, shape = self.config, qkv.shape[:2]
         if context.cache is not None:
             y = self._attend_cached(qkv, context, layer)
@@ -50,7 +62,7 @@ class Attention(torch.nn.Module):
                 cu_seqlens=context.cu_seqlens,
                 impl=self.kernels,
             )
-        return self.out(y.reshape(*shape, config.num_heads * config.head_width))
+        return self.out(y.reshape(*shape, config.num_heads * config.head_width)), residual
 
     def _attend_cached(self, qkv, context: Context, layer: int):
         """Attention to everything in the cache, which takes the new keys and values first."""

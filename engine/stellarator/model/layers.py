@@ -1,6 +1,6 @@
 """Parameters without a rule for their initial values, and the two layers made of nothing else.
 
-defines: parameter, Linear, LayerNorm
+defines: parameter, fusible, Linear, LayerNorm
 
 Values come from `init.initialize` or from a file, so nothing is drawn here: torch's own layers draw
 random weights when they are made, which costs minutes for a large model and moves its random state.
@@ -14,6 +14,21 @@ from stellarator_kernels import layer_norm, layer_norm_linear, linear
 def parameter(*shape: int, device, dtype) -> torch.nn.Parameter:
     """A parameter whose values are not set yet."""
     return torch.nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
+
+
+def fusible(*modules: torch.nn.Module) -> bool:
+    """Whether ops that span these modules may run in place of their `forward`.
+
+    Not if one is of another class (an adapter, a sharded layer) or somebody watches it by hooks.
+    """
+    return all(
+        type(module) in (Linear, LayerNorm)
+        and not module._forward_hooks
+        and not module._forward_pre_hooks
+        and not module._backward_hooks
+        and not module._backward_pre_hooks
+        for module in modules
+    )
 
 
 class Linear(torch.nn.Module):
@@ -53,7 +68,10 @@ class LayerNorm(torch.nn.Module):
         branch: torch.Tensor | None,
         residual: torch.Tensor,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """(normalised @ weight^T + bias, summed); the normalised rows are not kept."""
+        """(normalised @ weight^T + bias, summed); the normalised rows are not kept.
+
+        Only where the norm and the product are `fusible`.
+        """
         norm = (self.weight, self.bias)
         options = {"impl": self.kernels}
         if branch is None:

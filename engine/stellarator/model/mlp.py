@@ -1,6 +1,6 @@
-"""The two-matrix MLP: up, gelu, down.
+"""The two-matrix MLP with the norm in front of it: norm, up, gelu, down.
 
-The norm in front of it multiplies by `up.weight`; the bias of that product is added in the gelu.
+The bias of `up` is added in the gelu. Normalised and activated rows are not kept for the backward.
 
 defines: Mlp
 """
@@ -8,14 +8,14 @@ defines: Mlp
 import torch
 
 from stellarator.config import ModelConfig
-from stellarator.model.layers import Linear
-from stellarator_kernels import bias_gelu_linear
+from stellarator.model.layers import LayerNorm, Linear, fusible
+from stellarator_kernels import bias_gelu, bias_gelu_linear
 
 _APPROXIMATE = {"gelu_tanh": "tanh", "gelu_erf": "none"}
 
 
 class Mlp(torch.nn.Module):
-    """x @ up.weight^T (B, T, F) -> (B, T, C)."""
+    """(branch, residual) -> (branch, residual), each (B, T, C)."""
 
     def __init__(self, config: ModelConfig, kernels: str, *, device, dtype):
         super().__init__()
@@ -23,6 +23,11 @@ class Mlp(torch.nn.Module):
         self.up = Linear(config.width, config.ffn_width, device=device, dtype=dtype)
         self.down = Linear(config.ffn_width, config.width, device=device, dtype=dtype)
 
-    def forward(self, h: torch.Tensor) -> torch.Tensor:
-        down, options = self.down, {"approximate": self.approximate, "impl": self.kernels}
-        return bias_gelu_linear(h, self.up.bias, down.weight, down.bias, **options)
+    def forward(self, norm: LayerNorm, branch, residual) -> tuple[torch.Tensor, torch.Tensor]:
+        up, down = self.up, self.down
+        options = {"approximate": self.approximate, "impl": self.kernels}
+        if fusible(norm, up, down):
+            h, residual = norm.into(up.weight, None, branch, residual)
+            return bias_gelu_linear(h, up.bias, down.weight, down.bias, **options), residual
+        y, residual = norm(branch, residual)
+        return down(bias_gelu(up(y), None, **options)), residual

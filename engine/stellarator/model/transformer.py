@@ -57,11 +57,8 @@ class Layer(torch.nn.Module):
         self.mlp = Mlp(config, kernels, **to)
 
     def forward(self, branch, residual, context: Context, index: int):
-        qkv, up = self.attention.qkv, self.mlp.up
-        y, residual = self.attention_norm.into(qkv.weight, qkv.bias, branch, residual)
-        y = self.attention(y, context, index)
-        y, residual = self.mlp_norm.into(up.weight, None, y, residual)
-        return self.mlp(y), residual
+        branch, residual = self.attention(self.attention_norm, branch, residual, context, index)
+        return self.mlp(self.mlp_norm, branch, residual)
 
 
 class Embedding(torch.nn.Module):
