@@ -50,6 +50,12 @@ _DECIDING = {
     "adamw_": "params",
     "grad_norm": "tensors",
 }
+# Ops that run two others one after the other, and the argument that `_DECIDING` stands for there.
+_PAIRS = {
+    "layer_norm_linear": ("x", ("layer_norm", "linear")),
+    "bias_gelu_linear": ("x", ("bias_gelu", "linear")),
+    "projected_attention": ("qkv", ("rope", "flash_attention")),
+}
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 _MAX_WIDTH = 8192  # of layer_norm, whose backward holds a row in registers
 
@@ -208,18 +214,28 @@ def explain(op: str, *args, **kwargs) -> str:
         op: name of a public op, for example "layer_norm".
         args, kwargs: the arguments of the op; with `impl=` of that choice, else of "auto".
     Returns:
-        one line per implementation; the chosen one is marked with `->`.
+        one line per implementation; the chosen one is marked with `->`. For layer_norm_linear,
+        bias_gelu_linear and projected_attention the lines of the two ops that they run.
     Raises:
         ValueError: unknown op or `impl`, or no tensors.
         TypeError: the op does not take these arguments.
         RuntimeError: the `impl` that is asked for cannot run here.
     """
-    if op not in _OPS:
+    if op not in _OPS and op not in _PAIRS:
         raise ValueError(
-            f"explain: expected an op of {sorted(_OPS)}, got {op!r}. Pass the name of an op."
+            f"explain: expected an op of {sorted(_OPS | _PAIRS)}, got {op!r}. "
+            "Pass the name of an op."
         )
     given, impl = _deciding(op, args, kwargs)
-    return describe(op, facts(op, given), impl)
+    if op in _OPS:
+        return describe(op, facts(op, given), impl)
+    # `linear` has fewer implementations; the pair leaves the choice to it.
+    first, second = _PAIRS[op][1]
+    other = impl if second != "linear" or impl in ("torch", "reference") else "auto"
+    return "\n".join(
+        describe(name, facts(name, given), chosen)
+        for name, chosen in ((first, impl), (second, other))
+    )
 
 
 def _deciding(op: str, args: tuple, kwargs: dict) -> tuple[torch.Tensor, str]:
@@ -234,7 +250,7 @@ def _deciding(op: str, args: tuple, kwargs: dict) -> tuple[torch.Tensor, str]:
             f"explain: expected the arguments of {op}({takes}), got others: {error}. "
             "Pass what the op is called with."
         ) from None
-    name = _DECIDING[op]
+    name = _DECIDING[op] if op in _OPS else _PAIRS[op][0]
     found = arguments[name]
     if isinstance(found, (list, tuple)):
         if not found:
@@ -249,6 +265,9 @@ def _deciding(op: str, args: tuple, kwargs: dict) -> tuple[torch.Tensor, str]:
             f"explain: expected tensors as {name} of {op}, got {type(found).__name__}. "
             "Pass what the op is called with."
         )
+    if op == "projected_attention":  # the limits of attention look at one head
+        heads = arguments["num_heads"] + 2 * arguments["num_kv_heads"]
+        found = found[..., : found.shape[-1] // heads]
     return found, arguments.get("impl", "auto")
 
 

@@ -1,4 +1,4 @@
-"""Memory layout that the Triton kernels ask for.
+"""Memory layout that the kernels ask for.
 
 defines: dense_rows, aligned_rows
 """

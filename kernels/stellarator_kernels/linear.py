@@ -14,16 +14,21 @@ backward: dx = dy @ weight;  dweight = dy^T @ x;  dbias = sum(dy)
 
 Each is made of registered operators: `stellarator::product` (ATen's product into memory that is
 used again, see memory.py), `stellarator::weight_gradient` (the same; in bf16 on AMX the C++ of
-csrc/cpu/weight_gradient.h), and those of layer_norm.py and bias_gelu.py.
+csrc/cpu/weight_gradient.h), and those of layer_norm.py and bias_gelu.py. A pair has no
+implementations of its own: `explain` answers for the op in front and for `linear`.
+
+Under autocast they do what F.linear does: the product is in autocast's dtype.
 """
 
 import math
 
 import torch
 
-from stellarator_kernels import extension
+from stellarator_kernels import extension, reference
+from stellarator_kernels.bias_gelu import bias_gelu
 from stellarator_kernels.checks import expect, expect_dtype, expect_same_device, expect_shape
 from stellarator_kernels.dispatch import choose
+from stellarator_kernels.layer_norm import layer_norm
 from stellarator_kernels.layout import dense_rows
 from stellarator_kernels.memory import aligned_bytes, empty_like
 
@@ -36,7 +41,8 @@ def _product(
     left: torch.Tensor, right: torch.Tensor, bias: torch.Tensor | None = None, impl: str = "auto"
 ) -> torch.Tensor:
     """(N, K) @ (K, M) + bias (M,), of any strides -> (N, M). An `impl` that cannot run raises."""
-    choose("linear", impl, left)
+    if choose("linear", impl, left) == "reference":
+        return reference.product_ref(left, right, bias)
     out = empty_like(left, left.shape[0], right.shape[1])
     if bias is None:
         return torch.mm(left, right, out=out)
@@ -51,8 +57,12 @@ def _fake_product(left, right, bias=None, impl="auto"):
 @torch.library.custom_op("stellarator::weight_gradient", mutates_args=())
 def _weight_gradient(dy: torch.Tensor, x: torch.Tensor, impl: str = "auto") -> torch.Tensor:
     """dy^T @ x, (N, M) and (N, K) -> (M, K)."""
+    expect_dtype("weight_gradient", "x", x, (dy.dtype,), "Cast it to the dtype of dy")
+    chosen = choose("linear", impl, dy)
+    if chosen == "reference":
+        return reference.product_ref(dy.t(), x)
     out = empty_like(dy, dy.shape[1], x.shape[1])
-    if choose("linear", impl, dy) != "cpu" or not dy.numel():
+    if chosen != "cpu" or not dy.numel():
         return torch.mm(dy.t(), x, out=out)
     _run_cpu(dy, x, out.data_ptr(), 0)
     return out
@@ -81,7 +91,16 @@ def _fake_weight_gradient(dy, x, impl="auto"):
     return dy.new_empty(dy.shape[1], x.shape[1])
 
 
-def _parameter_gradients(ctx, dy, make_input, first: int, impl: str = "auto"):
+def _of_product(impl: str) -> str:
+    """The `impl` of the product in a pair whose other op was given `impl`: it has fewer."""
+    return impl if impl in ("torch", "reference") else "auto"
+
+
+def _autocast(x: torch.Tensor) -> bool:
+    return torch.is_autocast_enabled(x.device.type)
+
+
+def _parameter_gradients(ctx, dy, make_input, first: int, impl: str):
     """dweight and dbias of the product, whose place among the inputs is `first`; None: unneeded."""
     dweight = dbias = None
     if ctx.needs_input_grad[first]:
@@ -102,7 +121,8 @@ class _Linear(torch.autograd.Function):
     def backward(ctx, dy):
         x, weight = ctx.saved_tensors
         dweight, dbias = _parameter_gradients(ctx, dy, lambda: x, 1, ctx.impl)
-        return _product(dy, weight) if ctx.needs_input_grad[0] else None, dweight, dbias, None
+        dx = _product(dy, weight, None, ctx.impl) if ctx.needs_input_grad[0] else None
+        return dx, dweight, dbias, None
 
 
 class _LayerNormLinear(torch.autograd.Function):
@@ -117,7 +137,7 @@ class _LayerNormLinear(torch.autograd.Function):
         kept = summed if ctx.has_residual else x
         ctx.save_for_backward(kept, norm_weight, norm_bias, mean, rstd, weight)
         ctx.set_materialize_grads(False)
-        return _product(y, weight.t(), bias), summed
+        return _product(y, weight.t(), bias, _of_product(impl)), summed
 
     @staticmethod
     def backward(ctx, dout, dsummed):
@@ -131,11 +151,12 @@ class _LayerNormLinear(torch.autograd.Function):
                 0
             ]
 
-        dweight, dbias = _parameter_gradients(ctx, dout, normalised, 4)
+        impl = _of_product(ctx.impl)
+        dweight, dbias = _parameter_gradients(ctx, dout, normalised, 4, impl)
         need_params = ctx.needs_input_grad[2] or ctx.needs_input_grad[3]
         has_bias = norm_bias is not None
         dx, dnorm_weight, dnorm_bias = _ops.layer_norm_backward(
-            _product(dout, weight), dsummed, summed, norm_weight, mean, rstd, has_bias,
+            _product(dout, weight, None, impl), dsummed, summed, norm_weight, mean, rstd, has_bias,
             need_params, ctx.impl,
         )  # fmt: skip
         return (
@@ -155,16 +176,17 @@ class _BiasGeluLinear(torch.autograd.Function):
         ctx.approximate, ctx.impl = approximate, impl
         ctx.save_for_backward(x, gelu_bias, weight)
         y = _ops.bias_gelu_forward(x, gelu_bias, approximate, impl)
-        return _product(y, weight.t(), bias)
+        return _product(y, weight.t(), bias, _of_product(impl))
 
     @staticmethod
     def backward(ctx, dout):
         x, gelu_bias, weight = ctx.saved_tensors
+        impl = _of_product(ctx.impl)
         dx, dgelu_bias, y = _ops.bias_gelu_backward(
-            _product(dout, weight), x, gelu_bias, ctx.approximate, ctx.impl,
+            _product(dout, weight, None, impl), x, gelu_bias, ctx.approximate, ctx.impl,
             need_y=ctx.needs_input_grad[2],
         )  # fmt: skip
-        dweight, dbias = _parameter_gradients(ctx, dout, lambda: y, 2)
+        dweight, dbias = _parameter_gradients(ctx, dout, lambda: y, 2, impl)
         return dx, None if gelu_bias is None else dgelu_bias, dweight, dbias, None, None
 
 
@@ -181,8 +203,8 @@ def linear(
         x: (..., in) bf16/fp16/fp32/fp64.
         weight: (out, in), dtype of x.
         bias: (out,), dtype of x, or None.
-        impl: of the weight gradient: "auto", "cpu" (bf16 on AMX), "torch" or "reference"; the other
-            products are ATen's.
+        impl: "auto", "cpu" (the weight gradient in C++, bf16 on AMX; ATen's other products),
+            "torch" (all ATen's) or "reference".
     Returns:
         (..., out), contiguous, the dtype of x.
     Raises:
@@ -190,6 +212,10 @@ def linear(
         RuntimeError: the requested `impl` cannot run here.
     Cost: `cost.linear`.
     """
+    if _autocast(x):
+        dtype = torch.get_autocast_dtype(x.device.type)
+        x, weight = x.to(dtype), weight.to(dtype)
+        bias = None if bias is None else bias.to(dtype)
     _check("linear", x, weight, bias)
     return _Linear.apply(_rows(x), weight, bias, impl).view(*x.shape[:-1], weight.shape[0])
 
@@ -213,13 +239,18 @@ def layer_norm_linear(
         weight, bias: (out, C) and (out,) or None.
         eps: added to the variance.
         residual: shape and dtype of x.
-        impl: of the norm.
+        impl: of the norm; "torch" and "reference" also of the product.
     Returns:
         y (..., out); with a residual (y, summed), summed = x + residual in the dtype of x.
     Raises:
         ValueError: shapes, dtypes or devices disagree.
     Cost: `cost.layer_norm` and `linear`, and in the backward once more the forward of the norm.
     """
+    if _autocast(x):  # the product has another dtype than the norm
+        y = layer_norm(x, norm_weight, norm_bias, eps, residual, impl=impl)
+        y, *summed = (y,) if residual is None else y
+        y = linear(y, weight, bias, impl=_of_product(impl))
+        return (y, *summed) if summed else y
     op = "layer_norm_linear"
     _check(op, x, weight, bias)
     _check_vectors(op, x, norm_weight=norm_weight, norm_bias=norm_bias)
@@ -251,13 +282,16 @@ def bias_gelu_linear(
         gelu_bias: (F,) or None.
         weight, bias: (out, F) and (out,) or None.
         approximate: "tanh" or "none" (erf).
-        impl: of the gelu.
+        impl: of the gelu; "torch" and "reference" also of the product.
     Returns:
         (..., out), contiguous, the dtype of x.
     Raises:
         ValueError: shapes, dtypes or devices disagree.
     Cost: `cost.bias_gelu` and `linear`, and in the backward once more the forward of the gelu.
     """
+    if _autocast(x):
+        y = bias_gelu(x, gelu_bias, approximate=approximate, impl=impl)
+        return linear(y, weight, bias, impl=_of_product(impl))
     op = "bias_gelu_linear"
     _check(op, x, weight, bias)
     _check_vectors(op, x, gelu_bias=gelu_bias)

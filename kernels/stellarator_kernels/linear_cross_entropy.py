@@ -74,15 +74,16 @@ def counted(targets: torch.Tensor, ignore_index: int) -> tuple[torch.Tensor, int
     return kept, count
 
 
-def _add_product(total, product, dlogits, h, only):
+def _add_product(total, product, dlogits, h, only, impl):
     """total += dlogits^T @ h, in fp32 or more; returns it and a buffer for the next call.
 
     The only chunk needs no sum: its product already has the dtype of the result.
+    impl: of `linear`.
     """
     dtype = reference.compute_dtype(h)
     if total is None and (only or h.dtype == dtype):
-        return torch.ops.stellarator.weight_gradient(dlogits, h), None
-    if choose("linear", "auto", dlogits) == "cpu":
+        return torch.ops.stellarator.weight_gradient(dlogits, h, impl), None
+    if choose("linear", impl, dlogits) == "cpu":
         if total is None:
             total = empty_like(h, dlogits.shape[1], h.shape[1], dtype=dtype).zero_()
         add_weight_gradient(total, dlogits, h)
@@ -137,7 +138,8 @@ def _chunked(
             dhidden[index] = torch.mm(logits, weight)
         if need[1]:
             only = start == 0 and stop == K
-            dweight, product = _add_product(dweight, product, logits, h, only)
+            impl = "torch" if chosen == "torch" else "auto"
+            dweight, product = _add_product(dweight, product, logits, h, only, impl)
         if need[2]:
             partial = logits.sum(0).to(dtype)
             dbias = partial if dbias is None else dbias.add_(partial)

@@ -1,8 +1,9 @@
 """The specification: every op in plain torch, forward and backward, in any float dtype.
 
-Sections, in the order of a model: attention, embedding, rope, layer_norm, bias_gelu, cross_entropy,
-linear_cross_entropy, adamw, grad_norm. Each computes in float32, or in float64 for float64 input,
-and returns the dtype of its input. No Triton, no cleverness: this file is meant to be read.
+Sections, in the order of a model: attention, embedding, rope, layer_norm, linear, bias_gelu,
+cross_entropy, linear_cross_entropy, adamw, grad_norm. Each computes in float32, or in float64 for
+float64 input, and returns the dtype of its input. No Triton, no cleverness: this file is meant to
+be read.
 """
 
 import math
@@ -147,6 +148,13 @@ def layer_norm_backward_ref(dy, summed, weight, mean, rstd, dsummed=None):
     dx = dx if dsummed is None else dx + dsummed.to(dtype)
     dweight, dbias = (dy * normalised).sum(0), dy.sum(0)
     return dx.to(summed.dtype), dweight.to(weight.dtype), dbias.to(weight.dtype)
+
+
+def product_ref(left, right, bias=None):
+    """(N, K) @ (K, M) + bias (M,): a linear layer with right = weight^T; also its gradients."""
+    dtype = compute_dtype(left)
+    out = left.to(dtype) @ right.to(dtype)
+    return (out if bias is None else out + bias.to(dtype)).to(left.dtype)
 
 
 def bias_gelu_ref(x, bias, approximate="tanh"):

@@ -255,3 +255,17 @@ def test_available_says_what_can_be_used():
     assert set(have) == {"triton", "interpreter", "extension", "cuda"}
     assert have["cuda"] == torch.cuda.is_available()
     assert have["interpreter"] == (os.environ["TRITON_INTERPRET"] == "1")
+
+
+def test_explain_of_two_ops_in_one_says_both():
+    x, w = torch.ones(4, 16), torch.ones(16)
+    weight = torch.ones(8, 16)
+    lines = explain("layer_norm_linear", x, w, w, weight, None, impl="reference").splitlines()
+    assert "-> layer_norm: reference" in lines and "-> linear: reference" in lines
+    lines = explain("bias_gelu_linear", x.double(), w, weight, None).splitlines()
+    assert "-> bias_gelu: torch" in lines and "-> linear: torch" in lines
+    lines = explain("projected_attention", torch.ones(1, 3, 6 * 12), 4, 1, None).splitlines()
+    assert "-> flash_attention: torch" in lines
+    assert any("the head width is 12, not a multiple" in line for line in lines)
+    with pytest.raises(RuntimeError, match="^rope: impl='cpu' cannot run"):
+        explain("projected_attention", torch.ones(1, 3, 96).half(), 4, 1, None, impl="cpu")

@@ -21,6 +21,7 @@ from stellarator_kernels import (
     layer_norm,
     layer_norm_linear,
     linear,
+    linear_cross_entropy,
 )
 from stellarator_kernels.testing import assert_close_to_reference, poison_empty
 
@@ -50,11 +51,12 @@ def gradients(function, tensors, dys):
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("has_bias", [True, False])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_linear_cpu(dtype, has_bias, shape):
+@pytest.mark.parametrize("impl", ["auto", "torch", "reference"])
+def test_linear_cpu(impl, dtype, has_bias, shape):
     x, weight, bias, dy = rows(shape, dtype)
     given = [x, weight, bias][: 2 + has_bias]
     with poison_empty():
-        actual = gradients(linear, given, [dy])
+        actual = gradients(lambda *leaves: linear(*leaves, impl=impl), given, [dy])
     eager = gradients(F.linear, given, [dy])
     exact = gradients(F.linear, [t.double() for t in given], [dy.double()])
     lengths = (SHAPES[shape][1], SHAPES[shape][2], SHAPES[shape][0], SHAPES[shape][0])
@@ -136,10 +138,14 @@ def test_where_the_cpp_is_taken():
 
 def pair(op: str, impl: str):
     """(the op, the same by two ops), functions of x, vectors of its width, weight and bias."""
+
+    def product(y, weight, bias):
+        return linear(y, weight, bias, impl=impl if impl in ("torch", "reference") else "auto")
+
     if op == "layer_norm":
         return (
             lambda x, w, b, r, weight, bias: layer_norm_linear(x, w, b, weight, bias, impl=impl),
-            lambda x, w, b, r, weight, bias: linear(layer_norm(x, w, b, impl=impl), weight, bias),
+            lambda x, w, b, r, weight, bias: product(layer_norm(x, w, b, impl=impl), weight, bias),
         )
     if op == "layer_norm_residual":
 
@@ -148,13 +154,13 @@ def pair(op: str, impl: str):
 
         def two(x, w, b, r, weight, bias):
             y, summed = layer_norm(x, w, b, residual=r, impl=impl)
-            return linear(y, weight, bias), summed
+            return product(y, weight, bias), summed
 
         return one, two
     form = {"approximate": "none" if op == "bias_gelu_erf" else "tanh", "impl": impl}
     return (
         lambda x, w, b, r, weight, bias: bias_gelu_linear(x, b, weight, bias, **form),
-        lambda x, w, b, r, weight, bias: linear(bias_gelu(x, b, **form), weight, bias),
+        lambda x, w, b, r, weight, bias: product(bias_gelu(x, b, **form), weight, bias),
     )
 
 
@@ -282,3 +288,72 @@ def test_arguments_that_do_not_fit_cpu(change, message):
         bias_gelu_linear(given["x"], torch.ones(7), given["weight"], None)
     with pytest.raises(ValueError, match="approximate"):
         bias_gelu_linear(given["x"], None, given["weight"], None, approximate="fast")
+
+
+def test_weight_gradient_refuses_another_dtype_cpu():
+    dy, x = torch.ones(4, 3).bfloat16(), torch.ones(4, 2)
+    for given in ((dy, x), (x, dy)):
+        with pytest.raises(ValueError, match="weight_gradient: expected x"):
+            torch.ops.stellarator.weight_gradient(*given)
+
+
+@pytest.mark.parametrize("op", ["linear", "layer_norm", "bias_gelu", "linear_cross_entropy"])
+@pytest.mark.parametrize("impl", ["torch", "reference"])
+def test_an_explicit_impl_runs_no_cpp(op, impl, monkeypatch):
+    def refuse(*args, **kwargs):
+        raise AssertionError("C++ was called")
+
+    monkeypatch.setattr(sys.modules["stellarator_kernels.linear"], "_run_cpu", refuse)
+    x, w = torch.ones(6, 8).bfloat16().requires_grad_(), torch.ones(8).bfloat16()
+    weight = torch.ones(5, 8).bfloat16().requires_grad_()
+    if op == "linear":
+        y = linear(x, weight, impl=impl)
+    elif op == "layer_norm":
+        y = layer_norm_linear(x, w, w, weight, None, impl=impl)
+    elif op == "bias_gelu":
+        y = bias_gelu_linear(x, w, weight, None, impl=impl)
+    else:
+        y = linear_cross_entropy(x, weight, torch.arange(6) % 5, impl=impl)
+    y.sum().backward()
+    assert x.grad.isfinite().all() and weight.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("op", ["linear", "layer_norm", "layer_norm_residual", "bias_gelu"])
+def test_autocast_as_in_torch_cpu(op):
+    """fp32 parameters and inputs under bf16 autocast: dtypes and values of torch's own layers."""
+    g = generator(3)
+    x, r, w, b, weight, bias = (
+        torch.randn(*s, generator=g) for s in ((9, 16), (9, 16), (16,), (16,), (5, 16), (5,))
+    )
+
+    def ours(x, r, w, b, weight, bias):
+        if op == "linear":
+            return linear(x, weight, bias)
+        if op == "bias_gelu":
+            return bias_gelu_linear(x, b, weight, bias)
+        if op == "layer_norm":
+            return layer_norm_linear(x, w, b, weight, bias)
+        return layer_norm_linear(x, w, b, weight, bias, residual=r)[0]
+
+    def torchs(x, r, w, b, weight, bias):
+        if op == "linear":
+            return F.linear(x, weight, bias)
+        if op == "bias_gelu":
+            return F.linear(F.gelu(x + b, approximate="tanh"), weight, bias)
+        return F.linear(
+            F.layer_norm(x if op == "layer_norm" else x + r, w.shape, w, b), weight, bias
+        )
+
+    found = []
+    for function in (ours, torchs):
+        leaves = [t.clone().requires_grad_() for t in (x, r, w, b, weight, bias)]
+        with torch.autocast("cpu", torch.bfloat16):
+            y = function(*leaves)
+        assert y.dtype == torch.bfloat16
+        grads = torch.autograd.grad(y.float().square().sum(), leaves, allow_unused=True)
+        found.append([y, *grads])
+    for a, e in zip(*found, strict=True):
+        assert (a is None) == (e is None)
+        if a is not None:
+            assert a.dtype == e.dtype
+            assert (a.double() - e.double()).norm() <= 0.01 * e.double().norm()
