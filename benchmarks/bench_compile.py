@@ -36,10 +36,13 @@ _FP32 = {
     "loss_ptr", "lse_ptr", "dlse_ptr", "delta_ptr", "weight_ptr:adamw", "grad_ptr", "exp_avg_ptr",
     "exp_avg_sq_ptr", "clip_ptr", "factors_ptr", "norm_ptr",
 }  # fmt: skip
-_OTHERS = {"targets_ptr": "*i64", "bounds_ptr": "*i32", "sums_ptr": "*fp64", "x_ptr:norm": "*fp32"}
+_OTHERS = {
+    "targets_ptr": "*i64", "bounds_ptr": "*i32", "row_key_ptr": "*i32", "column_key_ptr": "*i32",
+    "sums_ptr": "*fp64", "x_ptr:norm": "*fp32",
+}  # fmt: skip
 _FLOAT_NUMBERS = {
     "eps", "z_loss", "scale", "decay", "step_size", "root_correction", "beta1_rest", "beta2",
-    "beta2_rest",
+    "beta2_rest", "softcap", "keep_scale",
 }  # fmt: skip
 _SIZES = {"N", "T", "S", "C", "V", "n"}
 
@@ -120,7 +123,7 @@ def _per_token(model: str, shape: shapes.Shape) -> Iterator[Build]:
 
 
 def _attention(capability: tuple[int, int]) -> Iterator[Build]:
-    """Heads of 64 and 128 with a window, and packed documents at 128."""
+    """Heads of 64 and 128 with a window; at 128 also packed documents, softcap and dropout."""
     import torch
 
     tiles = _module("attention.tiles")
@@ -131,14 +134,20 @@ def _attention(capability: tuple[int, int]) -> Iterator[Build]:
         "dkdv": backward._dkdv_kernel,
     }
     for phase, kernel in kernels.items():
-        for D, packed in ((64, False), (128, False), (128, True)):
-            chosen = tiles.tile_sizes(phase, D, torch.bfloat16, capability)
+        for D, *flags in (
+            *((64, False, False, False), (128, False, False, False)),
+            *((128, True, False, False), (128, False, True, False), (128, False, False, True)),
+        ):
+            packed, softcap, dropout = flags
+            chosen = tiles.tile_sizes(phase, D, torch.bfloat16, capability, softcap)
             values = tiles.constants(D, torch.bfloat16, chosen)
             launch = {name: values.pop(name) for name in ("num_warps", "num_stages")}
             values |= {"CAUSAL": True, "WINDOW": True, "PACKED": packed}
+            values |= {"SOFTCAP": softcap, "DROPOUT": dropout}
             if "HAS_DLSE" in kernel.arg_names:
                 values["HAS_DLSE"] = False
-            case = f"head {D}, window" + (", packed" if packed else "")
+            options = zip(("packed", "softcap", "dropout"), flags, strict=True)
+            case = ", ".join([f"head {D}, window", *(name for name, on in options if on)])
             yield Build(f"flash_attention {phase}", case, kernel, values, launch)
 
 

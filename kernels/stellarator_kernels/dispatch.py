@@ -60,32 +60,39 @@ _FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 _MAX_WIDTH = 8192  # of layer_norm, whose backward holds a row in registers
 
 
-def _limit_of_attention(q: torch.Tensor) -> str:
-    """Head widths that the kernels have tiles for."""
+def _limits_of_attention(q: torch.Tensor, options: dict) -> dict[str, str]:
+    """Head widths that the kernels have tiles for, and what only some of them can do."""
+    limits = {}
+    for name, none in (("softcap", None), ("dropout_p", 0.0)):
+        if options.get(name, none) != none:
+            limits["cpu"] = limits["torch"] = f"{name} is in triton and in the reference only"
     D = q.shape[-1] if q.dim() else 0
-    fits = D % 8 == 0 and 16 <= D <= 256
-    return "" if fits else f"the head width is {D}, not a multiple of 8 from 16 to 256"
+    if D % 8 or not 16 <= D <= 256:
+        reason = f"the head width is {D}, not a multiple of 8 from 16 to 256"
+        limits |= {"triton": reason, "cpu": reason}
+    return limits
 
 
-def _limit_of_layer_norm(x: torch.Tensor) -> str:
+def _limits_of_layer_norm(x: torch.Tensor, options: dict) -> dict[str, str]:
     """Rows that fit the registers of one program."""
     C = x.shape[-1] if x.dim() else 0
-    fits = C <= _MAX_WIDTH
-    return "" if fits else f"the kernels take rows of at most {_MAX_WIDTH} elements, not {C}"
+    reason = f"the kernels take rows of at most {_MAX_WIDTH} elements, not {C}"
+    return {"triton": reason, "cpu": reason} if C > _MAX_WIDTH else {}
 
 
-def _limit_of_linear(x: torch.Tensor) -> str:
+def _limits_of_linear(x: torch.Tensor, options: dict) -> dict[str, str]:
     """Where the C++ weight gradient was measured to beat ATen's."""
-    loads = extension.failure() is None
-    fits = x.dtype == torch.bfloat16 and loads and extension.isa().name == "amx"
-    return "" if fits else "the C++ weight gradient is for bfloat16 on AMX"
+    right = x.dtype == torch.bfloat16 and x.device.type == "cpu" and extension.failure() is None
+    fits = right and extension.isa().name == "amx"
+    return {} if fits else {"cpu": "the C++ weight gradient is for bfloat16 on AMX"}
 
 
-# Limits of an op's own kernels: from its deciding argument to the reason for refusing it, or "".
+# Limits of an op's own kernels: from its deciding argument and its other ones to the
+# implementations that are refused, with the reason.
 _LIMITS = {
-    "flash_attention": _limit_of_attention,
-    "layer_norm": _limit_of_layer_norm,
-    "linear": _limit_of_linear,
+    "flash_attention": _limits_of_attention,
+    "layer_norm": _limits_of_layer_norm,
+    "linear": _limits_of_linear,
 }
 
 
@@ -99,7 +106,7 @@ class Facts:
     no_triton: str | None = None  # why Triton cannot be imported; None: it can
     interpreter: bool = False  # TRITON_INTERPRET=1
     no_extension: str | None = None  # why stellarator_kernels._cpu does not load; None: it does
-    note: str = ""  # reason for which the op's own limits rule out `triton` and `cpu`; empty: none
+    limits: tuple[tuple[str, str], ...] = ()  # the op's own: (implementation, why it is refused)
 
 
 def ops() -> tuple[str, ...]:
@@ -118,8 +125,8 @@ def available() -> dict[str, bool]:
     }
 
 
-def facts(op: str, tensor: torch.Tensor) -> Facts:
-    """The facts about the deciding argument of `op` on this machine."""
+def facts(op: str, tensor: torch.Tensor, options: dict | None = None) -> Facts:
+    """The facts about the deciding argument of `op`, and its other ones, on this machine."""
     capability = None
     if tensor.device.type == "cuda":
         capability = torch.cuda.get_device_capability(tensor.device)
@@ -130,7 +137,7 @@ def facts(op: str, tensor: torch.Tensor) -> Facts:
         _triton.FAILURE,
         _triton.INTERPRETED,
         extension.failure(),
-        _LIMITS[op](tensor) if op in _LIMITS else "",
+        tuple(_LIMITS[op](tensor, options or {}).items()) if op in _LIMITS else (),
     )
 
 
@@ -143,8 +150,8 @@ def refusal(op: str, impl: str, given: Facts) -> str | None:
     """Why `impl` cannot run `op` on these facts; None if it can."""
     if impl not in _OPS[op]:
         return f"there is no {impl} implementation of {op}"
-    if impl == "triton":
-        return _refuse_triton(given)
+    if impl == "triton" and (reason := _refuse_triton(given)) is not None:
+        return reason
     if impl == "cpu":
         if given.no_extension is not None:
             return f"the C++ extension does not load: {given.no_extension} (`stellarator doctor`)"
@@ -152,8 +159,7 @@ def refusal(op: str, impl: str, given: Facts) -> str | None:
             return f"the tensors are on {given.device}"
         if given.dtype not in (torch.float32, torch.bfloat16):
             return f"it is written for float32 and bfloat16, not {given.dtype}"
-        return given.note or None
-    return None
+    return dict(given.limits).get(impl)
 
 
 def _refuse_triton(given: Facts) -> str | None:
@@ -168,7 +174,7 @@ def _refuse_triton(given: Facts) -> str | None:
         return f"the tensors are on {given.device}"
     if given.capability is not None and given.capability < (8, 0):
         return f"the GPU has compute capability {given.capability}, 8.0 is needed"
-    return given.note or None
+    return None
 
 
 def _refusal_of_auto(op: str, impl: str, given: Facts) -> str | None:
@@ -178,19 +184,20 @@ def _refusal_of_auto(op: str, impl: str, given: Facts) -> str | None:
     return refusal(op, impl, given)
 
 
-def choose(op: str, impl: str, given: torch.Tensor | Facts) -> str:
+def choose(op: str, impl: str, given: torch.Tensor | Facts, **options) -> str:
     """Name of the implementation that runs. Pure for `Facts`.
 
     Args:
         op: name of a public op.
         impl: "auto" or one of IMPLEMENTATIONS.
         given: the tensor that decides (q, x, logits, hidden, `narrowest` of a list), or `Facts`.
+        options: other arguments of the op that rule out some implementations (softcap=30.0).
     Raises:
         ValueError: unknown `impl`.
         RuntimeError: an explicit `impl` cannot run here; the message says why.
     """
     if not isinstance(given, Facts):
-        given = facts(op, given)
+        given = facts(op, given, options)
     if impl == "auto":
         return next(name for name in _OPS[op] if _refusal_of_auto(op, name, given) is None)
     if impl not in IMPLEMENTATIONS:
@@ -226,9 +233,10 @@ def explain(op: str, *args, **kwargs) -> str:
             f"explain: expected an op of {sorted(_OPS | _PAIRS)}, got {op!r}. "
             "Pass the name of an op."
         )
-    given, impl = _deciding(op, args, kwargs)
+    given, arguments = _deciding(op, args, kwargs)
+    impl = arguments.get("impl", "auto")
     if op in _OPS:
-        return describe(op, facts(op, given), impl)
+        return describe(op, facts(op, given, arguments), impl)
     # `linear` has fewer implementations; the pair leaves the choice to it.
     first, second = _PAIRS[op][1]
     other = impl if second != "linear" or impl in ("torch", "reference") else "auto"
@@ -238,8 +246,8 @@ def explain(op: str, *args, **kwargs) -> str:
     )
 
 
-def _deciding(op: str, args: tuple, kwargs: dict) -> tuple[torch.Tensor, str]:
-    """The tensor that decides among the arguments of `op`, and `impl`."""
+def _deciding(op: str, args: tuple, kwargs: dict) -> tuple[torch.Tensor, dict]:
+    """The tensor that decides among the arguments of `op`, and all of them."""
     # The ops import this module, so they are looked up when asked for.
     signature = inspect.signature(getattr(importlib.import_module(__package__), op))
     try:
@@ -268,7 +276,7 @@ def _deciding(op: str, args: tuple, kwargs: dict) -> tuple[torch.Tensor, str]:
     if op == "projected_attention":  # the limits of attention look at one head
         heads = arguments["num_heads"] + 2 * arguments["num_kv_heads"]
         found = found[..., : found.shape[-1] // heads]
-    return found, arguments.get("impl", "auto")
+    return found, arguments
 
 
 def describe(op: str, given: Facts, impl: str = "auto") -> str:

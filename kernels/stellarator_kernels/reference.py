@@ -41,26 +41,38 @@ def _grouped(x: torch.Tensor, G: int) -> torch.Tensor:
     return x.unflatten(2, (G, x.shape[2] // G))
 
 
-def flash_attention_ref(q, k, v, visible, scale):
-    """out = softmax(scale q k^T) v over the visible keys and lse = log sum exp(scale q k^T).
+def _capped(scores, softcap):
+    """softcap * tanh(scores / softcap); None: the scores."""
+    return scores if softcap is None else softcap * (scores / softcap).tanh()
+
+
+def flash_attention_ref(q, k, v, visible, scale, softcap=None, dropped=None):
+    """out = softmax(s) v over the visible keys and lse = log sum exp(s), s = cap(scale q k^T).
 
     q (B, T, H, D), k and v (B, S, G, D), visible (T, S) bool; out (B, T, H, D), lse (B, H, T) in
-    nats. A row that sees no key has out 0 and lse -inf.
+    nats. A row that sees no key has out 0 and lse -inf.  softcap: cap(s) = softcap tanh(s/softcap).
+    dropped: factors (B, H, T, S) of the weights, 0 or 1/(1 - p); lse does not see them.
     """
     dtype, G = compute_dtype(q), k.shape[2]
     scores = torch.einsum("btgrd,bsgd->bgrts", _grouped(q.to(dtype), G), k.to(dtype)) * scale
-    scores = scores.masked_fill(~visible, -math.inf)
+    scores = _capped(scores, softcap).masked_fill(~visible, -math.inf)
     lse = scores.logsumexp(-1) if k.shape[1] else scores.new_full(scores.shape[:-1], -math.inf)
     weights = (scores - lse.nan_to_num(neginf=0.0)[..., None]).exp()
+    if dropped is not None:
+        weights = weights * dropped.to(dtype).view_as(weights)
     out = torch.einsum("bgrts,bsgd->btgrd", weights, v.to(dtype))
     return out.flatten(2, 3).to(q.dtype), lse.flatten(1, 2)
 
 
-def flash_attention_backward_ref(dout, dlse, q, k, v, out, lse, visible, scale):
+def flash_attention_backward_ref(
+    dout, dlse, q, k, v, out, lse, visible, scale, softcap=None, dropped=None
+):
     """dq, dk, dv; dlse (B, H, T) is the gradient of lse, or None.
 
-    With P = exp(scale q k^T - lse) and delta = rowsum(dout * out) - dlse:
-    dv = P^T dout;  dS = P * (dout v^T - delta);  dq = scale dS k;  dk = scale dS^T q
+    With s = cap(scale q k^T), P = exp(s - lse), factors M of dropout (or 1), and
+    delta = rowsum(dout * out) - dlse:
+    dv = (P M)^T dout;  dS = P * (M dout v^T - delta) * cap';  dq = scale dS k;  dk = scale dS^T q
+    with cap' = 1 - (s / softcap)^2, or 1.
     """
     dtype, G = compute_dtype(q), k.shape[2]
     q_, dout_, out_ = (_grouped(x.to(dtype), G) for x in (q, dout, out))
@@ -69,10 +81,14 @@ def flash_attention_backward_ref(dout, dlse, q, k, v, out, lse, visible, scale):
     delta = (dout_ * out_).sum(-1).permute(0, 2, 3, 1)
     if dlse is not None:
         delta = delta - dlse.to(dtype).unflatten(1, (G, -1))
-    scores = torch.einsum("btgrd,bsgd->bgrts", q_, k_) * scale
+    scores = _capped(torch.einsum("btgrd,bsgd->bgrts", q_, k_) * scale, softcap)
     weights = (scores - lse).masked_fill(~visible, -math.inf).exp()
-    dv = torch.einsum("bgrts,btgrd->bsgd", weights, dout_)
-    dscores = weights * (torch.einsum("btgrd,bsgd->bgrts", dout_, v_) - delta[..., None]) * scale
+    factors = 1.0 if dropped is None else dropped.to(dtype).view_as(weights)
+    dv = torch.einsum("bgrts,btgrd->bsgd", weights * factors, dout_)
+    dweights = torch.einsum("btgrd,bsgd->bgrts", dout_, v_) * factors
+    dscores = weights * (dweights - delta[..., None]) * scale
+    if softcap is not None:
+        dscores = dscores * (1.0 - (scores / softcap).square())
     dq = torch.einsum("bgrts,bsgd->btgrd", dscores, k_).flatten(2, 3)
     dk = torch.einsum("bgrts,btgrd->bsgd", dscores, q_)
     return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype)

@@ -28,7 +28,7 @@ BROKEN = "ImportError: no such symbol"
         ("layer_norm", Facts("cuda", BF16, (7, 0)), "torch"),
         ("layer_norm", Facts("cuda", FP64, (9, 0)), "torch"),
         ("layer_norm", Facts("cuda", BF16, (9, 0), no_triton=BROKEN), "torch"),
-        ("layer_norm", Facts("cuda", BF16, (9, 0), note="too wide"), "torch"),
+        ("layer_norm", Facts("cuda", BF16, (9, 0), limits=(("triton", "too wide"),)), "torch"),
         ("layer_norm", Facts("cpu", BF16), "cpu"),
         ("layer_norm", Facts("cpu", BF16, interpreter=True), "cpu"),
         ("adamw_", Facts("cuda", FP32, (8, 0)), "triton"),
@@ -93,7 +93,7 @@ def arguments(dtype, width=16):
     states = [flat.to(wide)], [flat.to(wide)], [flat.to(wide)]
     factors = {"lr": 0.1, "beta1": 0.9, "beta2": 0.9, "eps": 1e-8, "weight_decay": 0.1, "step": 1}
     return {
-        "flash_attention": ((heads, heads, heads), {"window": 512}),
+        "flash_attention": ((heads, heads, heads), {"window": 512, "softcap": 30.0}),
         "decode_attention": ((heads[:, :1], heads, heads, torch.tensor([2])), {"window": 512}),
         "embedding": ((ids, x), {}),
         "rope": ((heads, heads), {"positions": ids[None], "theta": 1e4}),
@@ -119,8 +119,8 @@ def test_explain_takes_what_the_op_takes_and_says_what_runs(monkeypatch, op, dty
     assert [line[3:].split(": ")[0] for line in lines] == [op] * len(dispatch._OPS[op])
     made = []
 
-    def recorded(name, impl, given):
-        made.append((name, choose(name, impl, given)))
+    def recorded(name, impl, given, **options):
+        made.append((name, choose(name, impl, given, **options)))
         return made[-1][1]
 
     module = sys.modules[getattr(stellarator_kernels, op).__module__]

@@ -13,6 +13,7 @@ import math
 import random
 
 import grid
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -24,6 +25,7 @@ from stellarator_kernels.testing import assert_close_to_reference, poison_empty
 
 IMPLS, KERNELS = [grid.CPU, *grid.IMPLS], [grid.CPU, *grid.KERNELS]
 BF16, FP16, FP32, FP64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
+SEED = -8_000_000_000_000_000_123  # of dropout
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,6 +42,9 @@ class Case:
     window: int | None = None
     documents: tuple[int, ...] = ()
     scale: float | None = None
+    softcap: float | None = None
+    dropout_p: float = 0.0
+    origin: tuple[int, int, int, int] = (0, 0, 0, 0)
 
     @property
     def keys(self):
@@ -71,7 +76,39 @@ class Case:
             "window": self.window,
             "cu_seqlens": cu_seqlens,
             "scale": self.scale,
+            "softcap": self.softcap,
+            "dropout_p": self.dropout_p,
+            "dropout_seed": SEED,
+            "dropout_origin": self.origin,
         }
+
+    def factors(self):
+        """Of the weights (B, H, T, S): 0 or 1/(1 - p), by the words of random.py, in numpy."""
+        if not self.dropout_p:
+            return 1.0
+        word = np.uint64
+
+        def mix(x):
+            x = x + word(0x9E3779B97F4A7C15)
+            x = (x ^ (x >> word(30))) * word(0xBF58476D1CE4E5B9)
+            x = (x ^ (x >> word(27))) * word(0x94D049BB133111EB)
+            return x ^ (x >> word(31))
+
+        with np.errstate(over="ignore"):
+            b, h, i, j = (
+                np.arange(start, start + size, dtype=word)
+                for start, size in zip(
+                    self.origin, (self.B, self.H, self.T, self.keys), strict=True
+                )
+            )
+            start = mix(np.array(SEED % 2**64, dtype=word))
+            rows = mix(mix(mix(mix(start) + b)[:, None] + h)[..., None] + i) >> word(32)
+            columns = mix(mix(mix(start + word(1)) + b)[:, None] + j) >> word(32)
+            x = (rows[..., None] ^ columns[:, None, None]).astype(np.uint32)
+            x = (x ^ (x >> np.uint32(16))) * np.uint32(0x21F0AAAD)
+            x = (x ^ (x >> np.uint32(15))) * np.uint32(0x735A2D97)
+        kept = x.astype(np.float64) / 2**32 >= self.dropout_p
+        return torch.from_numpy(kept / (1.0 - self.dropout_p))
 
     def inputs(self, dtype, seed=0):
         """q, k, v, dout and dlse."""
@@ -115,6 +152,18 @@ CASES = {
 }
 
 
+EXTRAS = {
+    "softcap": Case(50, H=4, G=2, softcap=1.5),
+    "softcap, window, more keys": Case(40, S=97, window=30, softcap=0.7, scale=1.0),
+    "dropout": Case(50, B=2, H=4, G=2, dropout_p=0.3),
+    "most dropped": Case(60, S=33, dropout_p=0.9, causal=False),
+    "dropout of a part": Case(40, B=2, H=3, dropout_p=0.1, origin=(3, 12, 4096, 1000)),
+    "documents, window, both": Case(
+        120, documents=(70, 3, 47), window=9, H=3, softcap=2.0, dropout_p=0.2
+    ),
+}
+
+
 def run(case, tensors, impl):
     """out, lse (0 for -inf), dq, dk, dv, and where lse is -inf."""
     q, k, v = (x.detach().clone().requires_grad_() for x in tensors[:3])
@@ -134,8 +183,13 @@ def plain(case, tensors):
     views = [x.repeat_interleave(case.H // x.shape[2], 2).transpose(1, 2) for x in views]
     visible = case.visible()
     scale = case.D**-0.5 if case.scale is None else case.scale
-    scores = (views[0] @ views[1].mT * scale).masked_fill(~visible, -1e4)
-    out = ((scores.softmax(-1) * visible) @ views[2]).transpose(1, 2)
+    scores = views[0] @ views[1].mT * scale
+    if case.softcap:
+        scores = case.softcap * (scores / case.softcap).tanh()
+    scores = scores.masked_fill(~visible, -1e4)
+    factors = case.factors()
+    factors = factors if isinstance(factors, float) else factors.to(scores.dtype)
+    out = ((scores.softmax(-1) * visible * factors) @ views[2]).transpose(1, 2)
     lse = scores.logsumexp(-1).masked_fill(~visible.any(1), 0.0)
     if case.documents:
         out, lse = out[0], lse[0]
@@ -163,7 +217,7 @@ def check(case, dtype, impl, seed=0):
         assert_close_to_reference(a, e, p, reduction_length=n, name=name)
 
 
-@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+@pytest.mark.parametrize("case", (CASES | EXTRAS).values(), ids=CASES | EXTRAS)
 def test_reference_is_sdpa_with_a_mask(case):
     tensors = case.inputs(FP64)
     actual, blind = run(case, tensors, "reference")
@@ -172,9 +226,10 @@ def test_reference_is_sdpa_with_a_mask(case):
     assert torch.equal(blind, (~visible.any(1)).expand_as(blind))
     views = [x[None] if case.documents else x for x in tensors[:3]]
     views = [x.repeat_interleave(case.H // x.shape[2], 2).transpose(1, 2) for x in views]
-    sdpa = F.scaled_dot_product_attention(*views, attn_mask=visible, scale=case.scale)
-    sdpa = torch.where(visible.any(1)[:, None], sdpa, 0.0).transpose(1, 2)
-    torch.testing.assert_close(expected[0], sdpa.view_as(expected[0]), rtol=0, atol=1e-12)
+    if case in CASES.values():  # SDPA has no softcap and no dropout that can be foretold
+        sdpa = F.scaled_dot_product_attention(*views, attn_mask=visible, scale=case.scale)
+        sdpa = torch.where(visible.any(1)[:, None], sdpa, 0.0).transpose(1, 2)
+        torch.testing.assert_close(expected[0], sdpa.view_as(expected[0]), rtol=0, atol=1e-12)
     for a, e in zip(actual, expected, strict=True):
         torch.testing.assert_close(a, e, rtol=0, atol=1e-12)
 
@@ -232,7 +287,7 @@ def test_cpu_is_the_same_to_the_bit_on_every_run(threads):
 
 
 @TRITON
-@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+@pytest.mark.parametrize("case", (CASES | EXTRAS).values(), ids=CASES | EXTRAS)
 def test_triton(case):
     check(case, FP32, "triton")
 
@@ -353,7 +408,15 @@ def test_nothing_to_do(impl, B, T, S):
     assert not any(x.grad.any() for x in (q, k, v))
 
 
-@pytest.mark.parametrize("case", [Case(5, S=7, H=2, D=4, window=3), Case(6, documents=(2, 4), D=4)])
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case(5, S=7, H=2, D=4, window=3),
+        Case(6, documents=(2, 4), D=4),
+        Case(6, D=4, softcap=0.8, dropout_p=0.3),
+    ],
+    ids=str,
+)
 def test_gradcheck(case):
     tensors = [x.requires_grad_() for x in case.inputs(FP64)[:3]]
 
@@ -368,9 +431,12 @@ def test_opcheck(impl):
     q, k, v, dout, dlse = Case(20, B=2, H=1).inputs(FP32)
     cu_seqlens = torch.tensor([0, 8, 20], dtype=torch.int32)
     ops = torch.ops.stellarator
+    keys = torch.arange(40).view(2, 1, 20).int(), torch.arange(40).view(2, 20).int()
     for row, documents in ((slice(None), None), (slice(1), cu_seqlens)):
         tensors = [x[row].clone().requires_grad_() for x in (q, k, v)]
-        options = (documents, True, 7, 0.25)
+        extras = (2.0, 0.1) if impl in ("triton", "reference") else (None, 0.0)
+        row_keys, column_keys = (x[row] for x in keys) if extras[0] else (None, None)
+        options = (documents, row_keys, column_keys, True, 7, 0.25, *extras)
         torch.library.opcheck(ops.flash_attention_forward, (*tensors, *options, True, impl))
         out, lse = ops.flash_attention_forward(*tensors, *options, True, impl)
         saved = [x.detach() for x in (*tensors, out, lse)]
@@ -394,6 +460,25 @@ def test_compiles_without_a_graph_break(packed):
         results.append(torch.autograd.grad(call(*inputs), inputs))
     for eager, compiled in zip(*results, strict=True):
         torch.testing.assert_close(compiled, eager, rtol=0, atol=0)
+
+
+@TRITON
+def test_a_part_drops_what_the_whole_drops():
+    """Rows, heads, queries and keys cut out: the same weights are dropped as in one piece."""
+    q, k, v, *_ = Case(48, B=2, H=4, G=2).inputs(FP32)
+    for impl in ("reference", "triton"):
+        form = {"dropout_p": 0.4, "dropout_seed": torch.tensor(7), "impl": impl}
+        whole = flash_attention(q, k, v, **form)
+        row = flash_attention(q[1:], k[1:], v[1:], dropout_origin=(1, 0, 0, 0), **form)
+        assert torch.equal(row, whole[1:])
+        heads = (q[:, :, 2:], k[:, :, 1:], v[:, :, 1:])
+        assert torch.equal(
+            flash_attention(*heads, dropout_origin=(0, 2, 0, 0), **form), whole[:, :, 2:]
+        )
+        last = flash_attention(q[:, 32:], k, v, dropout_origin=(0, 0, 32, 0), **form)
+        torch.testing.assert_close(last, whole[:, 32:], rtol=0, atol=1e-6)
+        other = flash_attention(q, k, v, **(form | {"dropout_seed": 8}))
+        assert not torch.allclose(other, whole, atol=0.1)
 
 
 def zeros(*shape, dtype=FP32):
@@ -442,6 +527,9 @@ ERRORS = {
     "cu_seqlens start": ((P, PK, PK), {"cu_seqlens": documents(1, 8)}, "rises from 0 to N = 8"),
     "cu_seqlens end": ((P, PK, PK), {"cu_seqlens": documents(0, 9)}, "rises from 0 to N = 8"),
     "cu_seqlens order": ((P, PK, PK), {"cu_seqlens": documents(0, 5, 3, 8)}, "rises from 0 to N"),
+    "softcap": ((Q, K, K), {"softcap": 0.0}, "expected a finite softcap above 0, or None, got 0.0"),
+    "dropout": ((Q, K, K), {"dropout_p": 1.0}, r"expected dropout_p in \[0, 1\), got 1.0"),
+    "origin": ((Q, K, K), {"dropout_p": 0.1, "dropout_origin": (0, 0, 0)}, "four indices >= 0"),
     "impl": ((Q, K, K), {"impl": "fast"}, "expected impl in"),
 }
 
@@ -460,6 +548,9 @@ def test_an_impl_that_cannot_run_is_refused():
     with pytest.raises(RuntimeError, match="not torch.float64"):
         flash_attention(Q.double(), K.double(), K.double(), impl="triton")
     assert flash_attention(narrow, narrow, narrow).shape == narrow.shape
+    for impl in ("cpu", "torch"):
+        with pytest.raises(RuntimeError, match="softcap is in triton and in the reference only"):
+            flash_attention(Q, K, K, softcap=30.0, impl=impl)
 
 
 @pytest.mark.parametrize(

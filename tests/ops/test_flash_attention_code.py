@@ -29,29 +29,31 @@ from stellarator_kernels.testing import compile_kernel
 KERNELS = {"forward": forward._forward_kernel, "dq": backward._dq_kernel,
            "dkdv": backward._dkdv_kernel}
 FLOATS = ("lse", "dlse", "delta")
+INTS = ("bounds", "row_key", "column_key")
+NUMBERS = ("scale", "softcap", "keep_scale")
 H = 24
 
-def describe(phase, D, capability, packed, G):
+def describe(phase, D, capability, packed, G, softcap=False, dropout=False):
     kernel = KERNELS[phase]
-    chosen = tiles.tile_sizes(phase, D, torch.bfloat16, capability)
+    chosen = tiles.tile_sizes(phase, D, torch.bfloat16, capability, softcap)
     values = tiles.constants(D, torch.bfloat16, chosen)
     launch = {name: values.pop(name) for name in ("num_warps", "num_stages")}
-    values.update(CAUSAL=True, WINDOW=True, PACKED=packed)
+    values.update(CAUSAL=True, WINDOW=True, PACKED=packed, SOFTCAP=softcap, DROPOUT=dropout)
     if H == G:
         values["group"] = 1  # a launch compiles an integer argument of 1 as a constant
     types = {}
     for name in kernel.arg_names:
-        stem = name.split("_")[0]
+        stem = name.removesuffix("_ptr")
         if name == "HAS_DLSE":
             values[name] = False
         elif name.endswith("_ptr"):
-            types[name] = "*i32" if stem == "bounds" else "*fp32" if stem in FLOATS else "*bf16"
+            types[name] = "*i32" if stem in INTS else "*fp32" if stem in FLOATS else "*bf16"
         elif "_stride_" in name:  # as a launch describes those of q, k, v out of one projection
             kind = name.split("_")[-1]
             stride = {"batch": 4096, "row": 1, "head": 0}[kind] * (H + 2 * G) * D or D
             types[name] = "i32:16" if stride % 16 == 0 else "i32"
         elif name not in values:
-            types[name] = "fp32" if name == "scale" else "i32"
+            types[name] = "fp32" if name in NUMBERS else "i32"
     built = compile_kernel(kernel, types, values, capability, **launch)
     return {
         "shared": built.shared_bytes,
@@ -72,6 +74,13 @@ BUILDS = [
 ]
 # StarCoder's one key/value head; and one for each query head.
 BUILDS += [(phase, 128, (9, 0), False, G) for G in (1, 24) for phase in ("forward", "dq", "dkdv")]
+# Softcap and dropout.
+BUILDS += [
+    (phase, 128, capability, False, 2, *flags)
+    for capability in ((8, 0), (9, 0))
+    for flags in ((True, False), (False, True))
+    for phase in ("forward", "dq", "dkdv")
+]
 
 
 def test_code_for_gpus_that_are_not_here():

@@ -7,7 +7,7 @@ implementation runs is decided inside their bodies. Packed input, (N, H, D), bec
 
 import torch
 
-from stellarator_kernels import checks, dispatch, reference
+from stellarator_kernels import checks, dispatch, random, reference
 from stellarator_kernels.attention import aten, cpu
 
 _OP = "flash_attention"
@@ -23,12 +23,16 @@ def flash_attention(
     window: int | None = None,
     cu_seqlens: torch.Tensor | None = None,
     scale: float | None = None,
+    softcap: float | None = None,
+    dropout_p: float = 0.0,
+    dropout_seed: int | torch.Tensor = 0,
+    dropout_origin: tuple[int, int, int, int] = (0, 0, 0, 0),
     return_lse: bool = False,
     impl: str = "auto",
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """Attention without the (T, S) matrix of weights, forward and backward.
 
-    out = softmax(scale q k^T + mask) v
+    out = dropout(softmax(cap(scale q k^T) + mask)) v
 
     Query head h reads key/value head h // (H/G). With T != S queries and keys are aligned at their
     ends: the last query is at the last key. A query that sees no key gives 0 (and lse -inf).
@@ -42,28 +46,66 @@ def flash_attention(
         cu_seqlens: (E+1,) int32 on the device of q: 0, ends of the documents, the last one N. A
             query sees keys of its own document only. Its values are checked on the CPU only.
         scale: of the scores, above 0; None: D**-0.5.
+        softcap: scores become softcap * tanh(score / softcap); None: they stay.
+        dropout_p: probability in [0, 1) with which a weight becomes 0; the others are divided by
+            1 - dropout_p. lse does not see it.
+        dropout_seed: 64 bits; a tensor () int64 is read on its device only. The weight of (row b,
+            head h, query i, key j) is dropped by a function of the seed and these four numbers:
+            give every layer and step its own seed.
+        dropout_origin: b, h, i and j of the first ones here, where they are a part of a larger
+            whole (heads of one rank, rows of one micro-batch).
         return_lse: also return lse; gradients flow through it.
-        impl: "auto", "triton" or "cpu" (D a multiple of 8 from 16 to 256), "torch" or "reference".
+        impl: "auto", "triton" or "cpu" (D a multiple of 8 from 16 to 256), "torch" or "reference";
+            softcap and dropout are in "triton" and "reference", the latter in O(T*S) memory.
     Returns:
         out, of the shape and dtype of q; with `return_lse` also lse = log sum exp(scale q k^T) in
         nats, (B, H, T) or (H, N), fp32 (fp64 for fp64).
     Raises:
-        ValueError: shapes, dtypes or devices disagree, a window without `causal`, a scale that is
-            not above 0.
+        ValueError: shapes, dtypes or devices disagree, a window without `causal`, a scale or
+            softcap that is not above 0, a probability outside [0, 1).
         RuntimeError: the requested `impl` cannot run here.
     Cost: `cost.flash_attention`: 4*D*H FLOPs per visible pair forward, 10*D*H backward.
     Source: FlashAttention-2, Dao 2023, arXiv:2307.08691.
     """
     check_call(q, k, v, causal, window, cu_seqlens)
     scale = checked_scale(_OP, scale, q.shape[-1])
+    if softcap is not None:
+        softcap = float(softcap)
+        right = 0.0 < softcap < float("inf")
+        checks.expect(right, _OP, "a finite softcap above 0, or None", softcap, "None: no cap")
+    right = isinstance(dropout_p, (int, float)) and 0.0 <= dropout_p < 1.0
+    checks.expect(right, _OP, "dropout_p in [0, 1)", dropout_p, "Pass 0.0 for no dropout")
     if cu_seqlens is not None:
         q, k, v = q[None], k[None], v[None]
+    row_keys = column_keys = None
+    if dropout_p > 0.0:
+        row_keys, column_keys = dropout_keys(dropout_seed, dropout_origin, q, k)
     out, lse = torch.ops.stellarator.flash_attention_forward(
-        q, k, v, cu_seqlens, causal, window, scale, return_lse, impl
-    )
+        q, k, v, cu_seqlens, row_keys, column_keys, causal, window, scale, softcap,
+        float(dropout_p), return_lse, impl,
+    )  # fmt: skip
     if cu_seqlens is not None:
         out, lse = out[0], lse[0]
     return (out, lse) if return_lse else out
+
+
+def dropout_keys(seed, origin, q, k) -> tuple[torch.Tensor, torch.Tensor]:
+    """int32 keys of the rows (B, H, T) and columns (B, S) of the weights; see random.py."""
+    (B, T, H, _), S = q.shape, k.shape[1]
+    right = len(origin) == 4 and all(isinstance(n, int) and n >= 0 for n in origin)
+    todo = "Pass the global indices of the first row, head, query and key"
+    checks.expect(right, _OP, "dropout_origin, four indices >= 0", origin, todo)
+    b, h, i, j = origin
+    rows = random.element_keys(seed, 0, (b, h, i), (B, H, T), q.device)
+    return rows, random.element_keys(seed, 1, (b, j), (B, S), q.device)
+
+
+def _dropped(q, row_keys, column_keys, p: float) -> torch.Tensor | None:
+    """Factors (B, H, T, S) of the weights."""
+    if row_keys is None:
+        return None
+    kept = random.kept(row_keys[..., None], column_keys[:, None, None], p)
+    return kept.to(reference.compute_dtype(q)) / (1.0 - p)
 
 
 def check_call(q, k, v, causal, window, cu_seqlens) -> None:
@@ -153,14 +195,18 @@ def _forward_op(
     k: torch.Tensor,
     v: torch.Tensor,
     cu_seqlens: torch.Tensor | None,
+    row_keys: torch.Tensor | None,
+    column_keys: torch.Tensor | None,
     causal: bool,
     window: int | None,
     scale: float,
+    softcap: float | None,
+    dropout_p: float,
     return_lse: bool,
     impl: str,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """out (B, T, H, D) and lse (B, H, T), contiguous. `return_lse`: lse will be differentiated."""
-    chosen = dispatch.choose(_OP, impl, q)
+    chosen = dispatch.choose(_OP, impl, q, softcap=softcap, dropout_p=dropout_p)
     _check_documents(cu_seqlens, q.shape[1])
     B, T, H, _ = q.shape
     if q.numel() == 0 or k.shape[1] == 0:
@@ -168,14 +214,20 @@ def _forward_op(
         return torch.zeros_like(q, memory_format=torch.contiguous_format), lse
     if chosen == "reference":
         visible = _visible(q, k, cu_seqlens, causal, window)
-        out, lse = reference.flash_attention_ref(q, k, v, visible, scale)
+        dropped = _dropped(q, row_keys, column_keys, dropout_p)
+        out, lse = reference.flash_attention_ref(q, k, v, visible, scale, softcap, dropped)
     else:
-        out, lse = _module(chosen, "forward").forward(q, k, v, cu_seqlens, causal, window, scale)
+        extras = _extras(chosen, softcap, dropout_p, row_keys, column_keys)
+        run = _module(chosen, "forward").forward
+        out, lse = run(q, k, v, cu_seqlens, causal, window, scale, **extras)
     return out.contiguous(), lse.contiguous()
 
 
 @_forward_op.register_fake
-def _(q, k, v, cu_seqlens, causal, window, scale, return_lse, impl):
+def _(
+    q, k, v, cu_seqlens, row_keys, column_keys, causal, window, scale, softcap, dropout_p,
+    return_lse, impl,
+):  # fmt: skip
     B, T, H, _ = q.shape
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
     return out, q.new_empty((B, H, T), dtype=reference.compute_dtype(q))
@@ -191,32 +243,49 @@ def _backward_op(
     out: torch.Tensor,
     lse: torch.Tensor,
     cu_seqlens: torch.Tensor | None,
+    row_keys: torch.Tensor | None,
+    column_keys: torch.Tensor | None,
     causal: bool,
     window: int | None,
     scale: float,
+    softcap: float | None,
+    dropout_p: float,
     impl: str,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """dq (B, T, H, D), dk and dv (B, S, G, D), contiguous."""
-    chosen = dispatch.choose(_OP, impl, q)
+    chosen = dispatch.choose(_OP, impl, q, softcap=softcap, dropout_p=dropout_p)
     if q.numel() == 0 or k.shape[1] == 0:
         contiguous = torch.contiguous_format
         return tuple(torch.zeros_like(x, memory_format=contiguous) for x in (q, k, v))
     if chosen == "reference":
         visible = _visible(q, k, cu_seqlens, causal, window)
+        dropped = _dropped(q, row_keys, column_keys, dropout_p)
         gradients = reference.flash_attention_backward_ref(
-            dout, dlse, q, k, v, out, lse, visible, scale
+            dout, dlse, q, k, v, out, lse, visible, scale, softcap, dropped
         )
     else:
+        extras = _extras(chosen, softcap, dropout_p, row_keys, column_keys)
         gradients = _module(chosen, "backward").backward(
-            dout, dlse, q, k, v, out, lse, cu_seqlens, causal, window, scale
+            dout, dlse, q, k, v, out, lse, cu_seqlens, causal, window, scale, **extras
         )
     return tuple(x.contiguous() for x in gradients)
 
 
 @_backward_op.register_fake
-def _(dout, dlse, q, k, v, out, lse, cu_seqlens, causal, window, scale, impl):
+def _(
+    dout, dlse, q, k, v, out, lse, cu_seqlens, row_keys, column_keys, causal, window, scale,
+    softcap, dropout_p, impl,
+):  # fmt: skip
     contiguous = torch.contiguous_format
     return tuple(torch.empty_like(x, memory_format=contiguous) for x in (q, k, v))
+
+
+def _extras(chosen: str, softcap, dropout_p, row_keys, column_keys) -> dict:
+    """Keyword arguments of the Triton launchers; the others are not chosen with these options."""
+    if chosen != "triton":
+        return {}
+    keys = None if row_keys is None else (row_keys.contiguous(), column_keys.contiguous())
+    return {"softcap": softcap, "dropout_p": dropout_p, "dropout_keys": keys}
 
 
 def _module(chosen: str, phase: str):
@@ -245,27 +314,18 @@ def _visible(q, k, cu_seqlens, causal, window):
 
 
 def _setup_context(ctx, inputs, output):
-    q, k, v, cu_seqlens, ctx.causal, ctx.window, ctx.scale, ctx.return_lse, ctx.impl = inputs
-    ctx.save_for_backward(q, k, v, *output, cu_seqlens)
+    *tensors, causal, window, scale, softcap, dropout_p, ctx.return_lse, impl = inputs
+    ctx.options = (causal, window, scale, softcap, dropout_p, impl)
+    q, k, v, cu_seqlens, row_keys, column_keys = tensors
+    ctx.save_for_backward(q, k, v, *output, cu_seqlens, row_keys, column_keys)
 
 
 def _backward(ctx, dout, dlse):
-    q, k, v, out, lse, cu_seqlens = ctx.saved_tensors
+    dlse = dlse if ctx.return_lse else None
     gradients = torch.ops.stellarator.flash_attention_backward(
-        dout,
-        dlse if ctx.return_lse else None,
-        q,
-        k,
-        v,
-        out,
-        lse,
-        cu_seqlens,
-        ctx.causal,
-        ctx.window,
-        ctx.scale,
-        ctx.impl,
+        dout, dlse, *ctx.saved_tensors, *ctx.options
     )
-    return (*gradients, None, None, None, None, None, None)
+    return (*gradients, *(None,) * 10)
 
 
 _forward_op.register_autograd(_backward, setup_context=_setup_context)

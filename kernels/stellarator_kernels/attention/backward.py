@@ -1,7 +1,8 @@
 """Flash attention, backward, in two kernels; no atomics, so the same bits every time.
 
-With P = exp(scale q k^T - lse) and delta = rowsum(dout * out) - dlse:
-dv = P^T dout,  dS = P * (dout v^T - delta),  dq = scale dS k,  dk = scale dS^T q.
+With s = cap(scale q k^T), P = exp(s - lse), factors M of dropout (or 1), and
+delta = rowsum(dout * out) - dlse:
+dv = (P M)^T dout,  dS = P * (M dout v^T - delta) * cap',  dq = scale dS k,  dk = scale dS^T q.
 
 1. `_dq_kernel`: one program per tile of query rows and query head. It makes delta for its rows (the
    only reader of `out`), keeps it for the second kernel, and walks over the keys for dq.
@@ -26,9 +27,12 @@ from stellarator_kernels.attention.tiles import (
     load_tile,
     mask_scores,
     query_interval,
+    scores_of,
+    slope_of,
     walk,
 )
 from stellarator_kernels.layout import aligned_rows
+from stellarator_kernels.random import kept_block
 
 
 @triton.jit
@@ -40,7 +44,9 @@ def _dq_kernel(
     out_stride_batch, out_stride_row, out_stride_head,
     dout_stride_batch, dout_stride_row, dout_stride_head,
     T, S, H, group, window, scale,
+    softcap, row_key_ptr, column_key_ptr, least, keep_scale,
     CAUSAL: tl.constexpr, WINDOW: tl.constexpr, PACKED: tl.constexpr, HAS_DLSE: tl.constexpr,
+    SOFTCAP: tl.constexpr, DROPOUT: tl.constexpr,
     D: tl.constexpr, BLOCK_D: tl.constexpr, OWN: tl.constexpr, STEP: tl.constexpr,
     UPCAST: tl.constexpr,
 ):  # fmt: skip
@@ -71,17 +77,28 @@ def _dq_kernel(
     v_ptr += batch * v_stride_batch + kv_head * v_stride_head
     first, last = key_interval(rows, T, S, window, bounds_ptr, CAUSAL, WINDOW, PACKED)
     begin, end, inner, inner_end = walk(first, last, STEP)
-    scale_log2 = scale * 1.4426950408889634
+    if DROPOUT:
+        row_keys = tl.load(row_key_ptr + statistics, mask=in_rows, other=0)
     acc = tl.zeros((OWN, BLOCK_D), tl.float32)
     for block in range(begin, end, STEP):
         keys = block + tl.arange(0, STEP)
         k = load_tile(k_ptr, keys, k_stride_row, S, cols, D, BLOCK_D)
         v = load_tile(v_ptr, keys, v_stride_row, S, cols, D, BLOCK_D)
-        scores = dot(q, tl.trans(k), UPCAST) * scale_log2
+        scores = scores_of(dot(q, tl.trans(k), UPCAST), scale, softcap, SOFTCAP)
+        if SOFTCAP:
+            slope = slope_of(scores, softcap)
         if (block < inner) | (block + STEP > inner_end):
             scores = mask_scores(scores, first, last, keys)
         weights = tl.exp2(scores - lse_log2[:, None])
-        dscores = weights * (dot(dout, tl.trans(v), UPCAST) - delta[:, None])
+        dweights = dot(dout, tl.trans(v), UPCAST)
+        if DROPOUT:
+            column_keys = tl.load(column_key_ptr + batch * S + keys, mask=keys < S, other=0)
+            dweights = tl.where(
+                kept_block(row_keys, column_keys, least), dweights * keep_scale, 0.0
+            )
+        dscores = weights * (dweights - delta[:, None])
+        if SOFTCAP:
+            dscores *= slope
         if not UPCAST:
             dscores = dscores.to(k.dtype)
         acc += dot(dscores, k, UPCAST)
@@ -101,7 +118,9 @@ def _dkdv_kernel(
     v_stride_batch, v_stride_row, v_stride_head,
     dout_stride_batch, dout_stride_row, dout_stride_head,
     T, S, H, group, window, scale,
+    softcap, row_key_ptr, column_key_ptr, least, keep_scale,
     CAUSAL: tl.constexpr, WINDOW: tl.constexpr, PACKED: tl.constexpr,
+    SOFTCAP: tl.constexpr, DROPOUT: tl.constexpr,
     D: tl.constexpr, BLOCK_D: tl.constexpr, OWN: tl.constexpr, STEP: tl.constexpr,
     UPCAST: tl.constexpr,
 ):  # fmt: skip
@@ -119,7 +138,8 @@ def _dkdv_kernel(
     first, last = query_interval(keys, T, S, window, bounds_ptr, CAUSAL, WINDOW, PACKED)
     begin, end, inner, inner_end = walk(first, last, STEP)
     num_blocks = tl.cdiv(end - begin, STEP)
-    scale_log2 = scale * 1.4426950408889634
+    if DROPOUT:
+        column_keys = tl.load(column_key_ptr + batch * S + keys, mask=keys < S, other=0)
     dk = tl.zeros((OWN, BLOCK_D), tl.float32)
     dv = tl.zeros((OWN, BLOCK_D), tl.float32)
     for step in range(0, group * num_blocks):  # one loop: loads run ahead into the next head
@@ -133,12 +153,24 @@ def _dkdv_kernel(
         statistics = (batch * H + head) * T + rows
         lse = tl.load(lse_ptr + statistics, mask=rows < T, other=0.0)
         delta = tl.load(delta_ptr + statistics, mask=rows < T, other=0.0)
-        scores = dot(k, tl.trans(q), UPCAST) * scale_log2  # (keys, rows): transposed
+        # (keys, rows): transposed
+        scores = scores_of(dot(k, tl.trans(q), UPCAST), scale, softcap, SOFTCAP)
+        if SOFTCAP:
+            slope = slope_of(scores, softcap)
         if (block < inner) | (block + STEP > inner_end):
             scores = mask_scores(scores, first, last, rows)
         lse_log2 = tl.where(lse == float("-inf"), 0.0, lse * 1.4426950408889634)  # as above
         weights = tl.exp2(scores - lse_log2[None, :])
-        dscores = weights * (dot(v, tl.trans(dout), UPCAST) - delta[None, :])
+        dweights = dot(v, tl.trans(dout), UPCAST)
+        if DROPOUT:
+            row_keys = tl.load(row_key_ptr + statistics, mask=rows < T, other=0)
+            kept = kept_block(column_keys, row_keys, least)
+            dweights = tl.where(kept, dweights * keep_scale, 0.0)
+        dscores = weights * (dweights - delta[None, :])
+        if DROPOUT:
+            weights = tl.where(kept, weights * keep_scale, 0.0)
+        if SOFTCAP:
+            dscores *= slope
         if not UPCAST:
             weights, dscores = weights.to(dout.dtype), dscores.to(q.dtype)
         dv += dot(weights, dout, UPCAST)
@@ -149,7 +181,10 @@ def _dkdv_kernel(
     tl.store(dv_ptr + places, dv.to(dv_ptr.dtype.element_ty), mask=inside)
 
 
-def backward(dout, dlse, q, k, v, out, lse, cu_seqlens, causal, window, scale):
+def backward(
+    dout, dlse, q, k, v, out, lse, cu_seqlens, causal, window, scale,
+    softcap=None, dropout_p=0.0, dropout_keys=None,
+):  # fmt: skip
     """Gradients dq (B, T, H, D), dk and dv (B, S, G, D), contiguous; dlse (B, H, T) or None."""
     q, k, v, dout = (aligned_rows(x) for x in (q, k, v, dout))
     B, T, H, D = q.shape
@@ -162,6 +197,7 @@ def backward(dout, dlse, q, k, v, out, lse, cu_seqlens, causal, window, scale):
     strides = *q.stride()[:3], *k.stride()[:3], *v.stride()[:3]
     sizes = T, S, H, H // G, window or 0, scale
     flags = {"CAUSAL": causal, "WINDOW": window is not None, "PACKED": cu_seqlens is not None}
+    flags.update(shared.extras(softcap, dropout_p, dropout_keys, q))
     with torch.cuda.device_of(q):
         tiles = shared.tile_sizes("dq", D, q.dtype, capability)
         _dq_kernel[(triton.cdiv(T, tiles.own), H, B)](
@@ -170,7 +206,7 @@ def backward(dout, dlse, q, k, v, out, lse, cu_seqlens, causal, window, scale):
             *strides, *out.stride()[:3], *dout.stride()[:3], *sizes,
             **flags, HAS_DLSE=dlse is not None, **shared.constants(D, q.dtype, tiles),
         )  # fmt: skip
-        tiles = shared.tile_sizes("dkdv", D, q.dtype, capability)
+        tiles = shared.tile_sizes("dkdv", D, q.dtype, capability, softcap is not None)
         _dkdv_kernel[(triton.cdiv(S, tiles.own), G, B)](
             q, k, v, dout, lse.contiguous(), delta, dk, dv, bounds,
             *strides, *dout.stride()[:3], *sizes,

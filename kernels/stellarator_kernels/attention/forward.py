@@ -1,6 +1,6 @@
 """Flash attention, forward.
 
-out = softmax(scale q k^T) v,  lse = log sum exp(scale q k^T), over the keys that each query sees.
+out = softmax(s) v,  lse = log sum exp(s),  s = cap(scale q k^T), over the keys that a query sees.
 
 One program makes OWN rows of one head: it walks over the keys that its rows see in blocks of STEP
 with a running maximum and sum (online softmax). Only blocks at the edges are masked. A key/value
@@ -18,8 +18,16 @@ import torch
 
 from stellarator_kernels._triton import tl, triton
 from stellarator_kernels.attention import tiles as shared
-from stellarator_kernels.attention.tiles import dot, key_interval, load_tile, mask_scores, walk
+from stellarator_kernels.attention.tiles import (
+    dot,
+    key_interval,
+    load_tile,
+    mask_scores,
+    scores_of,
+    walk,
+)
 from stellarator_kernels.layout import aligned_rows
+from stellarator_kernels.random import kept_block
 
 
 @triton.jit
@@ -29,7 +37,9 @@ def _forward_kernel(
     k_stride_batch, k_stride_row, k_stride_head,
     v_stride_batch, v_stride_row, v_stride_head,
     T, S, H, group, window, scale,
+    softcap, row_key_ptr, column_key_ptr, least, keep_scale,
     CAUSAL: tl.constexpr, WINDOW: tl.constexpr, PACKED: tl.constexpr,
+    SOFTCAP: tl.constexpr, DROPOUT: tl.constexpr,
     D: tl.constexpr, BLOCK_D: tl.constexpr, OWN: tl.constexpr, STEP: tl.constexpr,
     UPCAST: tl.constexpr,
 ):  # fmt: skip
@@ -47,14 +57,15 @@ def _forward_kernel(
 
     first, last = key_interval(rows, T, S, window, bounds_ptr, CAUSAL, WINDOW, PACKED)
     begin, end, inner, inner_end = walk(first, last, STEP)
-    scale_log2 = scale * 1.4426950408889634
+    if DROPOUT:
+        row_keys = tl.load(row_key_ptr + (batch * H + head) * T + rows, mask=rows < T, other=0)
     acc = tl.zeros((OWN, BLOCK_D), tl.float32)
     maximum = tl.full((OWN,), float("-inf"), tl.float32)
     total = tl.zeros((OWN,), tl.float32)
     for block in range(begin, end, STEP):
         keys = block + tl.arange(0, STEP)
         k = load_tile(k_ptr, keys, k_stride_row, S, cols, D, BLOCK_D)
-        scores = dot(q, tl.trans(k), UPCAST) * scale_log2
+        scores = scores_of(dot(q, tl.trans(k), UPCAST), scale, softcap, SOFTCAP)
         if (block < inner) | (block + STEP > inner_end):
             scores = mask_scores(scores, first, last, keys)
         new_maximum = tl.maximum(maximum, tl.max(scores, 1))
@@ -63,6 +74,9 @@ def _forward_kernel(
         weights = tl.exp2(scores - shift[:, None])
         correction = tl.exp2(maximum - shift)
         total = total * correction + tl.sum(weights, 1)
+        if DROPOUT:  # after the sum: it drops weights, not keys
+            column_keys = tl.load(column_key_ptr + batch * S + keys, mask=keys < S, other=0)
+            weights = tl.where(kept_block(row_keys, column_keys, least), weights * keep_scale, 0.0)
         v = load_tile(v_ptr, keys, v_stride_row, S, cols, D, BLOCK_D)
         if not UPCAST:
             weights = weights.to(v.dtype)
@@ -83,8 +97,13 @@ def _forward_kernel(
     )
 
 
-def forward(q, k, v, cu_seqlens, causal, window, scale):
-    """q (B, T, H, D), k and v (B, S, G, D), B = 1 if packed -> out (B, T, H, D), lse (B, H, T)."""
+def forward(
+    q, k, v, cu_seqlens, causal, window, scale, softcap=None, dropout_p=0.0, dropout_keys=None
+):
+    """q (B, T, H, D), k and v (B, S, G, D), B = 1 if packed -> out (B, T, H, D), lse (B, H, T).
+
+    dropout_keys: int32 of rows (B, H, T) and columns (B, S), contiguous; None: no dropout.
+    """
     q, k, v = (aligned_rows(x) for x in (q, k, v))
     B, T, H, D = q.shape
     S, G = k.shape[1:3]
@@ -99,6 +118,7 @@ def forward(q, k, v, cu_seqlens, causal, window, scale):
             q, k, v, out, lse, bounds,
             *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],
             T, S, H, H // G, window or 0, scale,
+            **shared.extras(softcap, dropout_p, dropout_keys, q),
             CAUSAL=causal, WINDOW=window is not None, PACKED=cu_seqlens is not None,
             **shared.constants(D, q.dtype, tiles),
         )  # fmt: skip

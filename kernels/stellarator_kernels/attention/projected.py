@@ -59,7 +59,7 @@ def _backward_op(
     else:
         flat = [dout, q, k, v, out]
     dq, dk, dv = _ops.flash_attention_backward(
-        flat[0], None, *flat[1:], lse, cu_seqlens, True, window, scale, impl
+        flat[0], None, *flat[1:], lse, cu_seqlens, None, None, True, window, scale, None, 0.0, impl
     )
     if cos is not None:
         dq, dk = _ops.rope_backward(dq.view(B * T, H, D), dk.view(B * T, G, D), cos, sin, impl)
@@ -95,7 +95,9 @@ class _ProjectedAttention(torch.autograd.Function):
             rows = [x.flatten(0, 1)[None] for x in rows]
         scale = D**-0.5
         ctx.options = (window, scale, impl)
-        out, lse = _ops.flash_attention_forward(*rows, cu_seqlens, True, window, scale, False, impl)
+        out, lse = _ops.flash_attention_forward(
+            *rows, cu_seqlens, None, None, True, window, scale, None, 0.0, False, impl
+        )
         out = out.view(B, T, H, D)
         ctx.save_for_backward(q, k, qkv, out, lse, cos, sin, cu_seqlens)
         return out

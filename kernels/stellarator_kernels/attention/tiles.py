@@ -7,15 +7,15 @@ are masked. Each kernel is one loop with that branch in it. Separate loops for t
 inside, the usual form, make copies of the body and spill registers: 470 bytes for dk and dv of bf16
 heads of 128 on sm_90, where this form spills none.
 
-defines: Tiles, tile_sizes, document_bounds, constants, key_interval, query_interval, walk,
-    load_tile, mask_scores, dot
+defines: Tiles, tile_sizes, document_bounds, constants, extras, key_interval, query_interval, walk,
+    load_tile, scores_of, slope_of, mask_scores, dot
 """
 
 from dataclasses import dataclass
 
 import torch
 
-from stellarator_kernels import _triton
+from stellarator_kernels import _triton, random
 from stellarator_kernels._triton import tl, triton
 
 
@@ -46,14 +46,26 @@ _FP32 = {"forward": (32, 32, 4, 1), "dq": (16, 16, 4, 1), "dkdv": (16, 16, 4, 1)
 _INTERPRETER = (32, 16, 4, 1)  # small, so that short sequences have edges and an inside
 
 
-def tile_sizes(phase: str, D: int, dtype: torch.dtype, capability: tuple[int, int] | None) -> Tiles:
-    """Tiles of one kernel: "forward", "dq" or "dkdv". Capability None: the interpreter. Pure."""
+def tile_sizes(
+    phase: str,
+    D: int,
+    dtype: torch.dtype,
+    capability: tuple[int, int] | None,
+    softcap: bool = False,
+) -> Tiles:
+    """Tiles of one kernel: "forward", "dq" or "dkdv". Capability None: the interpreter. Pure.
+
+    The slope of a softcap takes registers, and dk and dv of heads of 128 have none left on sm_90.
+    """
     if capability is None:
         return Tiles(*_INTERPRETER)
     if dtype == torch.float32:
         return Tiles(*_FP32[phase])
     table = _HOPPER if capability[0] in (9, 10, 11) else _AMPERE
-    return Tiles(*table[phase][max(64, triton.next_power_of_2(D))])
+    own, step, num_warps, num_stages = table[phase][max(64, triton.next_power_of_2(D))]
+    if softcap and phase == "dkdv":
+        step = 32
+    return Tiles(own, step, num_warps, num_stages)
 
 
 def document_bounds(cu_seqlens: torch.Tensor, N: int) -> torch.Tensor:
@@ -73,6 +85,20 @@ def constants(D: int, dtype: torch.dtype, tiles: Tiles) -> dict:
         "UPCAST": _triton.INTERPRETED and dtype != torch.float32,
         "num_warps": tiles.num_warps,
         "num_stages": tiles.num_stages,
+    }
+
+
+def extras(softcap: float | None, dropout_p: float, keys: tuple | None, other) -> dict:
+    """Arguments for softcap and dropout. `other`: any tensor, for pointers that are not read."""
+    row_keys, column_keys = (other, other) if keys is None else keys
+    return {
+        "softcap": 1.0 if softcap is None else softcap,
+        "row_key_ptr": row_keys,
+        "column_key_ptr": column_keys,
+        "least": random.threshold(dropout_p),
+        "keep_scale": 1.0 / (1.0 - dropout_p),
+        "SOFTCAP": softcap is not None,
+        "DROPOUT": keys is not None,
     }
 
 
@@ -140,6 +166,26 @@ def load_tile(
     if BLOCK_D != D:
         inside &= (cols < D)[None, :]
     return tl.load(pointers, mask=inside, other=0.0)
+
+
+@triton.jit
+def scores_of(products, scale, softcap, SOFTCAP: tl.constexpr):
+    """Scores in units of log 2 from q k^T: scaled, and capped by softcap * tanh(score / softcap).
+
+    tanh(x) = 2 sigmoid(2x) - 1, off by at most 1e-7: the interpreter has no tanh.
+    """
+    if SOFTCAP:
+        x = products * (2.0 * scale / softcap)
+        return (2.0 * tl.sigmoid(x) - 1.0) * (softcap * 1.4426950408889634)
+    else:
+        return products * (scale * 1.4426950408889634)
+
+
+@triton.jit
+def slope_of(scores, softcap):
+    """Derivative of the cap by the uncapped score, from capped scores in units of log 2."""
+    ratio = scores * (0.6931471805599453 / softcap)
+    return 1.0 - ratio * ratio
 
 
 @triton.jit
