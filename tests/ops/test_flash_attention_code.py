@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from stellarator_kernels.attention import aten, tiles
-from stellarator_kernels.layout import aligned_rows
+from stellarator_kernels.layout import aligned_rows, strides_in_units
 from stellarator_kernels.reference import visible_keys
 from stellarator_kernels.testing import shared_memory_limit
 
@@ -50,7 +50,7 @@ def describe(phase, D, capability, packed, G, softcap=False, dropout=False):
             types[name] = "*i32" if stem in INTS else "*fp32" if stem in FLOATS else "*bf16"
         elif "_stride_" in name:  # as a launch describes those of q, k, v out of one projection
             kind = name.split("_")[-1]
-            stride = {"batch": 4096, "row": 1, "head": 0}[kind] * (H + 2 * G) * D or D
+            stride = ({"batch": 4096, "row": 1, "head": 0}[kind] * (H + 2 * G) * D or D) // 8
             types[name] = "i32:16" if stride % 16 == 0 else "i32"
         elif name not in values:
             types[name] = "fp32" if name in NUMBERS else "i32"
@@ -71,6 +71,14 @@ BUILDS = [
     for D in (64, 128, 256)
     if (D, capability) != (256, (9, 0))  # to save time: as sm_80, by hand
     for phase in ("forward", "dq", "dkdv")
+]
+# Widths that are filled up: odd multiples of 8, whose strides are not multiples of 16, and others.
+BUILDS += [(phase, 72, (9, 0), False, 2) for phase in ("forward", "dq", "dkdv")]
+BUILDS += [("forward", 136, (9, 0), False, 2), ("dkdv", 96, (9, 0), False, 2)]
+BUILDS += [
+    ("dkdv", 48, (8, 0), False, 2),
+    ("dkdv", 80, (8, 0), False, 2),
+    ("dq", 48, (8, 0), False, 2),
 ]
 # StarCoder's one key/value head; and one for each query head.
 BUILDS += [(phase, 128, (9, 0), False, G) for G in (1, 24) for phase in ("forward", "dq", "dkdv")]
@@ -104,11 +112,17 @@ def test_code_for_gpus_that_are_not_here():
 
 
 def test_rows_are_copied_only_where_loads_need_it():
-    """The gate above compiles for strides that are multiples of 16: so the launchers pass those."""
-    projection = torch.randn(2, 5, (4 + 2) * 16)
-    for part in projection.split((64, 16, 16), dim=-1):
-        heads = part.unflatten(-1, (-1, 16))
-        assert aligned_rows(heads) is heads
+    """The gate above compiles for strides in units of 8 elements: so the launchers pass those."""
+    for D in (16, 72):
+        projection = torch.randn(2, 5, (4 + 2) * D)
+        for part in projection.split((4 * D, D, D), dim=-1):
+            heads = part.unflatten(-1, (-1, D))
+            assert aligned_rows(heads) is heads
+            assert strides_in_units(heads) == (
+                30 * D // 8,
+                6 * D // 8,
+                D // 8 * (heads.shape[2] > 1),
+            )
     odd_rows = torch.randn(2, 5, 4 * 16 + 1)[..., :64].unflatten(-1, (4, 16))
     odd_start = torch.randn(2, 5, 5, 16)[..., 1:].reshape(-1)[1:].as_strided(
         (2, 5, 2, 8), (160, 32, 8, 1)
@@ -117,8 +131,8 @@ def test_rows_are_copied_only_where_loads_need_it():
     for x in (odd_rows, odd_start, strided):
         copy = aligned_rows(x)
         assert torch.equal(copy, x) and copy.is_contiguous() and copy.data_ptr() % 16 == 0
-    narrow = torch.randn(2, 5, 1, 24)  # no copy can help
-    assert aligned_rows(narrow) is narrow
+    one = torch.randn(1, 1, 1, 24 + 3)[..., :24]  # strides that are never taken
+    assert aligned_rows(one) is one and strides_in_units(one) == (0, 0, 0)
 
 
 @pytest.mark.parametrize("phase", ["forward", "dq", "dkdv"])

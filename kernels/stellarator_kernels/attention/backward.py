@@ -23,6 +23,7 @@ from stellarator_kernels._triton import tl, triton
 from stellarator_kernels.attention import tiles as shared
 from stellarator_kernels.attention.tiles import (
     dot,
+    head_of,
     key_interval,
     load_tile,
     mask_scores,
@@ -31,7 +32,7 @@ from stellarator_kernels.attention.tiles import (
     slope_of,
     walk,
 )
-from stellarator_kernels.layout import aligned_rows
+from stellarator_kernels.layout import aligned_rows, strides_in_units
 from stellarator_kernels.random import kept_block
 
 
@@ -58,9 +59,9 @@ def _dq_kernel(
     rows = tile * OWN + tl.arange(0, OWN)
     cols = tl.arange(0, BLOCK_D)
     in_rows = rows < T
-    q_ptr += batch * q_stride_batch + head * q_stride_head
-    out_ptr += batch * out_stride_batch + head * out_stride_head
-    dout_ptr += batch * dout_stride_batch + head * dout_stride_head
+    q_ptr = head_of(q_ptr, batch, q_stride_batch, head, q_stride_head)
+    out_ptr = head_of(out_ptr, batch, out_stride_batch, head, out_stride_head)
+    dout_ptr = head_of(dout_ptr, batch, dout_stride_batch, head, dout_stride_head)
     dout = load_tile(dout_ptr, rows, dout_stride_row, T, cols, D, BLOCK_D)
     out = load_tile(out_ptr, rows, out_stride_row, T, cols, D, BLOCK_D)
     statistics = (batch * H + head) * T + rows
@@ -73,8 +74,8 @@ def _dq_kernel(
     # A row that sees no key has lse -inf; every score of it is masked, and exp2(-inf - 0) is 0.
     lse = tl.load(lse_ptr + statistics, mask=in_rows, other=0.0)
     lse_log2 = tl.where(lse == float("-inf"), 0.0, lse * 1.4426950408889634)
-    k_ptr += batch * k_stride_batch + kv_head * k_stride_head
-    v_ptr += batch * v_stride_batch + kv_head * v_stride_head
+    k_ptr = head_of(k_ptr, batch, k_stride_batch, kv_head, k_stride_head)
+    v_ptr = head_of(v_ptr, batch, v_stride_batch, kv_head, v_stride_head)
     first, last = key_interval(rows, T, S, window, bounds_ptr, CAUSAL, WINDOW, PACKED)
     begin, end, inner, inner_end = walk(first, last, STEP)
     if DROPOUT:
@@ -130,8 +131,8 @@ def _dkdv_kernel(
     batch = tl.program_id(2).to(tl.int64)
     keys = tile * OWN + tl.arange(0, OWN)
     cols = tl.arange(0, BLOCK_D)
-    k_ptr += batch * k_stride_batch + kv_head * k_stride_head
-    v_ptr += batch * v_stride_batch + kv_head * v_stride_head
+    k_ptr = head_of(k_ptr, batch, k_stride_batch, kv_head, k_stride_head)
+    v_ptr = head_of(v_ptr, batch, v_stride_batch, kv_head, v_stride_head)
     k = load_tile(k_ptr, keys, k_stride_row, S, cols, D, BLOCK_D)
     v = load_tile(v_ptr, keys, v_stride_row, S, cols, D, BLOCK_D)
 
@@ -146,8 +147,8 @@ def _dkdv_kernel(
         head = kv_head * group + step // num_blocks
         block = begin + step % num_blocks * STEP
         rows = block + tl.arange(0, STEP)
-        q_head = q_ptr + batch * q_stride_batch + head * q_stride_head
-        dout_head = dout_ptr + batch * dout_stride_batch + head * dout_stride_head
+        q_head = head_of(q_ptr, batch, q_stride_batch, head, q_stride_head)
+        dout_head = head_of(dout_ptr, batch, dout_stride_batch, head, dout_stride_head)
         q = load_tile(q_head, rows, q_stride_row, T, cols, D, BLOCK_D)
         dout = load_tile(dout_head, rows, dout_stride_row, T, cols, D, BLOCK_D)
         statistics = (batch * H + head) * T + rows
@@ -186,7 +187,7 @@ def backward(
     softcap=None, dropout_p=0.0, dropout_keys=None,
 ):  # fmt: skip
     """Gradients dq (B, T, H, D), dk and dv (B, S, G, D), contiguous; dlse (B, H, T) or None."""
-    q, k, v, dout = (aligned_rows(x) for x in (q, k, v, dout))
+    q, k, v, out, dout = (aligned_rows(x) for x in (q, k, v, out, dout))
     B, T, H, D = q.shape
     S, G = k.shape[1:3]
     dq = torch.empty((B, T, H, D), dtype=q.dtype, device=q.device)
@@ -194,22 +195,22 @@ def backward(
     delta = torch.empty((B, H, T), dtype=torch.float32, device=q.device)
     capability = torch.cuda.get_device_capability(q.device) if q.is_cuda else None
     bounds = q if cu_seqlens is None else shared.document_bounds(cu_seqlens, T)
-    strides = *q.stride()[:3], *k.stride()[:3], *v.stride()[:3]
+    strides = *strides_in_units(q), *strides_in_units(k), *strides_in_units(v)
     sizes = T, S, H, H // G, window or 0, scale
     flags = {"CAUSAL": causal, "WINDOW": window is not None, "PACKED": cu_seqlens is not None}
     flags.update(shared.extras(softcap, dropout_p, dropout_keys, q))
     with torch.cuda.device_of(q):
-        tiles = shared.tile_sizes("dq", D, q.dtype, capability)
+        tiles = shared.tile_sizes("dq", D, q.dtype, capability, softcap is not None)
         _dq_kernel[(triton.cdiv(T, tiles.own), H, B)](
             q, k, v, out, dout, lse.contiguous(),
             lse if dlse is None else dlse.float().contiguous(), delta, dq, bounds,
-            *strides, *out.stride()[:3], *dout.stride()[:3], *sizes,
+            *strides, *strides_in_units(out), *strides_in_units(dout), *sizes,
             **flags, HAS_DLSE=dlse is not None, **shared.constants(D, q.dtype, tiles),
         )  # fmt: skip
         tiles = shared.tile_sizes("dkdv", D, q.dtype, capability, softcap is not None)
         _dkdv_kernel[(triton.cdiv(S, tiles.own), G, B)](
             q, k, v, dout, lse.contiguous(), delta, dk, dv, bounds,
-            *strides, *dout.stride()[:3], *sizes,
+            *strides, *strides_in_units(dout), *sizes,
             **flags, **shared.constants(D, q.dtype, tiles),
         )  # fmt: skip
     return dq, dk, dv

@@ -20,13 +20,14 @@ from stellarator_kernels._triton import tl, triton
 from stellarator_kernels.attention import tiles as shared
 from stellarator_kernels.attention.tiles import (
     dot,
+    head_of,
     key_interval,
     load_tile,
     mask_scores,
     scores_of,
     walk,
 )
-from stellarator_kernels.layout import aligned_rows
+from stellarator_kernels.layout import aligned_rows, strides_in_units
 from stellarator_kernels.random import kept_block
 
 
@@ -50,9 +51,9 @@ def _forward_kernel(
     kv_head = head // group
     rows = tile * OWN + tl.arange(0, OWN)
     cols = tl.arange(0, BLOCK_D)
-    k_ptr += batch * k_stride_batch + kv_head * k_stride_head
-    v_ptr += batch * v_stride_batch + kv_head * v_stride_head
-    q_ptr += batch * q_stride_batch + head * q_stride_head
+    k_ptr = head_of(k_ptr, batch, k_stride_batch, kv_head, k_stride_head)
+    v_ptr = head_of(v_ptr, batch, v_stride_batch, kv_head, v_stride_head)
+    q_ptr = head_of(q_ptr, batch, q_stride_batch, head, q_stride_head)
     q = load_tile(q_ptr, rows, q_stride_row, T, cols, D, BLOCK_D)
 
     first, last = key_interval(rows, T, S, window, bounds_ptr, CAUSAL, WINDOW, PACKED)
@@ -116,7 +117,7 @@ def forward(
     with torch.cuda.device_of(q):
         _forward_kernel[(triton.cdiv(T, tiles.own), H, B)](
             q, k, v, out, lse, bounds,
-            *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],
+            *strides_in_units(q), *strides_in_units(k), *strides_in_units(v),
             T, S, H, H // G, window or 0, scale,
             **shared.extras(softcap, dropout_p, dropout_keys, q),
             CAUSAL=causal, WINDOW=window is not None, PACKED=cu_seqlens is not None,

@@ -8,7 +8,7 @@ inside, the usual form, make copies of the body and spill registers: 470 bytes f
 heads of 128 on sm_90, where this form spills none.
 
 defines: Tiles, tile_sizes, document_bounds, constants, extras, key_interval, query_interval, walk,
-    load_tile, scores_of, slope_of, mask_scores, dot
+    head_of, load_tile, scores_of, slope_of, mask_scores, dot
 """
 
 from dataclasses import dataclass
@@ -55,16 +55,18 @@ def tile_sizes(
 ) -> Tiles:
     """Tiles of one kernel: "forward", "dq" or "dkdv". Capability None: the interpreter. Pure.
 
-    The slope of a softcap takes registers, and dk and dv of heads of 128 have none left on sm_90.
+    The slope of a softcap and the masks of a width that is filled up take registers, and the
+    backward kernels have none left.
     """
     if capability is None:
         return Tiles(*_INTERPRETER)
     if dtype == torch.float32:
         return Tiles(*_FP32[phase])
     table = _HOPPER if capability[0] in (9, 10, 11) else _AMPERE
-    own, step, num_warps, num_stages = table[phase][max(64, triton.next_power_of_2(D))]
-    if softcap and phase == "dkdv":
-        step = 32
+    width = triton.next_power_of_2(D)
+    own, step, num_warps, num_stages = table[phase][max(64, width)]
+    if phase != "forward" and (softcap or D not in (64, width)):
+        own, step = min(own, 64) if phase == "dkdv" else own, 32
     return Tiles(own, step, num_warps, num_stages)
 
 
@@ -157,11 +159,17 @@ def walk(first, last, STEP: tl.constexpr):
 
 
 @triton.jit
+def head_of(x_ptr, batch, stride_batch, head, stride_head):
+    """Where one head of one batch row begins; strides in UNITs of 8, batch and head int64."""
+    return x_ptr + (batch * stride_batch + head * stride_head) * 8
+
+
+@triton.jit
 def load_tile(
     x_ptr, rows, row_stride, num_rows, cols, D: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """(len(rows), BLOCK_D) of a (num_rows, D) matrix; 0 outside."""
-    pointers = x_ptr + rows[:, None].to(tl.int64) * row_stride + cols[None, :]
+    """(len(rows), BLOCK_D) of a (num_rows, D) matrix; 0 outside. The stride is in UNITs of 8."""
+    pointers = x_ptr + rows[:, None].to(tl.int64) * row_stride * 8 + cols[None, :]
     inside = (rows < num_rows)[:, None]
     if BLOCK_D != D:
         inside &= (cols < D)[None, :]
