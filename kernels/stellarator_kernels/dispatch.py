@@ -25,7 +25,7 @@ IMPLEMENTATIONS = ("triton", "cpu", "torch", "reference")
 # What each op has. `torch` is left out where ATen has no kernel of its own to call.
 _OPS = {
     "flash_attention": ("triton", "cpu", "torch", "reference"),
-    "decode_attention": ("torch", "reference"),
+    "decode_attention": ("triton", "torch", "reference"),
     "embedding": ("torch", "reference"),
     "rope": ("triton", "cpu", "torch", "reference"),
     "layer_norm": ("triton", "cpu", "torch", "reference"),
@@ -91,6 +91,7 @@ def _limits_of_linear(x: torch.Tensor, options: dict) -> dict[str, str]:
 # implementations that are refused, with the reason.
 _LIMITS = {
     "flash_attention": _limits_of_attention,
+    "decode_attention": _limits_of_attention,
     "layer_norm": _limits_of_layer_norm,
     "linear": _limits_of_linear,
 }

@@ -1,7 +1,7 @@
 """Attention to a cache: every row of a batch against F.scaled_dot_product_attention in float64.
 
 The reference sees, for each row and each new token, just the keys that the token may see, cut out
-by index; no mask takes part. Not covered: speed; a GPU (its code path is run here on CPU tensors).
+by index; no mask takes part. test_flash_attention_code.py compiles the kernels. Not covered: speed.
 """
 
 import math
@@ -9,9 +9,10 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from grid import IMPLS, TRITON
 
 from stellarator_kernels import decode_attention, flash_attention
-from stellarator_kernels.attention import decode
+from stellarator_kernels.attention import decode, decode_kernel
 from stellarator_kernels.testing import assert_close_to_reference, poison_empty
 
 BF16, FP16, FP32, FP64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
@@ -63,17 +64,59 @@ def expected(case, q, k, v, dtype=FP64):
 @pytest.mark.parametrize("path", ["torch", "reference", "products"])
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 def test_against_sdpa(case, path, dtype, monkeypatch):
-    if path == "products":  # the path of GPUs
+    if path == "products":  # the path of other devices
         monkeypatch.setattr(decode, "_flash", decode._products)
+    check(case, dtype, "reference" if path == "reference" else "torch")
+
+
+# Several parts of keys, some of them empty; several blocks of rows; widths that are filled up.
+LONG = {
+    "parts": (1, 1500, 12, 1, 64, [1500, 700, 3], None),
+    "parts, window": (2, 1500, 9, 1, 40, [1500, 301, 1], 290),
+    "parts, blocks of rows": (3, 600, 48, 1, 16, [600, 2], None),
+    "width 128, group 12": (1, 700, 24, 2, 128, [700, 513], 512),
+}
+
+
+@TRITON
+@pytest.mark.parametrize("dtype", [FP32, FP16, BF16], ids=str)
+@pytest.mark.parametrize("case", (CASES | LONG).values(), ids=CASES | LONG)
+def test_triton(case, dtype):
+    check(case, dtype, "triton", rubbish=torch.nan)
+
+
+@TRITON
+def test_triton_is_the_same_to_the_bit_every_time():
+    case = LONG["parts, window"]
+    q, k, v, lengths = inputs(case, FP32)
+    first, again = (
+        decode_attention(q, k, v, lengths, window=case[-1], impl="triton") for _ in range(2)
+    )
+    assert torch.equal(first, again)
+
+
+def test_the_work_is_shared_out():
+    """StarCoder2 and StarCoder on 132 multiprocessors; few tokens and many."""
+    plan = decode_kernel.plan
+    assert plan(64, 1, 8192, 48, 1, None, 132) == {"ROWS": 64, "row_blocks": 1, "splits": 9}
+    assert plan(1, 1, 16384, 24, 2, None, 132) == {"ROWS": 16, "row_blocks": 1, "splits": 64}
+    assert plan(1, 1, 16384, 24, 2, 4096, 132)["splits"] == 16  # 256 keys each at least
+    assert plan(256, 1, 8192, 24, 2, None, 132)["splits"] == 2
+    assert plan(1, 40, 300, 12, 1, None, 132) == {"ROWS": 64, "row_blocks": 8, "splits": 2}
+
+
+def check(case, dtype, impl, rubbish=None):
+    """One implementation against SDPA. rubbish: what slots hold that no row has filled."""
     q, k, v, lengths = inputs(case, dtype)
+    exact, eager = expected(case, q, k, v), expected(case, q, k, v, dtype)
+    for row, length in enumerate(case[5]):
+        if rubbish is not None:
+            k[row, length:], v[row, length:] = rubbish, rubbish
     with poison_empty():
-        impl = "reference" if path == "reference" else "torch"
         out = decode_attention(q, k, v, lengths, window=case[-1], impl=impl)
     assert out.dtype == dtype and out.is_contiguous()
     # Scores rounded to 16 bits (products) are off by up to 2^-9 of themselves, as in plain code.
-    assert_close_to_reference(
-        out, expected(case, q, k, v), expected(case, q, k, v, dtype), reduction_length=2 * case[4]
-    )
+    assert_close_to_reference(out, exact, eager, reduction_length=2 * case[4])
 
 
 @pytest.mark.parametrize("dtype", [FP32, BF16], ids=str)
@@ -115,13 +158,13 @@ def test_caches_are_not_changed_and_no_gradient_flows():
     assert torch.equal(k, before[0]) and torch.equal(v, before[1])
 
 
-@pytest.mark.parametrize("impl", ["torch", "reference"])
+@pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("B,T,S", [(0, 1, 4), (2, 0, 4), (2, 1, 0)])
 def test_nothing_to_do(impl, B, T, S):
-    caches = [torch.ones(B, S, 1, 8)] * 2
+    caches = [torch.ones(B, S, 1, 16)] * 2
     lengths = torch.full((B,), min(S, T))
-    out = decode_attention(torch.ones(B, T, 2, 8), *caches, lengths, impl=impl)
-    assert out.shape == (B, T, 2, 8) and not out.any()
+    out = decode_attention(torch.ones(B, T, 2, 16), *caches, lengths, impl=impl)
+    assert out.shape == (B, T, 2, 16) and not out.any()
 
 
 Q, K, N = torch.zeros(2, 1, 4, 8), torch.zeros(2, 6, 2, 8), torch.tensor([3, 6])
@@ -150,6 +193,7 @@ def test_errors(arguments, options, message):
         decode_attention(*arguments, **options)
 
 
-def test_triton_has_no_decode_kernel():
-    with pytest.raises(RuntimeError, match="there is no triton implementation"):
-        decode_attention(Q, K, K, N, impl="triton")
+def test_triton_refuses_what_it_has_no_tiles_for():
+    narrow = torch.zeros(2, 6, 2, 8)
+    with pytest.raises(RuntimeError, match="head width is 8, not a multiple of 8 from 16|CPU and"):
+        decode_attention(Q, narrow, narrow, N, impl="triton")

@@ -38,7 +38,8 @@ BROKEN = "ImportError: no such symbol"
         # Interpreted, a step of a model takes hours; on a GPU's tensors just as on a CPU's.
         ("adamw_", Facts("cuda", FP32, (9, 0), interpreter=True), "torch"),
         ("layer_norm", Facts("cuda", BF16, (9, 0), interpreter=True), "torch"),
-        ("decode_attention", Facts("cuda", BF16, (9, 0)), "torch"),
+        ("decode_attention", Facts("cuda", BF16, (9, 0)), "triton"),
+        ("decode_attention", Facts("cpu", BF16), "torch"),
     ],
 )
 def test_auto(op, given, expected):

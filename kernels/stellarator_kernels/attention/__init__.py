@@ -3,7 +3,7 @@
 defines:
     api.py        flash_attention: validation, the registered operators, dispatch
     projected.py  projected_attention: RoPE and attention of a fused projection
-    decode.py     decode_attention: the newest tokens against a cache
+    decode.py     decode_attention: the newest tokens against a cache; decode_kernel.py in Triton
     forward.py    Triton forward kernel and its launcher
     backward.py   Triton backward kernels (dq, then dk and dv) and their launcher
     tiles.py      tile sizes, and which keys a row sees: shared by the kernels

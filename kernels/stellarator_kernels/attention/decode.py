@@ -3,10 +3,10 @@
 Sizes: B rows, T new tokens per row, S cache slots, H query heads, G key/value heads, D head width.
 
 The query heads that share a key/value head become rows of one matrix, so that each key is read
-once for its whole group and nothing is expanded in memory. On the CPU, slots that no row needs are
-not read: the cache is cut at the longest row and, with a window, at the oldest key that any row
-sees. Softmax in float32 (float64 for float64); products in the dtype of the cache with fp32
-accumulation.
+once for its whole group and nothing is expanded in memory. On a GPU the keys of a row are split
+over programs (decode_kernel.py). On the CPU, slots that no row needs are not read: the cache is cut
+at the longest row and, with a window, at the oldest key that any row sees. Softmax in float32
+(float64 for float64); products in the dtype of the cache with fp32 accumulation.
 """
 
 import math
@@ -40,7 +40,7 @@ def decode_attention(
         lengths: (B,) int64, tokens of each row in the cache, the T new ones included; T..S.
         window: visible keys per query, itself included; None: all.
         scale: of the scores, above 0; None: D**-0.5.
-        impl: "auto", "torch" or "reference".
+        impl: "auto", "triton" (D a multiple of 8 from 16 to 256), "torch" or "reference".
     Returns:
         (B, T, H, D) in the dtype of q. A query at a negative position (lengths[b] < T) gives 0.
     Raises:
@@ -50,7 +50,7 @@ def decode_attention(
     _validate(q, k_cache, v_cache, lengths, window)
     scale = checked_scale("decode_attention", scale, q.shape[-1])
     chosen = dispatch.choose("decode_attention", impl, q)
-    run = _decode if chosen == "torch" else reference.decode_attention_ref
+    run = {"triton": _run_kernel, "torch": _decode}.get(chosen, reference.decode_attention_ref)
     with torch.no_grad():
         return run(q, k_cache, v_cache, lengths, window, scale)
 
@@ -85,6 +85,15 @@ def _validate(q, k_cache, v_cache, lengths, window) -> None:
         S, longest = k_cache.shape[1], int(lengths.max())
         todo = "Make the cache larger, or drop its oldest tokens"
         checks.expect(longest <= S, op, f"lengths of at most S = {S} tokens", longest, todo)
+
+
+def _run_kernel(q, k_cache, v_cache, lengths, window, scale):
+    """The Triton kernels, whose module imports Triton."""
+    if q.numel() == 0 or k_cache.shape[1] == 0:
+        return torch.zeros_like(q)
+    from stellarator_kernels.attention.decode_kernel import decode
+
+    return decode(q, k_cache, v_cache, lengths, window, scale)
 
 
 def _decode(q, k_cache, v_cache, lengths, window, scale):
