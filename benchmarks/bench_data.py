@@ -27,6 +27,7 @@ import numpy as np
 from benchmarks import results
 from benchmarks.harness import CLOCKS, environment, take_turns, timed
 from benchmarks.machine import Quietness
+from benchmarks.points import UNTIMED
 from benchmarks.usage import count, positive
 from stellarator.config import FimConfig
 from stellarator.data import formats
@@ -236,7 +237,7 @@ def main(given: argparse.Namespace) -> int:
 
 def _point(stage: Stage, given: argparse.Namespace, where: dict) -> dict:
     """Check and time one stage."""
-    base = results.UNTIMED | {
+    base = UNTIMED | {
         "op": f"data: {stage.name}", "variant": "", "model": "", "dtype": "", "device": "cpu",
         "sizes": {"bytes": stage.num_bytes, "tokens": stage.num_tokens}, "phase": "whole",
         "impl": "stellarator", "peer": stage.peer_name, "errors": {}, "clock": given.clock,

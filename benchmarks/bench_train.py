@@ -17,6 +17,7 @@ from benchmarks import results
 from benchmarks.harness import CLOCKS, Quantiles, environment, take_turns, timed
 from benchmarks.machine import Quietness
 from benchmarks.memory import peak_memory_of
+from benchmarks.points import UNTIMED
 from benchmarks.usage import count, one_of
 from stellarator import build_model, save_pretrained
 from stellarator.config import ModelConfig, OptimConfig
@@ -196,7 +197,7 @@ def _points(given, config: ModelConfig, times: dict, memories: dict, flops: int)
     ours, *others = times
     median = Quantiles.of(times[ours]).p50_ms
     return [
-        results.UNTIMED
+        UNTIMED
         | {
             "op": "training_step", "variant": "", "model": config.family, "dtype": "bfloat16",
             "sizes": {name: getattr(given, name) for name in names} | {"T": given.length},

@@ -48,8 +48,11 @@ class Errors:
         )
 
     def to_json(self) -> dict:
-        """For a result file."""
-        return asdict(self) | {"limit": LIMIT}
+        """For a result file, which has no NaN: null."""
+        known = asdict(self) | {"limit": LIMIT}
+        for rule in ("maximum", "rms"):
+            known[rule] = known[rule] if math.isfinite(known[rule]) else None
+        return known
 
 
 def _distance(x: torch.Tensor, exact: torch.Tensor) -> tuple[float, float]:

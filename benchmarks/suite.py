@@ -18,6 +18,7 @@ from benchmarks.cases import Calls, Case, Maker
 from benchmarks.harness import Stopwatch, environment, take_turns
 from benchmarks.machine import Limits, Quietness, measure_limits
 from benchmarks.memory import peak_of_call
+from benchmarks.points import UNTIMED
 from benchmarks.usage import UsageError, one_of
 from stellarator_kernels import dispatch
 
@@ -275,4 +276,4 @@ def _weights(ours: int | None, peer: int | None) -> dict:
 def _untimed(impl: str, errors: dict, wrong: str) -> dict:
     """A point without times."""
     known = {"phase": "both", "impl": impl, "peer": "", "errors": errors, "wrong": wrong}
-    return results.UNTIMED | known
+    return UNTIMED | known

@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from benchmark_helpers import ENVIRONMENT, point, run
+from benchmark_helpers import BUILT, point, run
 
 from benchmarks import gates, suite
 
@@ -82,19 +82,14 @@ def test_gates_of_compiled_kernels(tmp_path):
         'instructions = ["ld.global.v4"] }]',
     )
     gate = gates.load(path)["compile"]
-    built = {
-        "kernel": "rope", "case": "starcoder2_3b", "arch": "sm_80", "registers": 40,
-        "spill_bytes": 0, "shared_bytes": 100, "shared_limit": 1000,
-        "instructions": {"ld.global.v4": 3}, "environment": ENVIRONMENT,
-    }  # fmt: skip
-    assert all(v.passed for v in gates.judge(gate, [built]))
+    assert all(v.passed for v in gates.judge(gate, [BUILT]))
     for change in (
         {"spill_bytes": 8},
         {"shared_bytes": 501},
         {"instructions": {"ld.global.v4": 0}},
         {"instructions": {}},
     ):
-        missed = [v for v in gates.judge(gate, [built, built | change]) if not v.passed]
+        missed = [v for v in gates.judge(gate, [BUILT, BUILT | change]) if not v.passed]
         assert len(missed) == 1 and "sm_80" in missed[0].found
 
 

@@ -9,7 +9,7 @@ import torch
 from benchmarks import checks, ops, shapes, suite
 from benchmarks.cases import Maker
 from benchmarks.memory import peak_of_call
-from benchmarks.results import validate
+from benchmarks.points import validate
 from stellarator import build_model, recipes
 from stellarator_kernels.memory import arena, empty
 from stellarator_kernels.testing import assert_close_to_reference
