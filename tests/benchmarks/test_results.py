@@ -76,7 +76,7 @@ def test_every_verb_refuses_a_file_with_a_hollow_point(tmp_path, verb):
 
 
 def test_errors_that_are_not_finite_are_null_in_a_file(tmp_path):
-    errors = {"small": Errors(math.nan, math.inf, "result 0").to_json()}
+    errors = {"small": Errors(math.nan, math.inf, 0.0, "result 0").to_json()}
     assert errors["small"]["maximum"] is None and errors["small"]["rms"] is None
     untimed = dict.fromkeys(("ms", "peer_ms", "ratio", "ratio_p20", "ratio_p80"))
     bad = point([1], [1], errors=errors, wrong="not finite") | untimed
