@@ -28,7 +28,7 @@ from benchmarks import results
 from benchmarks.harness import CLOCKS, environment, take_turns, timed
 from benchmarks.machine import Quietness
 from benchmarks.points import UNTIMED
-from benchmarks.usage import count, positive
+from benchmarks.usage import count, positive, refusals
 from stellarator.config import FimConfig
 from stellarator.data import formats
 from stellarator.data.packing import PackedDataset
@@ -210,6 +210,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(given: argparse.Namespace) -> int:
     """Check, time, print; 1 if ours and plain code disagree."""
+    where = environment()
     with (
         tempfile.TemporaryDirectory() as name,
         results.Writer(given.output) as write,
@@ -218,11 +219,14 @@ def main(given: argparse.Namespace) -> int:
         work = Path(name)
         show(0.0, "making the texts")
         texts = _corpus(work / "source", given.megabytes)
-        tokenizer = Tokenizer.train(texts.values(), given.vocab, "starcoder")
-        stages = _reading(work, texts)
-        stages.append(_tokenizing(work / "source", tokenizer, work))
-        stages += _loading(list(texts.values()), tokenizer, work, given.length)
-        where = environment()
+        with refusals():  # of --vocab and --length
+            tokenizer = Tokenizer.train(texts.values(), given.vocab, "starcoder")
+            stages = _loading(list(texts.values()), tokenizer, work, given.length)
+        stages = [
+            *_reading(work, texts),
+            _tokenizing(work / "source", tokenizer, work),
+            *stages,
+        ]
         for number, stage in enumerate(stages):
             show(number / len(stages), stage.name)
             write(_point(stage, given, where))

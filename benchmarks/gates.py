@@ -211,7 +211,10 @@ def run_verb(words: list[str], output: str | None) -> tuple[list[dict], list[Ver
     with results.Writer(output) as write, tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "points.json")
         command = [sys.executable, "-m", "benchmarks", *words, "--output", str(path)]
-        code = subprocess.run(command, stdout=sys.stderr, check=False).returncode
+        try:
+            code = subprocess.run(command, stdout=sys.stderr, check=False).returncode
+        except KeyboardInterrupt:  # the verb got it too and has said so
+            raise SystemExit(130) from None
         for point in results.read(str(path)) if path.exists() else []:
             write(point)
     what = f"python -m benchmarks {' '.join(words)}"

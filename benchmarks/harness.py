@@ -18,6 +18,8 @@ from pathlib import Path
 
 import torch
 
+from benchmarks.usage import refusals
+
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 _L2_BYTES = 256 * 2**20  # more than the L2 cache of any GPU
 _QUEUE_CYCLES = 2_000_000  # about a millisecond, in which the host fills the launch queue
@@ -55,11 +57,14 @@ def environment() -> dict:
 
     from stellarator_kernels import _triton, extension
 
-    names = [line for line in open("/proc/cpuinfo") if line.startswith("model name")]
+    with open("/proc/cpuinfo") as file:
+        names = [line for line in file if line.startswith("model name")]
     has_triton, has_extension = _triton.FAILURE is None, extension.failure() is None
+    with refusals():  # STELLARATOR_ISA may hold any word
+        isa = extension.isa().name if has_extension else None
     return {
         "cpu": names[0].split(":")[1].strip() if names else platform.processor(),
-        "isa": extension.isa().name if has_extension else None,
+        "isa": isa,
         "threads": torch.get_num_threads(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "cuda": torch.version.cuda,

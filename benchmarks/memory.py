@@ -17,6 +17,7 @@ so that code that is loaded and caches that are filled once are not in it. Where
 import ctypes
 import gc
 import multiprocessing
+import signal
 from collections.abc import Callable
 
 import torch
@@ -79,11 +80,19 @@ def peak_memory_of(make: Callable, *arguments) -> int:
     context = multiprocessing.get_context("spawn")
     here, there = context.Pipe(duplex=False)
     process = context.Process(target=_measure, args=(make, arguments, there))
-    process.start()
+    # The child inherits the mask: Ctrl-C is for this process, which ends the child.
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        process.start()
+    finally:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
     there.close()
     try:
         return here.recv()
     except EOFError:
         raise RuntimeError(f"the process that measured {make.__name__} died") from None
+    except KeyboardInterrupt:
+        process.kill()
+        raise
     finally:
         process.join()

@@ -174,7 +174,11 @@ def main(given: argparse.Namespace) -> int:
     if not points:
         raise UsageError(f"plot: expected points in {', '.join(given.results)}, got none.")
     folder, files = Path(given.folder), []
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "README.md").touch()
+    except OSError as error:
+        raise UsageError(f"--folder: expected one that can be written, got {error}") from None
     timed = [p for p in points if "kernel" not in p and p["wrong"] is None]
     for suffix, group in groups(timed):
         rated = [p for p in group if p["flops_per_byte"]]

@@ -8,6 +8,7 @@ What a point is: benchmarks/points.py.
 import argparse
 import json
 import math
+import sys
 from pathlib import Path
 
 from benchmarks.harness import Quantiles
@@ -57,9 +58,13 @@ class Writer:
     def __enter__(self) -> "Writer":
         return self
 
-    def __exit__(self, *exception) -> None:
-        if self._file:
-            self._file.close()
+    def __exit__(self, kind: type[BaseException] | None, *_) -> None:
+        if self._file is None:
+            return
+        self._file.close()
+        if kind is KeyboardInterrupt and self.points:
+            count = len(self.points)
+            print(f"\n{self._file.name}: the {count} points so far", file=sys.stderr)
 
 
 def read(*paths: str) -> list[dict]:

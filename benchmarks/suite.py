@@ -54,6 +54,11 @@ class Plan:
 
     def check(self) -> None:
         """Raises UsageError for what cannot be run."""
+        if self.small and (self.tokens or self.rows or self.window):
+            raise UsageError(
+                "--small: expected no --tokens, --rows or --window, as the small shape has its "
+                "own, got one. Leave it out, or --small."
+            )
         shape = shapes.reduced(self.shape())
         one_of("--op", self.ops, ops.OPS)
         one_of("--impl", self.impls, ("auto", *dispatch.IMPLEMENTATIONS))
@@ -92,13 +97,13 @@ def run(
     """
     outcome, dtype = Outcome(), getattr(torch, plan.dtype)
     plan.check()
+    where, shape = environment(), plan.shape()
     show(0.0, "measuring the machine")
     setting = (plan.device, dtype, plan.clock)
     known = {} if known is None else known
     if setting not in known:
         known[setting] = measure_limits(*setting, scale=8 if plan.small else 1)
     limits = known[setting]
-    where, shape = environment(), plan.shape()
     todo = []
     for op in plan.ops:
         small = ops.cases(op, shapes.reduced(shape), plan.device)
