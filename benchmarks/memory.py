@@ -55,11 +55,13 @@ def _resident_peak(call: Callable[[], object]) -> int | None:
             file.write("5")
     except (OSError, AttributeError):  # not permitted, or another C library
         return None
-    before, used = _resident_bytes("VmRSS"), arena()["used"]
+    before, used = _resident_bytes("VmRSS"), arena()
     reset_peak()
     call()
-    resident = max(0, _resident_bytes("VmHWM") - before)
-    return resident + arena()["peak"] - used
+    after = arena()
+    # Pages that the arena touched for the first time are in both counts.
+    grown = _resident_bytes("VmHWM") - before - (after["high"] - used["high"])
+    return max(0, grown) + after["peak"] - used["used"]
 
 
 def _measure(make: Callable, arguments: tuple, pipe) -> None:

@@ -8,10 +8,8 @@ import torch
 
 from benchmarks import checks, ops, shapes, suite
 from benchmarks.cases import Maker
-from benchmarks.memory import peak_of_call
 from benchmarks.points import validate
 from stellarator import build_model, recipes
-from stellarator_kernels.memory import arena, empty
 from stellarator_kernels.testing import assert_close_to_reference
 
 PLAN = suite.Plan(
@@ -239,31 +237,6 @@ def test_the_rule_of_closeness():
         assert_close_to_reference(close + 1e-7, exact, exact.float())
     with pytest.raises(AssertionError, match="not finite"):
         assert_close_to_reference(close.log(), exact)
-
-
-def test_peak_memory_is_that_of_the_call():
-    def call() -> float:
-        large = torch.ones(24 * 2**20 // 4)
-        return float(large.sum() + torch.ones(8 * 2**20 // 4).sum())
-
-    call()
-    found = peak_of_call(call)
-    if found is None:
-        pytest.skip("/proc/self/clear_refs cannot be written here")
-    assert 32 * 2**20 <= found < 34 * 2**20
-
-
-def test_peak_memory_counts_what_lies_in_the_arena():
-    def call() -> float:
-        large = empty((24 * 2**20 // 4,), torch.float32, "cpu").fill_(1)
-        return float(large.sum() + empty((8 * 2**20 // 4,), torch.float32, "cpu").fill_(2).sum())
-
-    call()
-    for _ in range(2):  # its pages are resident from the first call on
-        found = peak_of_call(call)
-        if found is None or arena()["reserved"] == 0:
-            pytest.skip("no /proc/self/clear_refs, or no arena")
-        assert 32 * 2**20 <= found < 34 * 2**20
 
 
 def test_shapes_are_those_of_the_models():
