@@ -21,7 +21,7 @@ import torch
 
 from benchmarks import results, suite
 from benchmarks.gatefile import FILE, SELECT, SELECT_COMPILED, load
-from benchmarks.harness import CLOCKS
+from benchmarks.harness import CLOCKS, command
 from benchmarks.run import print_report
 from benchmarks.usage import UsageError, count, one_of, positive
 from stellarator.progress import Progress
@@ -210,13 +210,13 @@ def run_verb(words: list[str], output: str | None) -> tuple[list[dict], list[Ver
     """
     with results.Writer(output) as write, tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "points.json")
-        command = [sys.executable, "-m", "benchmarks", *words, "--output", str(path)]
+        start = [sys.executable, "-m", "benchmarks", *words, "--output", str(path)]
         try:
-            code = subprocess.run(command, stdout=sys.stderr, check=False).returncode
+            code = subprocess.run(start, stdout=sys.stderr, check=False).returncode
         except KeyboardInterrupt:  # the verb got it too and has said so
             raise SystemExit(130) from None
         for point in results.read(str(path)) if path.exists() else []:
-            write(point)
+            write(point | {"environment": point["environment"] | {"command": command()}})
     what = f"python -m benchmarks {' '.join(words)}"
     failed = [Verdict(what, "exit code 0", f"exit code {code}", False)] if code else []
     return write.points, failed

@@ -1,6 +1,6 @@
 """Where a benchmark ran, and timing in turns.
 
-defines: environment, CLOCKS, Quantiles, Stopwatch, take_turns, timed
+defines: command, environment, CLOCKS, Quantiles, Stopwatch, take_turns, timed
 
 Variants are timed in turns in one process, so that a slow moment of the machine hits all of them,
 and each turn begins with another variant, so that none always follows the same neighbour.
@@ -10,7 +10,9 @@ machine with other work: time during which the process did not run is not in it.
 
 import datetime
 import platform
+import shlex
 import subprocess
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -51,8 +53,13 @@ def _git(*words: str) -> str:
     return done.stdout.strip()
 
 
+def command() -> str:
+    """The command that this process was started with."""
+    return shlex.join(["python", "-m", "benchmarks", *sys.argv[1:]])
+
+
 def environment() -> dict:
-    """Machine, versions, commit and date, for every result."""
+    """Machine, versions, commit, command and date, for every result."""
     import numpy
 
     from stellarator_kernels import _triton, extension
@@ -74,6 +81,7 @@ def environment() -> dict:
         "numpy": numpy.__version__,
         "commit": _git("rev-parse", "--short", "HEAD"),
         "dirty": bool(_git("status", "--porcelain")),
+        "command": command(),
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     }
 

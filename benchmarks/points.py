@@ -61,6 +61,7 @@ _TIMES = _object(p20=_POSITIVE, p50=_POSITIVE, p80=_POSITIVE)
 _LIMITS = _object(copy_gbps=_POSITIVE, matmul_tflops=_POSITIVE)
 # null: not finite, which only what is wrong may be.
 _ERROR = _object(maximum=_optional(_NUMBER), rms=_optional(_NUMBER))
+# And `command`, which files of earlier versions lack.
 _ENVIRONMENT = _object(
     cpu=_optional(_TEXT), gpu=_optional(_TEXT), threads=_COUNT, isa=_optional(_TEXT), torch=_TEXT,
     commit=_TEXT, dirty=_FLAG, date=_TEXT,

@@ -10,7 +10,7 @@ from benchmarks.points import UNTIMED
 ENVIRONMENT = {
     "cpu": "a processor", "threads": 2, "isa": "avx2", "gpu": None, "cuda": None, "python": "3.11",
     "torch": "2.13.0", "triton": None, "numpy": "2", "commit": "abc1234", "dirty": False,
-    "date": "2026-11-21T00:00:00+00:00",
+    "command": "python -m benchmarks run --op layer_norm", "date": "2026-11-21T00:00:00+00:00",
 }  # fmt: skip
 BUILT = {
     "kernel": "rope", "case": "starcoder2_3b", "arch": "sm_80", "registers": 40,

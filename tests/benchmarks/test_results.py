@@ -140,6 +140,7 @@ def test_plots_show_the_points(tmp_path):
         assert min(image.shape[:2]) > 150 and image.std() > 0.05  # not blank
     text = (tmp_path / "page" / "README.md").read_text()
     assert "![roofline](roofline.png)" in text and text.count("| layer_norm residual") == 3
+    assert "- `python -m benchmarks run --op layer_norm`" in text
     assert "2.00x" in text and "Wrong, not timed: bias_gelu residual, cpu: result 0 is off" in text
 
 
@@ -154,6 +155,18 @@ def test_the_roofline_has_the_measured_roof_and_every_point():
     assert (6.0, 0.03) in drawn and any(
         xy == (6.0, pytest.approx(0.0075)) for xy in drawn
     )  # the peer takes four times as long
+
+
+def test_each_run_has_its_own_limits(tmp_path):
+    """The second file's run found a faster copy; each is named by what it measured."""
+    limits = {"copy_gbps": 20.0, "matmul_tflops": 0.25}
+    points = [point([1.0], [2.0]), point([1.0], [2.0], model="demo", limits=limits)]
+    roofs = [line for line in plots.roofline(points).axes[0].lines if line.get_color() == "black"]
+    assert [roof.get_ydata().max() for roof in roofs] == [0.5, 0.25]
+    assert ["tiny" in roofs[0].get_label(), "demo" in roofs[1].get_label()] == [True, True]
+    text = plots.page([*points, points[0]], [])
+    assert text.count("10.0 GB/s, 0.500 TFLOP/s") == 1 and "- tiny bfloat16, 2026-11-21" in text
+    assert text.count("20.0 GB/s, 0.250 TFLOP/s") == 1 and "- demo bfloat16, 2026-11-21" in text
 
 
 def test_the_bars_are_the_ratios():

@@ -33,6 +33,8 @@ def test_a_run_writes_the_points_that_it_prints(tmp_path):
     assert done.returncode == 0, done.stdout + done.stderr
     points = results.read(str(output))
     assert {p["op"] for p in points} == {"rope", "grad_norm"}
+    command = f"python -m benchmarks run {words} {output}"
+    assert {p["environment"]["command"] for p in points} == {command}
     rows = [line for line in done.stdout.splitlines() if line.startswith(("| rope", "| grad_norm"))]
     assert len(rows) == len(points)
     assert re.search(r"copy [\d.]+ GB/s, matrix product [\d.]+ TFLOP/s", done.stdout)
