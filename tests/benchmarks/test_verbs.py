@@ -175,5 +175,8 @@ def test_ctrl_c_without_points_promises_none(tmp_path):
         )  # fmt: skip
         time.sleep(wait)
         process.send_signal(signal.SIGINT)
-        _, errors = process.communicate(timeout=60)
+        try:
+            _, errors = process.communicate(timeout=60)
+        finally:
+            process.kill()
         assert process.returncode == 130 and errors == "\nstopped\n"
