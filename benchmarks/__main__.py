@@ -2,6 +2,7 @@
 
 import argparse
 import importlib
+import os
 import sys
 
 from benchmarks.usage import UsageError
@@ -24,8 +25,32 @@ VERBS = {
 
 
 def main(words: list[str] | None = None) -> int:
-    """Run one verb; 2 for a mistake of use, 130 for Ctrl-C, else the verb's own code."""
-    words = sys.argv[1:] if words is None else words
+    """Run one verb.
+
+    Returns:
+        2 for a mistake of use, 130 for Ctrl-C, 1 if the output cannot be written (a closed pipe, a
+        full disk), else the verb's own code.
+    """
+    try:
+        try:
+            return _run(sys.argv[1:] if words is None else words)
+        finally:
+            sys.stdout.flush()  # a closed pipe is noticed here, not when Python ends
+    except KeyboardInterrupt:
+        print("\nstopped", file=sys.stderr)
+        return 130
+    except UsageError as error:
+        print(error, file=sys.stderr)
+        return 2
+    except OSError as error:
+        if not isinstance(error, BrokenPipeError):  # `python -m benchmarks ... | head` is no error
+            print(f"benchmarks: {error}", file=sys.stderr)
+        _drop_stdout()
+        return 1
+
+
+def _run(words: list[str]) -> int:
+    """Parse the words, run the verb."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     verbs = parser.add_subparsers(title="verbs", metavar="VERB", required=True)
     asked = next((word for word in words if word in VERBS), None)
@@ -36,14 +61,14 @@ def main(words: list[str] | None = None) -> int:
             module.arguments(sub)
             sub.set_defaults(main=module.main)
     given = parser.parse_args(words)
-    try:
-        return given.main(given)
-    except KeyboardInterrupt:
-        print("\nstopped; the points so far are in the file of --output", file=sys.stderr)
-        return 130
-    except UsageError as error:
-        print(error, file=sys.stderr)
-        return 2
+    return given.main(given)
+
+
+def _drop_stdout() -> None:
+    """Drop what its buffer holds: Python would fail over it again when it ends."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, sys.stdout.fileno())
+    os.close(nowhere)
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 from benchmarks import results, shapes
 from benchmarks.harness import environment
-from benchmarks.usage import one_of
+from benchmarks.usage import UsageError, one_of
 from stellarator.progress import Progress
 
 ARCHITECTURES = {"sm_80": (8, 0), "sm_90a": (9, 0), "sm_100": (10, 0)}
@@ -207,7 +207,12 @@ def main(given: argparse.Namespace) -> int:
     os.environ["TRITON_INTERPRET"] = "0"
     todo = [(n, b) for n in names for b in builds(ARCHITECTURES[n])]
     missing = forgotten([build for _, build in todo])
+    kernels = sorted({build.kernel for _, build in todo})
     todo = [(n, b) for n, b in todo if b.kernel.startswith(given.kernel)]
+    if not todo:
+        raise UsageError(
+            f"--kernel: expected the beginning of {', '.join(kernels)}, got {given.kernel!r}."
+        )
     where = environment()
     with results.Writer(given.output) as write, Progress("compile") as show:
         for number, (name, build) in enumerate(todo):

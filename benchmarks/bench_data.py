@@ -27,7 +27,8 @@ import numpy as np
 from benchmarks import results
 from benchmarks.harness import CLOCKS, environment, take_turns, timed
 from benchmarks.machine import Quietness
-from benchmarks.usage import count, positive
+from benchmarks.points import UNTIMED
+from benchmarks.usage import count, positive, refusals
 from stellarator.config import FimConfig
 from stellarator.data import formats
 from stellarator.data.packing import PackedDataset
@@ -209,6 +210,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(given: argparse.Namespace) -> int:
     """Check, time, print; 1 if ours and plain code disagree."""
+    where = environment()
     with (
         tempfile.TemporaryDirectory() as name,
         results.Writer(given.output) as write,
@@ -217,11 +219,14 @@ def main(given: argparse.Namespace) -> int:
         work = Path(name)
         show(0.0, "making the texts")
         texts = _corpus(work / "source", given.megabytes)
-        tokenizer = Tokenizer.train(texts.values(), given.vocab, "starcoder")
-        stages = _reading(work, texts)
-        stages.append(_tokenizing(work / "source", tokenizer, work))
-        stages += _loading(list(texts.values()), tokenizer, work, given.length)
-        where = environment()
+        with refusals():  # of --vocab and --length
+            tokenizer = Tokenizer.train(texts.values(), given.vocab, "starcoder")
+            stages = _loading(list(texts.values()), tokenizer, work, given.length)
+        stages = [
+            *_reading(work, texts),
+            _tokenizing(work / "source", tokenizer, work),
+            *stages,
+        ]
         for number, stage in enumerate(stages):
             show(number / len(stages), stage.name)
             write(_point(stage, given, where))
@@ -236,7 +241,7 @@ def main(given: argparse.Namespace) -> int:
 
 def _point(stage: Stage, given: argparse.Namespace, where: dict) -> dict:
     """Check and time one stage."""
-    base = results.UNTIMED | {
+    base = UNTIMED | {
         "op": f"data: {stage.name}", "variant": "", "model": "", "dtype": "", "device": "cpu",
         "sizes": {"bytes": stage.num_bytes, "tokens": stage.num_tokens}, "phase": "whole",
         "impl": "stellarator", "peer": stage.peer_name, "errors": {}, "clock": given.clock,

@@ -17,13 +17,15 @@ from benchmarks import results
 from benchmarks.harness import CLOCKS, Quantiles, environment, take_turns, timed
 from benchmarks.machine import Quietness
 from benchmarks.memory import peak_memory_of
-from benchmarks.usage import count, one_of
+from benchmarks.points import UNTIMED
+from benchmarks.usage import count, one_of, refusals
 from stellarator import build_model, save_pretrained
 from stellarator.config import ModelConfig, OptimConfig
 from stellarator.train.flops import batch_flops
 from stellarator.train.optimizer import FlatOptimizer
 
 _OPTIM = OptimConfig(lr=3e-4)
+_LOSS_LIMIT = 0.02  # between ours and the peers', in nats
 
 
 def _config(arguments) -> ModelConfig:
@@ -141,6 +143,15 @@ def peak_bytes(make, shape: tuple) -> int:
     return torch.cuda.max_memory_allocated() - before
 
 
+def disagreeing(losses: dict[str, list[float]], first: str) -> list[str]:
+    """Who has other losses than the peer `first`, in any step; NaN is no loss, the peer's too."""
+    return [
+        name
+        for name, values in losses.items()
+        if not all(abs(a - b) <= _LOSS_LIMIT for a, b in zip(values, losses[first], strict=True))
+    ]
+
+
 def arguments(parser: argparse.ArgumentParser) -> None:
     """Options of `train`."""
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
@@ -164,14 +175,24 @@ def main(given: argparse.Namespace) -> int:
     config = _config(given)
     shape = (config, given.rows, given.length, given.device)
     makers = providers(given.peers)
-    first = list(makers)[1]
-    steps = {name: make(*shape) for name, make in makers.items()}
+    where = environment()
+    with results.Writer(given.output) as write:
+        return _run(given, shape, makers, where, write)
+
+
+def _run(
+    given: argparse.Namespace, shape: tuple, makers: dict, where: dict, write: results.Writer
+) -> int:
+    """`main` with everything that the options may have wrong behind it."""
+    config, first = shape[0], list(makers)[1]
+    with refusals():  # of sizes that make no model
+        steps = {name: make(*shape) for name, make in makers.items()}
     losses = {name: [step() for _ in range(3)] for name, step in steps.items()}
     for name, values in losses.items():
         print(f"{name}: losses of the first steps {', '.join(f'{v:.4f}' for v in values)}")
-        if max(abs(a - b) for a, b in zip(values, losses[first], strict=True)) > 0.02:
-            print(f"{name}: expected losses within 0.02 of the peer's; not timed")
-            return 1
+    if off := disagreeing(losses, first):
+        print(f"{', '.join(off)}: expected losses within {_LOSS_LIMIT} of {first}'s; not timed")
+        return 1
     quietness = Quietness()
     samplers = {n: timed(step, given.device, given.clock) for n, step in steps.items()}
     times = take_turns(samplers, given.repeats)
@@ -180,10 +201,8 @@ def main(given: argparse.Namespace) -> int:
     steps.clear()
     memories = {name: peak_bytes(make, shape) for name, make in makers.items()}
     flops = batch_flops(config, [given.length] * given.rows)
-    where = environment()
-    with results.Writer(given.output) as write:
-        for point in _points(given, config, times, memories, flops):
-            write(point | {"quiet": quiet, "environment": where})
+    for point in _points(given, config, times, memories, flops):
+        write(point | {"quiet": quiet, "environment": where})
     print("", results.where(where), "", sep="\n")
     print(_table(given, times, memories, first, flops))
     print(Quietness.warning(quiet))
@@ -196,7 +215,7 @@ def _points(given, config: ModelConfig, times: dict, memories: dict, flops: int)
     ours, *others = times
     median = Quantiles.of(times[ours]).p50_ms
     return [
-        results.UNTIMED
+        UNTIMED
         | {
             "op": "training_step", "variant": "", "model": config.family, "dtype": "bfloat16",
             "sizes": {name: getattr(given, name) for name in names} | {"T": given.length},

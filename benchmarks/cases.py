@@ -132,6 +132,15 @@ class Calls:
         self.prepare(outputs)
         return [*(o.detach() for o in outputs), *self.backward(outputs)]
 
+    def largest(self) -> float:
+        """The largest magnitude of a float among the inputs and the gradients of the results.
+
+        Infinities, as in a mask, are left out.
+        """
+        floats = [x.detach() for x in self.inputs.values() if x.is_floating_point()]
+        finite = [x[torch.isfinite(x)].abs() for x in (*floats, *self._gradients)]
+        return max(float(x.max()) for x in finite if x.numel())
+
     def names(self, num_results: int) -> list[str]:
         """What `both` returns, for messages."""
         gradients = [f"gradient of {n}" for n, x in self.inputs.items() if x.requires_grad]

@@ -1,6 +1,6 @@
 """`python -m benchmarks gate`: what must hold, from gates.toml, judged on results.
 
-defines: load, judge, Verdict, arguments, main
+defines: Verdict, judge, plans, measure, run_verb, arguments, main
 
 Nothing in gates.toml is absolute: a gate is a ratio to a named peer in the same run, an error ratio
 to eager code, or a limit of compiled code (spilled registers, share of the GPU's shared memory). A
@@ -10,11 +10,9 @@ gate whose point is not among the results is missed too: what was not measured h
 import argparse
 import itertools
 import math
-import os
 import subprocess
 import sys
 import tempfile
-import tomllib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,52 +20,15 @@ from pathlib import Path
 import torch
 
 from benchmarks import results, suite
-from benchmarks.harness import CLOCKS
+from benchmarks.gatefile import FILE, SELECT, SELECT_COMPILED, load
+from benchmarks.harness import CLOCKS, command
 from benchmarks.run import print_report
 from benchmarks.usage import UsageError, count, one_of, positive
 from stellarator.progress import Progress
 
-FILE = Path(__file__).with_name("gates.toml")
-COMPILED = "compile"
-_SELECT = ("op", "variant", "model", "tokens", "dtype", "device", "phase", "impl", "peer")
-_LIMITS = ("speed", "memory", "errors")
 # Sets that another verb measures, in a process of its own: it says how Triton is imported.
-_VERBS = {"train": ["train", "--peers", "eager,compiled"], "data": ["data"], COMPILED: [COMPILED]}
-_SELECT_COMPILED = ("kernel", "arch")
-_LIMITS_COMPILED = ("spill_bytes", "shared", "instructions")
-
-
-def load(path: str | Path = FILE) -> dict[str, list[dict]]:
-    """{name of a set: its gates}, defaults filled in and lists taken apart.
-
-    Raises:
-        UsageError: the file cannot be read, or an entry has a key that is no field and no limit, or
-            no limit at all.
-    """
-    try:
-        sets = tomllib.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UsageError(f"{path}: {error}") from None
-    return {name: _gates(f"{path}: {name}", given) for name, given in sets.items()}
-
-
-def _gates(where: str, given: dict) -> list[dict]:
-    """One dict a gate."""
-    found = []
-    if not isinstance(given, dict) or not isinstance(given.get("gates"), list):
-        raise UsageError(f"{where}: expected `gates`, a list of tables, got {given!r}.")
-    for gate in (given.get("defaults", {}) | gate for gate in given["gates"]):
-        compiled = "kernel" in gate
-        select = _SELECT_COMPILED if compiled else _SELECT
-        limits = _LIMITS_COMPILED if compiled else _LIMITS
-        if unknown := set(gate) - {*select, *limits, "aim"}:
-            raise UsageError(f"{where}: expected keys of {select + limits}, got {unknown}.")
-        if not set(gate) & set(limits):
-            raise UsageError(f"{where}: expected one of {limits}, got {gate}.")
-        lists = {name: gate[name] for name in select if isinstance(gate.get(name), list)}
-        for values in itertools.product(*lists.values()):
-            found.append(gate | dict(zip(lists, values, strict=True)))
-    return found
+_VERBS = {"train": ["train", "--peers", "eager,compiled"], "data": ["data"], "compile": ["compile"]}
+_REPEATS, _SECONDS = 15, 20.0
 
 
 @dataclass(frozen=True)
@@ -81,33 +42,50 @@ class Verdict:
 
 
 def judge(gates: list[dict], points: list[dict]) -> list[Verdict]:
-    """Every limit of every gate; points that are wrong pass nothing."""
-    verdicts = []
-    for gate in gates:
-        compiled = "kernel" in gate
-        names = _SELECT_COMPILED if compiled else _SELECT
-        wanted = {name: gate[name] for name in names if name in gate}
-        found = [p for p in points if ("kernel" in p) == compiled and _matches(p, wanted)]
-        if "phase" not in gate and any(p.get("phase") == "both" for p in found):
-            found = [p for p in found if p["phase"] == "both"]
-        what = " ".join(str(v) for v in wanted.values())
-        if not found:
-            verdicts.append(Verdict(what, "measured", "no such point", False))
-        rule = _judge_compiled if compiled else _judge_point
-        worst: dict[str, tuple[float, str]] = {}
-        for point in found:
-            for limit, excess, text in rule(gate, point):
-                worst[limit] = max(worst.get(limit, (-math.inf, "")), (excess, text))
-        verdicts += [Verdict(what, n, text, excess <= 0) for n, (excess, text) in worst.items()]
-    return verdicts
+    """Every limit of every gate, at least one verdict for each; what is wrong passes nothing."""
+    return [verdict for gate in gates for verdict in _verdicts(gate, points)]
+
+
+def _verdicts(gate: dict, points: list[dict]) -> list[Verdict]:
+    """Each limit of a gate on the worst of its points."""
+    compiled = "kernel" in gate
+    wanted = {name: gate[name] for name in _select(compiled) if name in gate}
+    found = _points_of(wanted, [p for p in points if ("kernel" in p) == compiled])
+    what = " ".join(str(v) for v in wanted.values())
+    worst: dict[str, tuple[float, str]] = {}
+    for point in found:
+        for limit, excess, text in (_judge_compiled if compiled else _judge_point)(gate, point):
+            # NaN is neither above nor below anything: it is the worst.
+            excess = math.inf if math.isnan(excess) else excess
+            worst[limit] = max(worst.get(limit, (-math.inf, "")), (excess, text))
+    if not worst:
+        return [Verdict(what, "measured", "no such point", False)]
+    loaded = any(p.get("quiet") and not p["quiet"]["quiet"] for p in found)
+    mark = ", LOADED" if loaded else ""
+    return [Verdict(what, n, text + mark, excess <= 0) for n, (excess, text) in worst.items()]
+
+
+def _select(compiled: bool) -> tuple[str, ...]:
+    return SELECT_COMPILED if compiled else SELECT
+
+
+def _points_of(wanted: dict, points: list[dict]) -> list[dict]:
+    """The points of a gate, and those of wrong implementations, which have no peer and phase.
+
+    Without a phase in the gate: forward and backward together, where there are such points.
+    """
+    right = [p for p in points if p.get("wrong") is None and _matches(p, wanted)]
+    if "phase" not in wanted and any(p.get("phase") == "both" for p in right):
+        right = [p for p in right if p["phase"] == "both"]
+    anywhere = {n: v for n, v in wanted.items() if n not in ("peer", "phase")}
+    return right + [p for p in points if p.get("wrong") is not None and _matches(p, anywhere)]
 
 
 def _matches(point: dict, wanted: dict) -> bool:
     """Whether a point is the one that is meant; `variant` may be its first word."""
     for name, value in wanted.items():
         if name == "tokens":
-            sizes = point["sizes"]
-            if sizes.get("T") is not None and value not in (sizes["T"], sizes["B"] * sizes["T"]):
+            if not _has_tokens(point["sizes"], value):
                 return False
         elif name == "variant":
             if value not in (point["variant"], point["variant"].split(" ")[0]):
@@ -117,16 +95,27 @@ def _matches(point: dict, wanted: dict) -> bool:
     return True
 
 
+def _has_tokens(sizes: dict, tokens: int) -> bool:
+    """Whether a row, a cache or the micro-batch has so many; an optimizer's n does not depend."""
+    if set(sizes) == {"n"}:
+        return True
+    batch = sizes.get("B", 0) * sizes.get("T", 0)
+    return tokens in (sizes.get("N"), sizes.get("T"), sizes.get("S"), batch)
+
+
 def _judge_point(gate: dict, point: dict) -> Iterator[tuple[str, float, str]]:
     """(limit, by how much it is missed, what was found) of each limit."""
     if point["wrong"] is not None:
-        yield "right", math.inf, point["wrong"]
+        yield "right", math.inf, f"{point['impl']}: {point['wrong']}"
         return
     if "errors" in gate:
-        found = {place: max(e["maximum"], e["rms"]) for place, e in point["errors"].items()}
-        place = max(found, key=found.get)
         limit = f"errors <= {gate['errors']:g}"
-        yield limit, found[place] - gate["errors"], f"{found[place]:.2f} ({place} shape)"
+        found = {place: max(e["maximum"], e["rms"]) for place, e in point["errors"].items()}
+        if found:
+            place = max(found, key=found.get)
+            yield limit, found[place] - gate["errors"], f"{found[place]:.2f} ({place} shape)"
+        else:
+            yield limit, math.inf, "not checked"
     if "speed" in gate:
         aim = f", aim {gate['aim']:g}x" if "aim" in gate else ""
         limit, ratio = f"speed >= {gate['speed']:g}x{aim}", point["ratio"]
@@ -187,17 +176,20 @@ def plans(gates: list[dict], **options) -> list[suite.Plan]:
 
 
 def measure(given: argparse.Namespace, gates: list[dict]) -> list[dict]:
-    """Run what the gates of a set need."""
-    if given.set in _VERBS:
-        return _run_verb(_VERBS[given.set], given.output)
+    """Run the ops that the gates of a set need."""
     clock = given.clock or ("cpu" if torch.get_num_threads() == 1 else "wall")
-    if any(gate.get("device") == "cuda" for gate in gates):
+    if given.clock is None and any(gate.get("device") == "cuda" for gate in gates):
         clock = "wall"
-    options = {"repeats": given.repeats, "seconds": given.seconds, "clock": clock}
+    options = {
+        "repeats": given.repeats or _REPEATS,
+        "seconds": given.seconds or _SECONDS,
+        "clock": clock,
+    }
     todo, merged, limits = plans(gates, **options), suite.Outcome(), {}
+    for plan in todo:
+        plan.check()
     with results.Writer(given.output) as write, Progress("gate") as show:
         for number, plan in enumerate(todo):
-            plan.check()
 
             def part(done: float, text: str, number: int = number) -> None:
                 show((number + done) / len(todo), text)
@@ -210,13 +202,24 @@ def measure(given: argparse.Namespace, gates: list[dict]) -> list[dict]:
     return write.points
 
 
-def _run_verb(words: list[str], output: str | None) -> list[dict]:
-    """The points of another verb; its own report goes to the error stream."""
-    with tempfile.TemporaryDirectory() as folder:
-        path = output or os.path.join(folder, "points.json")
-        command = [sys.executable, "-m", "benchmarks", *words, "--output", path]
-        subprocess.run(command, stdout=sys.stderr, check=False)
-        return results.read(path) if os.path.exists(path) else []
+def run_verb(words: list[str], output: str | None) -> tuple[list[dict], list[Verdict]]:
+    """The points of another verb, and a missed verdict if it failed.
+
+    Its own report goes to the error stream. It writes to a new file, so that nothing of an earlier
+    run is judged.
+    """
+    with results.Writer(output) as write, tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "points.json")
+        start = [sys.executable, "-m", "benchmarks", *words, "--output", str(path)]
+        try:
+            code = subprocess.run(start, stdout=sys.stderr, check=False).returncode
+        except KeyboardInterrupt:  # the verb got it too and has said so
+            raise SystemExit(130) from None
+        for point in results.read(str(path)) if path.exists() else []:
+            write(point | {"environment": point["environment"] | {"command": command()}})
+    what = f"python -m benchmarks {' '.join(words)}"
+    failed = [Verdict(what, "exit code 0", f"exit code {code}", False)] if code else []
+    return write.points, failed
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
@@ -224,8 +227,8 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("results", nargs="*", metavar="FILE.json", help="judge these; else run")
     parser.add_argument("--set", default="cpu", help="of gates.toml: short, cpu, train, ... (cpu)")
     parser.add_argument("--gates", default=FILE, metavar="FILE.toml", help="other gates")
-    parser.add_argument("--repeats", type=count, default=15)
-    parser.add_argument("--seconds", type=positive, default=20.0, help="timing of a case at most")
+    parser.add_argument("--repeats", type=count, help=f"turns of a case at most ({_REPEATS})")
+    parser.add_argument("--seconds", type=positive, help=f"timing of a case at most ({_SECONDS:g})")
     parser.add_argument("--clock", choices=CLOCKS, help="cpu with one thread, wall with more")
     parser.add_argument("--output", metavar="FILE.json", help="one JSON line a point")
 
@@ -234,12 +237,26 @@ def main(given: argparse.Namespace) -> int:
     """Print the table of passed and missed; 1 if one is missed."""
     sets = load(given.gates)
     one_of("--set", [given.set], sets)
-    gates = sets[given.set]
-    points = results.read(*given.results) if given.results else measure(given, gates)
-    verdicts = judge(gates, points)
+    gates, failed = sets[given.set], []
+    if given.results:
+        _refuse(given, ("output", "repeats", "seconds", "clock"), "files are only judged")
+        points = results.read(*given.results)
+    elif given.set in _VERBS:
+        _refuse(given, ("repeats", "seconds", "clock"), f"`{given.set}` measures in its own way")
+        points, failed = run_verb(_VERBS[given.set], given.output)
+    else:
+        points = measure(given, gates)
+    verdicts = failed + judge(gates, points)
     header = ["", "gate", "limit", "found"]
     rows = [["passed" if v.passed else "MISSED", v.what, v.limit, v.found] for v in verdicts]
     print(results.table(rows, header))
     missed = sum(not v.passed for v in verdicts)
     print(f"\n{len(verdicts) - missed} passed, {missed} missed")
     return 1 if missed else 0
+
+
+def _refuse(given: argparse.Namespace, options: tuple[str, ...], why: str) -> None:
+    """Raises UsageError for options that would do nothing."""
+    for option in options:
+        if getattr(given, option) is not None:
+            raise UsageError(f"--{option}: expected it to be left out, as {why}. Leave it out.")

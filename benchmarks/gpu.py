@@ -14,14 +14,16 @@ from benchmarks.run import print_report
 from benchmarks.usage import count
 from stellarator.progress import Progress
 
+_TOKENS, _ROWS = 4096, 2
+
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     """Options of `gpu`."""
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda")
     parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16")
     parser.add_argument("--model", default="starcoder2_3b")
-    parser.add_argument("--tokens", type=count, default=4096, help="of a row")
-    parser.add_argument("--rows", type=count, default=2, help="of the micro-batch")
+    parser.add_argument("--tokens", type=count, help=f"of a row ({_TOKENS})")
+    parser.add_argument("--rows", type=count, help=f"of the micro-batch ({_ROWS})")
     parser.add_argument("--peers", default="default", help="names with commas between")
     parser.add_argument("--op", help="with commas between (all)")
     parser.add_argument("--small", action="store_true", help="small shapes, to try it out")
@@ -34,13 +36,13 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 def plan_of(given: argparse.Namespace) -> suite.Plan:
     """The plan that the options describe; ops without a Triton kernel run what `auto` takes."""
-    dry = given.dry
-    ops = {"ops": tuple(given.op.split(","))} if given.op else {}
+    dry, small = given.dry, given.small or given.dry
+    ops = {} if given.op is None else {"ops": tuple(given.op.split(","))}
     return suite.Plan(
         model="tiny" if dry else given.model,
-        tokens=given.tokens,
-        rows=given.rows,
-        small=given.small or dry,
+        tokens=given.tokens if small else given.tokens or _TOKENS,
+        rows=given.rows if small else given.rows or _ROWS,
+        small=small,
         device="cpu" if dry else given.device,
         # The interpreter's casts to bfloat16 truncate.
         dtype="float32" if dry else given.dtype,
@@ -54,7 +56,7 @@ def plan_of(given: argparse.Namespace) -> suite.Plan:
 
 
 def main(given: argparse.Namespace) -> int:
-    """Check, time and print; 1 if an op is wrong."""
+    """Check, time and print; 1 if an op is wrong or nothing was measured."""
     plan = plan_of(given)
     plan.check()
     with results.Writer(given.output) as write, Progress("gpu") as show:
@@ -62,4 +64,4 @@ def main(given: argparse.Namespace) -> int:
     print_report(write.points, outcome)
     if plan.device == "cuda":
         print(f"\npeak of the allocator: {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB")
-    return 1 if outcome.wrong else 0
+    return 1 if outcome.wrong or not write.points else 0

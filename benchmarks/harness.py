@@ -1,6 +1,6 @@
 """Where a benchmark ran, and timing in turns.
 
-defines: environment, CLOCKS, Quantiles, Stopwatch, take_turns, timed
+defines: command, environment, CLOCKS, Quantiles, Stopwatch, take_turns, timed
 
 Variants are timed in turns in one process, so that a slow moment of the machine hits all of them,
 and each turn begins with another variant, so that none always follows the same neighbour.
@@ -10,13 +10,17 @@ machine with other work: time during which the process did not run is not in it.
 
 import datetime
 import platform
+import shlex
 import subprocess
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+
+from benchmarks.usage import refusals
 
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 _L2_BYTES = 256 * 2**20  # more than the L2 cache of any GPU
@@ -49,17 +53,25 @@ def _git(*words: str) -> str:
     return done.stdout.strip()
 
 
+def command() -> str:
+    """The command that this process was started with."""
+    return shlex.join(["python", "-m", "benchmarks", *sys.argv[1:]])
+
+
 def environment() -> dict:
-    """Machine, versions, commit and date, for every result."""
+    """Machine, versions, commit, command and date, for every result."""
     import numpy
 
     from stellarator_kernels import _triton, extension
 
-    names = [line for line in open("/proc/cpuinfo") if line.startswith("model name")]
+    with open("/proc/cpuinfo") as file:
+        names = [line for line in file if line.startswith("model name")]
     has_triton, has_extension = _triton.FAILURE is None, extension.failure() is None
+    with refusals():  # STELLARATOR_ISA may hold any word
+        isa = extension.isa().name if has_extension else None
     return {
         "cpu": names[0].split(":")[1].strip() if names else platform.processor(),
-        "isa": extension.isa().name if has_extension else None,
+        "isa": isa,
         "threads": torch.get_num_threads(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "cuda": torch.version.cuda,
@@ -69,6 +81,7 @@ def environment() -> dict:
         "numpy": numpy.__version__,
         "commit": _git("rev-parse", "--short", "HEAD"),
         "dirty": bool(_git("status", "--porcelain")),
+        "command": command(),
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     }
 

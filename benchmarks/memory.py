@@ -17,6 +17,7 @@ so that code that is loaded and caches that are filled once are not in it. Where
 import ctypes
 import gc
 import multiprocessing
+import signal
 from collections.abc import Callable
 
 import torch
@@ -54,11 +55,13 @@ def _resident_peak(call: Callable[[], object]) -> int | None:
             file.write("5")
     except (OSError, AttributeError):  # not permitted, or another C library
         return None
-    before, used = _resident_bytes("VmRSS"), arena()["used"]
+    before, used = _resident_bytes("VmRSS"), arena()
     reset_peak()
     call()
-    resident = max(0, _resident_bytes("VmHWM") - before)
-    return resident + arena()["peak"] - used
+    after = arena()
+    # Pages that the arena touched for the first time are in both counts.
+    grown = _resident_bytes("VmHWM") - before - (after["high"] - used["high"])
+    return max(0, grown) + after["peak"] - used["used"]
 
 
 def _measure(make: Callable, arguments: tuple, pipe) -> None:
@@ -79,11 +82,19 @@ def peak_memory_of(make: Callable, *arguments) -> int:
     context = multiprocessing.get_context("spawn")
     here, there = context.Pipe(duplex=False)
     process = context.Process(target=_measure, args=(make, arguments, there))
-    process.start()
+    # The child inherits the mask: Ctrl-C is for this process, which ends the child.
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        process.start()
+    finally:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
     there.close()
     try:
         return here.recv()
     except EOFError:
         raise RuntimeError(f"the process that measured {make.__name__} died") from None
+    except KeyboardInterrupt:
+        process.kill()
+        raise
     finally:
         process.join()

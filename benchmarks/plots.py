@@ -9,6 +9,7 @@ window system is asked for.
 """
 
 import argparse
+import itertools
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -22,6 +23,7 @@ from benchmarks.run import markdown
 from benchmarks.usage import UsageError
 
 _COLOURS = {"forward": "#4477aa", "backward": "#ee6677", "both": "#228833", "whole": "#228833"}
+_STYLES = ("-", "--", ":", "-.")  # of the roofs
 _MARKS = "osD^vP*X<>hpd8H"
 _TICKS = [m * 10.0**e for e in range(-4, 5) for m in (1, 2, 5)]
 
@@ -41,11 +43,22 @@ def groups(points: list[dict]) -> Iterator[tuple[str, list[dict]]]:
         yield suffix, [p for p in points if (p["device"], p["dtype"]) == kind]
 
 
+def measured_limits(points: list[dict]) -> list[tuple[dict, str]]:
+    """Each pair of limits that a run measured, and whose they are: models, dtypes, first date."""
+    known = {tuple(sorted(p["limits"].items())): p["limits"] for p in points}
+    found = []
+    for limits in known.values():
+        group = [p for p in points if p["limits"] == limits]
+        words = [p[name] for name in ("model", "dtype") for p in group]
+        first = min(p["environment"]["date"] for p in group)
+        found.append((limits, f"{' '.join(dict.fromkeys(words))}, {first}"))
+    return found
+
+
 def roofline(points: list[dict]) -> Figure:
     """Each op and phase once, ours and the fastest peer's, below copy bandwidth and peak rate."""
     figure = _figure(11, 6)
     axes = figure.add_subplot()
-    limits = points[0]["limits"]
     best: dict[tuple, dict] = {}
     for p in points:
         name = (results.name(p), p["phase"], p["impl"])
@@ -53,8 +66,9 @@ def roofline(points: list[dict]) -> Figure:
             best[name] = p
     intensity = [p["flops_per_byte"] for p in best.values()]
     x = np.geomspace(min(intensity) / 2, max(*intensity, 200.0) * 2, 100)
-    roof = np.minimum(limits["matmul_tflops"], x * limits["copy_gbps"] / 1e3)
-    axes.plot(x, roof, color="black", label="copy bandwidth and matrix-product peak, measured")
+    for style, (limits, of) in zip(itertools.cycle(_STYLES), measured_limits(points)):
+        roof = np.minimum(limits["matmul_tflops"], x * limits["copy_gbps"] / 1e3)
+        axes.plot(x, roof, style, color="black", label=f"copy and matrix-product peak, {of}")
     ops = list(dict.fromkeys(name for name, _, _ in best))
     for (name, phase, _), p in best.items():
         mark, colour = _MARKS[ops.index(name) % len(_MARKS)], _COLOURS[phase]
@@ -130,18 +144,18 @@ def page(points: list[dict], files: list[str]) -> str:
     places = {results.where(p["environment"] | {"date": ""}): p for p in points[::-1]}
     places = [results.where(p["environment"]) for p in list(places.values())[::-1]]
     lines = ["# Benchmark results", "", *(f"- {place}" for place in places)]
+    commands = dict.fromkeys(p["environment"].get("command") for p in points)
+    lines += [f"- `{command}`" for command in commands if command]
     if any(p["quiet"] and not p["quiet"]["quiet"] for p in timed):
         lines.append("- Loaded: other work used the machine, the times are not to be kept.")
     lines += ["", *(f"![{name.removesuffix('.png')}]({name})" for name in files), ""]
     if ops := [p for p in timed if p["gbps"] is not None]:
-        limits = ops[0]["limits"]
+        lines += ["Shares are of what each run measured as copy bandwidth and matrix product:", ""]
         lines += [
-            "Shares are of what the run measured as copy bandwidth and matrix-product peak: "
-            f"{limits['copy_gbps']:.1f} GB/s, {limits['matmul_tflops']:.3f} TFLOP/s.",
-            "",
-            markdown(ops),
-            "",
+            f"- {of}: {limits['copy_gbps']:.1f} GB/s, {limits['matmul_tflops']:.3f} TFLOP/s"
+            for limits, of in measured_limits(ops)
         ]
+        lines += ["", markdown(ops), ""]
     if others := [p for p in timed if p["gbps"] is None]:
         header = ["what", "ours", "ms", "peer", "peer ms", "speed", "MiB, peer", "memory"]
         lines += [results.table([_row(p) for p in others], header), ""]
@@ -174,7 +188,11 @@ def main(given: argparse.Namespace) -> int:
     if not points:
         raise UsageError(f"plot: expected points in {', '.join(given.results)}, got none.")
     folder, files = Path(given.folder), []
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "README.md").touch()
+    except OSError as error:
+        raise UsageError(f"--folder: expected one that can be written, got {error}") from None
     timed = [p for p in points if "kernel" not in p and p["wrong"] is None]
     for suffix, group in groups(timed):
         rated = [p for p in group if p["flops_per_byte"]]

@@ -1,79 +1,21 @@
 """Result files: one JSON object a line, one line a point.
 
-defines: FIELDS, COMPILED_FIELDS, validate, Writer, read, key, table, compare
+defines: timed, Writer, read, key, name, where, table, compare, arguments, main
 
-A point is one op (or the training step, or a stage of the data path) at one shape in one phase, by
-one of our implementations beside one peer; or one compiled kernel. A point with `wrong` has errors
-and no times.
+What a point is: benchmarks/points.py.
 """
 
 import argparse
 import json
 import math
+import sys
 from pathlib import Path
 
 from benchmarks.harness import Quantiles
+from benchmarks.points import validate
 from benchmarks.usage import UsageError
 
-NUMBER = (int, float)
-OPTIONAL_NUMBER = (int, float, type(None))
-# Every field of a point and its types.
-FIELDS = {
-    "op": str,
-    "variant": str,
-    "model": str,
-    "sizes": dict,
-    "dtype": str,
-    "device": str,
-    "phase": str,  # "forward", "backward", "both"; "whole" where there is one only
-    "impl": str,  # what ran, not what was asked for
-    "peer": str,
-    "ms": (dict, type(None)),  # p20, p50, p80; None: wrong, not timed
-    "peer_ms": (dict, type(None)),
-    "ratio": OPTIONAL_NUMBER,  # median of the peer over ours: above 1, ours is faster
-    "ratio_p20": OPTIONAL_NUMBER,  # quantiles of the ratio of the two times of one turn
-    "ratio_p80": OPTIONAL_NUMBER,
-    "gbps": OPTIONAL_NUMBER,
-    "tflops": OPTIONAL_NUMBER,
-    "copy_share": OPTIONAL_NUMBER,  # of the copy bandwidth that the run measured
-    "matmul_share": OPTIONAL_NUMBER,  # of the matrix-product peak that the run measured
-    "flops_per_byte": OPTIONAL_NUMBER,
-    "peak_bytes": OPTIONAL_NUMBER,  # what the call adds; of the phase "both", or the only one
-    "peer_peak_bytes": OPTIONAL_NUMBER,
-    "memory_ratio": OPTIONAL_NUMBER,  # ours over the peer: below 1, ours needs less
-    "errors": dict,  # "small" and "timed": the worst result, see checks.Errors; may lack either
-    "wrong": (str, type(None)),
-    "clock": str,
-    "limits": dict,  # copy_gbps, matmul_tflops
-    "quiet": (dict, type(None)),
-    "environment": dict,
-}
-# The fields that a point may lack a value for.
-UNTIMED = {n: None for n, kind in FIELDS.items() if isinstance(kind, tuple) and type(None) in kind}
-COMPILED_FIELDS = {
-    "kernel": str,
-    "case": str,
-    "arch": str,
-    "registers": int,
-    "spill_bytes": int,
-    "shared_bytes": int,
-    "shared_limit": int,
-    "instructions": dict,  # name -> how often it stands in the code
-    "environment": dict,
-}
 _IDENTITY = ("op", "variant", "model", "sizes", "dtype", "device", "phase", "impl", "peer")
-
-
-def validate(point: dict) -> None:
-    """Raises ValueError unless a point has every field and no other, each of its type."""
-    fields = COMPILED_FIELDS if "kernel" in point else FIELDS
-    if set(point) != set(fields):
-        odd = sorted(set(point) ^ set(fields))
-        raise ValueError(f"results: expected the fields of a point, got a difference in {odd}.")
-    for name, kind in fields.items():
-        value = point[name]
-        if not isinstance(value, kind) or isinstance(value, bool):
-            raise ValueError(f"results: expected {name} to be {kind}, got {value!r}.")
 
 
 def timed(ours_ms: list[float], peer_ms: list[float]) -> dict:
@@ -110,15 +52,19 @@ class Writer:
         validate(point)
         self.points.append(point)
         if self._file:
-            self._file.write(json.dumps(point) + "\n")
+            self._file.write(json.dumps(point, allow_nan=False) + "\n")
             self._file.flush()
 
     def __enter__(self) -> "Writer":
         return self
 
-    def __exit__(self, *exception) -> None:
-        if self._file:
-            self._file.close()
+    def __exit__(self, kind: type[BaseException] | None, *_) -> None:
+        if self._file is None:
+            return
+        self._file.close()
+        if kind is KeyboardInterrupt and self.points:
+            count = len(self.points)
+            print(f"\n{self._file.name}: the {count} points so far", file=sys.stderr)
 
 
 def read(*paths: str) -> list[dict]:
@@ -137,7 +83,7 @@ def read(*paths: str) -> list[dict]:
             try:
                 point = json.loads(line)
                 validate(point)
-            except (ValueError, TypeError) as error:
+            except ValueError as error:
                 raise UsageError(f"{path}, line {number}: {error}") from None
             points.append(point)
     return points
@@ -209,6 +155,11 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 def main(arguments) -> int:
     """`compare`: prints the table; 1 if the files have nothing in common."""
     before, after = read(arguments.before), read(arguments.after)
+    if any("kernel" in p for p in before + after):
+        raise UsageError(
+            "compare: expected points with times beside a peer, got compiled kernels. "
+            "Judge those with `gate --set compile`."
+        )
     rows = compare(before, after)
     if not rows:
         print("compare: expected points of the same ops, shapes and peers in both files, got none.")

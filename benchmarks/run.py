@@ -45,7 +45,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 def plan_of(given: argparse.Namespace) -> suite.Plan:
     """The plan that the options of `run` describe."""
     return suite.Plan(
-        ops=tuple(given.op.split(",")) if given.op else tuple(ops.OPS),
+        ops=tuple(ops.OPS) if given.op is None else tuple(given.op.split(",")),
         model=given.model,
         tokens=given.tokens,
         rows=given.rows,
@@ -62,13 +62,13 @@ def plan_of(given: argparse.Namespace) -> suite.Plan:
 
 
 def main(given: argparse.Namespace) -> int:
-    """Run, print; 1 if an op is wrong."""
+    """Run, print; 1 if an op is wrong or nothing was measured."""
     plan = plan_of(given)
     plan.check()
     with results.Writer(given.output) as write, Progress("benchmarks") as show:
         outcome = suite.run(plan, write, show)
     print_report(write.points, outcome)
-    return 1 if outcome.wrong else 0
+    return 1 if outcome.wrong or not write.points else 0
 
 
 def print_report(points: list[dict], outcome: suite.Outcome) -> None:
@@ -88,6 +88,8 @@ def print_report(points: list[dict], outcome: suite.Outcome) -> None:
         print(f"WRONG, not timed: {line}")
     for line in outcome.notes:
         print(f"note: {line}")
+    if not points:
+        print("Nothing was measured: expected an implementation and a peer that can run, got none.")
 
 
 def markdown(points: list[dict]) -> str:

@@ -18,6 +18,7 @@ from benchmarks.cases import Calls, Case, Maker
 from benchmarks.harness import Stopwatch, environment, take_turns
 from benchmarks.machine import Limits, Quietness, measure_limits
 from benchmarks.memory import peak_of_call
+from benchmarks.points import UNTIMED
 from benchmarks.usage import UsageError, one_of
 from stellarator_kernels import dispatch
 
@@ -53,6 +54,11 @@ class Plan:
 
     def check(self) -> None:
         """Raises UsageError for what cannot be run."""
+        if self.small and (self.tokens or self.rows or self.window):
+            raise UsageError(
+                "--small: expected no --tokens, --rows or --window, as the small shape has its "
+                "own, got one. Leave it out, or --small."
+            )
         shape = shapes.reduced(self.shape())
         one_of("--op", self.ops, ops.OPS)
         one_of("--impl", self.impls, ("auto", *dispatch.IMPLEMENTATIONS))
@@ -91,13 +97,13 @@ def run(
     """
     outcome, dtype = Outcome(), getattr(torch, plan.dtype)
     plan.check()
+    where, shape = environment(), plan.shape()
     show(0.0, "measuring the machine")
     setting = (plan.device, dtype, plan.clock)
     known = {} if known is None else known
     if setting not in known:
         known[setting] = measure_limits(*setting, scale=8 if plan.small else 1)
     limits = known[setting]
-    where, shape = environment(), plan.shape()
     todo = []
     for op in plan.ops:
         small = ops.cases(op, shapes.reduced(shape), plan.device)
@@ -275,4 +281,4 @@ def _weights(ours: int | None, peer: int | None) -> dict:
 def _untimed(impl: str, errors: dict, wrong: str) -> dict:
     """A point without times."""
     known = {"phase": "both", "impl": impl, "peer": "", "errors": errors, "wrong": wrong}
-    return results.UNTIMED | known
+    return UNTIMED | known

@@ -1,15 +1,25 @@
 """Mistakes of use: printed without a traceback, exit code 2.
 
-defines: UsageError, one_of, count, positive
+defines: UsageError, refusals, one_of, count, positive
 """
 
 import argparse
+import contextlib
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 
 class UsageError(ValueError):
     """A message for whoever typed the command: what was expected, what came, what to do."""
+
+
+@contextlib.contextmanager
+def refusals() -> Iterator[None]:
+    """Within this block a ValueError of the engine or the kernels is a mistake of use."""
+    try:
+        yield
+    except ValueError as error:
+        raise UsageError(str(error)) from None
 
 
 def one_of(option: str, given: Iterable[str], names: Iterable[str]) -> None:

@@ -1,11 +1,15 @@
 """Result files are valid or refused; two of them are compared; plots show what is in them."""
 
 import json
+import math
 
 import pytest
-from benchmark_helpers import point, run
+from benchmark_helpers import BUILT, point, run
 
 from benchmarks import plots, results
+from benchmarks.checks import Errors
+from benchmarks.points import validate
+from benchmarks.usage import UsageError
 
 
 def write(path, *points):
@@ -24,18 +28,59 @@ def test_a_point_goes_through_a_file_unchanged(tmp_path):
     )  # fmt: skip
 
 
-@pytest.mark.parametrize(
-    "change", [{"ratio": "fast"}, {"sizes": None}, {"extra": 1}, {"op": None}, {"gbps": True}]
-)
+ERROR = {"maximum": 1.0, "rms": 1.0, "where": "result 0", "limit": 2.0}
+HOLLOW = [
+    {"ratio": "fast"}, {"ratio": math.nan}, {"ratio": math.inf}, {"ratio": None}, {"ratio": 0},
+    {"ratio_p20": None}, {"ratio_p20": 0}, {"ms": None}, {"peer_ms": {"p20": 1.0, "p50": 1.0}},
+    {"ms": {"p20": 1.0, "p50": math.nan, "p80": 1.0}}, {"phase": "zzz"}, {"phase": {}},
+    {"sizes": None}, {"sizes": {"N": "many"}}, {"extra": 1}, {"op": None}, {"op": ""},
+    {"gbps": True}, {"gbps": None}, {"gbps": 10**400}, {"tflops": math.nan}, {"limits": {}},
+    {"limits": {"copy_gbps": math.nan, "matmul_tflops": 1.0}}, {"memory_ratio": math.nan},
+    {"errors": []}, {"errors": {"small": {}}}, {"errors": {"small": ERROR | {"rms": math.nan}}},
+    {"errors": {"small": ERROR | {"rms": None}}}, {"environment": {}}, {"wrong": ""},
+    {"wrong": "off"}, {"quiet": {}}, {"quiet": {"quiet": 1, "others": 0.0, "drift": 0.0}},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("change", HOLLOW, ids=str)
 def test_a_point_that_is_none_is_refused(tmp_path, change):
-    with pytest.raises(ValueError, match=next(iter(change))):
-        results.validate(point([1], [1]) | change)
+    field = next(iter(change))
+    with pytest.raises(ValueError, match=field):
+        validate(point([1], [1]) | change)
     path = tmp_path / "a.json"
     path.write_text(json.dumps(point([1], [1])) + "\n" + json.dumps(point([1], [1]) | change))
-    with pytest.raises(ValueError, match=r"a\.json, line 2: "):
+    with pytest.raises(UsageError, match=rf"a\.json, line 2: .*{field}"):
         results.read(str(path))
+
+
+@pytest.mark.parametrize("line", ["5", "null", "[1, 2]", "no JSON", '"kernel"', '{"kernel": 1}'])
+def test_a_line_that_is_no_point_is_refused(tmp_path, line):
+    path = tmp_path / "a.json"
+    path.write_text(line)
+    with pytest.raises(UsageError, match=r"a\.json, line 1: "):
+        results.read(str(path))
+
+
+def test_a_field_that_is_missing_is_named():
     with pytest.raises(ValueError, match="wrong"):
-        results.validate({k: v for k, v in point([1], [1]).items() if k != "wrong"})
+        validate({k: v for k, v in point([1], [1]).items() if k != "wrong"})
+
+
+@pytest.mark.parametrize("verb", ["compare", "gate", "plot"])
+def test_every_verb_refuses_a_file_with_a_hollow_point(tmp_path, verb):
+    path = tmp_path / "a.json"
+    path.write_text(json.dumps(point([1], [1], environment={})) + "\n")
+    done = run(verb, *[str(path)] * (2 if verb == "compare" else 1))
+    assert done.returncode == 2 and done.stderr.startswith(f"{path}, line 1: expected environment")
+    assert done.stderr.count("\n") == 1 and done.stdout == ""
+
+
+def test_errors_that_are_not_finite_are_null_in_a_file(tmp_path):
+    errors = {"small": Errors(math.nan, math.inf, 0.0, "result 0").to_json()}
+    assert errors["small"]["maximum"] is None and errors["small"]["rms"] is None
+    untimed = dict.fromkeys(("ms", "peer_ms", "ratio", "ratio_p20", "ratio_p80"))
+    bad = point([1], [1], errors=errors, wrong="not finite") | untimed
+    assert results.read(write(tmp_path / "a.json", bad)) == [bad]
 
 
 def test_compare_tells_a_change_from_noise(tmp_path):
@@ -70,6 +115,9 @@ def test_compare_says_what_it_cannot_compare(tmp_path):
     (tmp_path / "c.json").write_text("no point\n")
     done = run("compare", a, str(tmp_path / "c.json"))
     assert done.returncode == 2 and done.stderr.startswith(str(tmp_path / "c.json") + ", line 1")
+    built = write(tmp_path / "d.json", BUILT)
+    done = run("compare", built, built)
+    assert done.returncode == 2 and "expected points with times beside a peer" in done.stderr
     done = run("compare", a, str(tmp_path / "none.json"))
     assert done.returncode == 2 and "none.json" in done.stderr
 
@@ -92,6 +140,7 @@ def test_plots_show_the_points(tmp_path):
         assert min(image.shape[:2]) > 150 and image.std() > 0.05  # not blank
     text = (tmp_path / "page" / "README.md").read_text()
     assert "![roofline](roofline.png)" in text and text.count("| layer_norm residual") == 3
+    assert "- `python -m benchmarks run --op layer_norm`" in text
     assert "2.00x" in text and "Wrong, not timed: bias_gelu residual, cpu: result 0 is off" in text
 
 
@@ -106,6 +155,18 @@ def test_the_roofline_has_the_measured_roof_and_every_point():
     assert (6.0, 0.03) in drawn and any(
         xy == (6.0, pytest.approx(0.0075)) for xy in drawn
     )  # the peer takes four times as long
+
+
+def test_each_run_has_its_own_limits(tmp_path):
+    """The second file's run found a faster copy; each is named by what it measured."""
+    limits = {"copy_gbps": 20.0, "matmul_tflops": 0.25}
+    points = [point([1.0], [2.0]), point([1.0], [2.0], model="demo", limits=limits)]
+    roofs = [line for line in plots.roofline(points).axes[0].lines if line.get_color() == "black"]
+    assert [roof.get_ydata().max() for roof in roofs] == [0.5, 0.25]
+    assert ["tiny" in roofs[0].get_label(), "demo" in roofs[1].get_label()] == [True, True]
+    text = plots.page([*points, points[0]], [])
+    assert text.count("10.0 GB/s, 0.500 TFLOP/s") == 1 and "- tiny bfloat16, 2026-11-21" in text
+    assert text.count("20.0 GB/s, 0.250 TFLOP/s") == 1 and "- demo bfloat16, 2026-11-21" in text
 
 
 def test_the_bars_are_the_ratios():

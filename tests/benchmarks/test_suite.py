@@ -8,10 +8,8 @@ import torch
 
 from benchmarks import checks, ops, shapes, suite
 from benchmarks.cases import Maker
-from benchmarks.memory import peak_of_call
-from benchmarks.results import validate
+from benchmarks.points import validate
 from stellarator import build_model, recipes
-from stellarator_kernels.memory import arena, empty
 from stellarator_kernels.testing import assert_close_to_reference
 
 PLAN = suite.Plan(
@@ -49,7 +47,7 @@ def test_each_op_is_right_and_timed(op):
     for p in points:
         assert set(p["errors"]) == {"small"}  # the timed shape is the small one
         worst = p["errors"]["small"]
-        assert 0 <= worst["maximum"] <= 2 and 0 <= worst["rms"] <= 2
+        assert all(0 <= worst[rule] <= 2 for rule in ("maximum", "rms", "factor"))
         assert 0 < p["ms"]["p20"] <= p["ms"]["p50"] <= p["ms"]["p80"]
         assert p["ratio"] == pytest.approx(p["peer_ms"]["p50"] / p["ms"]["p50"])
         assert p["copy_share"] == pytest.approx(p["gbps"] / p["limits"]["copy_gbps"])
@@ -144,6 +142,70 @@ def test_the_timed_shape_is_checked_too(monkeypatch):
     assert points[0]["errors"]["small"]["rms"] < 2 < points[0]["errors"]["timed"]["rms"]
 
 
+class Scaled(torch.autograd.Function):
+    """x by one factor, its gradient by another."""
+
+    @staticmethod
+    def forward(ctx, x, there, back):
+        ctx.back = back
+        return x * there
+
+    @staticmethod
+    def backward(ctx, dx):
+        return dx * ctx.back, None, None
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("op", ops.OPS)
+def test_a_factor_of_0_3_percent_is_found_in_every_op(op, dtype):
+    """It is below the rounding of bfloat16, so only all elements together show it."""
+    shape = shapes.reduced(shapes.get("tiny"))
+    for case in ops.cases(op, shape, "cpu"):
+
+        def results(impl, *inputs, case=case):
+            found = case.ours(impl, *inputs)
+            found = found if isinstance(found, tuple) else (found,)
+            # In fp32, as a kernel would have it: bf16 has no number between 1 and 1.0078.
+            return found if impl == "reference" else tuple((1.003 * x).to(x.dtype) for x in found)
+
+        def gradients(impl, *inputs, case=case):
+            if impl != "reference":
+                inputs = [Scaled.apply(x, 1, 1.003) if x.requires_grad else x for x in inputs]
+            return case.ours(impl, *inputs)
+
+        planted = [results]
+        if any(x.requires_grad for x in case.inputs(Maker("cpu", dtype)).values()):
+            planted.append(gradients)
+        assert not checks.Judge(case, "cpu", dtype).errors("auto").wrong, case.name
+        for ours in planted:
+            wrong = dataclasses.replace(case, ours=ours)
+            assert checks.Judge(wrong, "cpu", dtype).errors("auto").wrong, (case.name, ours)
+
+
+def test_what_cancels_is_judged_by_the_terms_that_cancel():
+    """With one key the gradients of q and k are zero, and eager code has them without a rest."""
+    shape = shapes.get("demo", tokens=1, rows=1)
+    case = ops.cases("flash_attention", shape, "cpu")[0]
+    judge = checks.Judge(case, "cpu", torch.bfloat16)
+    assert float(judge.exact[2].abs().max()) < 1e-12 and float(judge.eager[2].abs().max()) == 0
+    assert not judge.errors("auto").wrong
+    for peer in ("eager", "sdpa"):
+        assert judge.peer_objection(case.peers[peer]) == ""
+    got = [x.clone() for x in judge.eager]
+    got[2] += 1e-4
+    found = checks.compare(got, judge.exact, judge.eager, judge.names, torch.bfloat16, judge.size)
+    assert found.wrong and found.where == "gradient of k"
+
+
+def test_the_factor_has_a_limit_of_its_own():
+    exact = torch.linspace(-1, 1, 2**16, dtype=torch.float64)
+    right = exact.bfloat16()
+    for factor, wrong in ((1.0, False), (1 + 2**-11, False), (1 + 2**-9, True)):
+        found = checks.compare([(factor * exact).bfloat16()], [exact], [right], ["x"])
+        assert found.wrong is wrong and found.maximum <= 2 and found.rms <= 2
+        assert found.where == "x"
+
+
 def test_the_limit_is_twice_the_error_of_eager_code():
     exact = torch.linspace(-1, 1, 1001, dtype=torch.float64)
     eager = exact + 1e-3
@@ -175,31 +237,6 @@ def test_the_rule_of_closeness():
         assert_close_to_reference(close + 1e-7, exact, exact.float())
     with pytest.raises(AssertionError, match="not finite"):
         assert_close_to_reference(close.log(), exact)
-
-
-def test_peak_memory_is_that_of_the_call():
-    def call() -> float:
-        large = torch.ones(24 * 2**20 // 4)
-        return float(large.sum() + torch.ones(8 * 2**20 // 4).sum())
-
-    call()
-    found = peak_of_call(call)
-    if found is None:
-        pytest.skip("/proc/self/clear_refs cannot be written here")
-    assert 32 * 2**20 <= found < 34 * 2**20
-
-
-def test_peak_memory_counts_what_lies_in_the_arena():
-    def call() -> float:
-        large = empty((24 * 2**20 // 4,), torch.float32, "cpu").fill_(1)
-        return float(large.sum() + empty((8 * 2**20 // 4,), torch.float32, "cpu").fill_(2).sum())
-
-    call()
-    for _ in range(2):  # its pages are resident from the first call on
-        found = peak_of_call(call)
-        if found is None or arena()["reserved"] == 0:
-            pytest.skip("no /proc/self/clear_refs, or no arena")
-        assert 32 * 2**20 <= found < 34 * 2**20
 
 
 def test_shapes_are_those_of_the_models():

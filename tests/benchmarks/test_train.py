@@ -4,10 +4,13 @@ The reference of the compiled peer is the eager one. Not covered: Inductor (the 
 mode here, to save its time) and a GPU, whose allocator is stood in for.
 """
 
+import math
+
 import pytest
 import torch
 
 from benchmarks import bench_train
+from benchmarks.__main__ import main
 from benchmarks.usage import UsageError
 from stellarator.config import ModelConfig
 
@@ -24,6 +27,24 @@ def test_peers_are_chosen_by_name_and_ours_comes_first():
     assert list(found) == ["stellarator", "transformers compiled", "transformers eager"]
     with pytest.raises(UsageError, match="--peers: expected some of eager, compiled, got"):
         bench_train.providers("eager,fast")
+
+
+@pytest.mark.parametrize("wrong", [6.05, math.nan, math.inf])
+def test_losses_that_disagree_are_not_timed(monkeypatch, capsys, wrong):
+    right, off = lambda *_: lambda: 6.0, lambda *_: lambda: wrong
+    monkeypatch.setattr(bench_train, "take_turns", lambda *_: pytest.fail("it was timed"))
+    for ours, peer in ((off, right), (right, off), (off, off)):
+        if ours is peer and math.isfinite(wrong):
+            continue  # the same number is the same loss
+        monkeypatch.setattr(bench_train, "ours", ours)
+        monkeypatch.setitem(bench_train.PEERS, "eager", peer)
+        assert main(["train"]) == 1
+        assert "expected losses within 0.02 of transformers eager's" in capsys.readouterr().out
+
+
+def test_losses_that_agree():
+    losses = {"a": [6.0, 5.0], "b": [6.019, 5.0], "c": [6.0, 5.021]}
+    assert bench_train.disagreeing(losses, "a") == ["c"]
 
 
 def test_the_compiled_peer_takes_the_same_steps_in_one_graph(monkeypatch):

@@ -1,6 +1,8 @@
 """The verbs run in small, as a user types them. Timings are not looked at."""
 
+import contextlib
 import json
+import os
 import re
 import signal
 import subprocess
@@ -8,7 +10,7 @@ import sys
 import time
 
 import pytest
-from benchmark_helpers import run
+from benchmark_helpers import point, run
 
 from benchmarks import results
 
@@ -31,6 +33,8 @@ def test_a_run_writes_the_points_that_it_prints(tmp_path):
     assert done.returncode == 0, done.stdout + done.stderr
     points = results.read(str(output))
     assert {p["op"] for p in points} == {"rope", "grad_norm"}
+    command = f"python -m benchmarks run {words} {output}"
+    assert {p["environment"]["command"] for p in points} == {command}
     rows = [line for line in done.stdout.splitlines() if line.startswith(("| rope", "| grad_norm"))]
     assert len(rows) == len(points)
     assert re.search(r"copy [\d.]+ GB/s, matrix product [\d.]+ TFLOP/s", done.stdout)
@@ -81,13 +85,63 @@ def test_the_compile_verb_and_its_gates(tmp_path):
         ("train --peers fast", 2, "--peers: expected some of"),
         ("compile --arch sm_75", 2, "--arch: expected some of"),
         ("gate --set nobody", 2, "--set: expected some of"),
+        ("train --width 65 --heads 2", 2, "width: expected a multiple of 2 heads"),
+        ("train --heads 3 --kv-heads 2", 2, "num_kv_heads: expected a divisor"),
+        ("train --output /nonexistent/a.json", 2, "/nonexistent/a.json"),
+        ("data --vocab 10 --megabytes 0.1", 2, "expected vocab_size in"),
+        ("data --length 1 --megabytes 0.1 --vocab 400", 2, "expected seq_length >= 16"),
+        ("compile --kernel zzz", 2, "--kernel: expected the beginning of adamw_,"),
+        ("run --op= --small", 2, "--op: expected some of"),
+        ("run --op rope --small --window 4", 2, "--small: expected no --tokens, --rows or"),
+        ("gpu --dry --tokens 8", 2, "--small: expected no --tokens, --rows or"),
+        ("plot FILE --folder /proc/page", 2, "--folder: expected one that can be written"),
+        ("plot FILE --folder FILE", 2, "--folder: expected one that can be written"),
+        ("plot FILE --folder FILE/page", 2, "--folder: expected one that can be written"),
         ("walk", 2, "invalid choice: 'walk'"),
         ("", 2, "required: VERB"),
     ],
 )
-def test_mistakes_of_use(words, code, message):
-    done = run(*words.split(), CUDA_VISIBLE_DEVICES="")
+def test_mistakes_of_use(tmp_path, words, code, message):
+    path = tmp_path / "points.json"
+    path.write_text(json.dumps(point([1], [1])) + "\n")
+    done = run(*words.replace("FILE", str(path)).split(), CUDA_VISIBLE_DEVICES="")
     assert done.returncode == code and message in done.stderr and "Traceback" not in done.stderr
+    if "VERB" not in done.stderr:  # argparse adds the usage
+        assert "usage: " in done.stderr or done.stderr.count("\n") == 1, done.stderr
+
+
+@pytest.mark.parametrize("verb", ["run --op rope --small", "train --rows 1 --length 16"])
+def test_an_instruction_set_that_is_none(verb):
+    done = run(*verb.split(), STELLARATOR_ISA="foo")
+    assert done.returncode == 2 and "expected STELLARATOR_ISA in" in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
+def test_a_run_that_measured_nothing_fails():
+    words = "run --op rope --model tiny --small --impl triton --repeats 1"
+    done = run(*words.split(), TRITON_INTERPRET="0", CUDA_VISIBLE_DEVICES="")
+    assert done.returncode == 1 and "Nothing was measured" in done.stdout
+
+
+@pytest.mark.parametrize("verb", ["run", "compare", "gate"])
+def test_an_output_that_takes_nothing(tmp_path, verb):
+    """`| true`, and a disk that is full: one line at most, and no traceback."""
+    path = tmp_path / "points.json"
+    path.write_text(json.dumps(point([1], [1])) + "\n")
+    words = {
+        "run": ["--op", "grad_norm", "--model", "tiny", "--small", "--repeats", "1"],
+        "compare": [str(path), str(path)],
+        "gate": [str(path)],
+    }
+    command = [sys.executable, "-m", "benchmarks", verb, *words[verb]]
+    closed, pipe = os.pipe()
+    os.close(closed)
+    for target, most in ((open("/dev/full", "w"), 1), (os.fdopen(pipe, "w"), 0)):
+        done = subprocess.run(command, stdout=target, stderr=subprocess.PIPE, text=True, timeout=60)
+        lines = [line for line in done.stderr.splitlines() if "100% done" not in line]
+        assert done.returncode == 1 and len(lines) <= most, done.stderr
+        with contextlib.suppress(OSError):
+            target.close()
 
 
 def test_ctrl_c_leaves_the_points_that_are_done(tmp_path):
@@ -103,4 +157,26 @@ def test_ctrl_c_leaves_the_points_that_are_done(tmp_path):
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 130 and "Traceback" not in errors
-    assert [json.loads(line)["op"] for line in output.read_text().splitlines()]
+    points = results.read(str(output))
+    assert points and errors.splitlines()[-3:] == [
+        f"{output}: the {len(points)} points so far",
+        "",
+        "stopped",
+    ]
+
+
+def test_ctrl_c_without_points_promises_none(tmp_path):
+    """In the middle of the imports, too."""
+    for wait in (0.3, 1.0):
+        words = ["run", "--model", "starcoder2_3b", "--output", str(tmp_path / "run.json")]
+        process = subprocess.Popen(
+            [sys.executable, "-m", "benchmarks", *words],
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        )  # fmt: skip
+        time.sleep(wait)
+        process.send_signal(signal.SIGINT)
+        try:
+            _, errors = process.communicate(timeout=60)
+        finally:
+            process.kill()
+        assert process.returncode == 130 and errors == "\nstopped\n"
