@@ -34,15 +34,16 @@ _MODELS = ("starcoder2_3b", "starcoder2_7b", "starcoder2_15b")
 _FP32 = {
     "mean_ptr", "rstd_ptr", "dweight_ptr", "dbias_ptr", "cos_ptr", "sin_ptr", "dloss_ptr",
     "loss_ptr", "lse_ptr", "dlse_ptr", "delta_ptr", "weight_ptr:adamw", "grad_ptr", "exp_avg_ptr",
-    "exp_avg_sq_ptr", "clip_ptr", "factors_ptr", "norm_ptr",
+    "exp_avg_sq_ptr", "clip_ptr", "factors_ptr", "norm_ptr", "part_ptr", "out_ptr:decode",
 }  # fmt: skip
 _OTHERS = {
     "targets_ptr": "*i64", "bounds_ptr": "*i32", "row_key_ptr": "*i32", "column_key_ptr": "*i32",
+    "lengths_ptr": "*i64",
     "sums_ptr": "*fp64", "x_ptr:norm": "*fp32",
 }  # fmt: skip
 _FLOAT_NUMBERS = {
     "eps", "z_loss", "scale", "decay", "step_size", "root_correction", "beta1_rest", "beta2",
-    "beta2_rest", "softcap", "keep_scale",
+    "beta2_rest", "softcap", "keep_scale", "scale_log2",
 }  # fmt: skip
 _SIZES = {"N", "T", "S", "C", "V", "n"}
 
@@ -86,6 +87,7 @@ def builds(capability: tuple[int, int]) -> Iterator[Build]:
     for model in _MODELS:
         yield from _per_token(model, shapes.get(model))
     yield from _attention(capability)
+    yield from _decode()
     losses = _module("cross_entropy")
     BLOCK, num_warps = losses.tiles(49152)
     launch = {"num_warps": num_warps}
@@ -149,6 +151,20 @@ def _attention(capability: tuple[int, int]) -> Iterator[Build]:
             options = zip(("packed", "softcap", "dropout"), flags, strict=True)
             case = ", ".join([f"head {D}, window", *(name for name, on in options if on)])
             yield Build(f"flash_attention {phase}", case, kernel, values, launch)
+
+
+def _decode() -> Iterator[Build]:
+    """Decode attention of one token: MQA and GQA at heads of 128."""
+    decode, constants = _module("attention.decode_kernel"), {"D": 128, "BLOCK_D": 128}
+    for model in ("starcoder", *_MODELS):
+        shape = shapes.get(model)
+        ROWS = decode.plan(64, 1, 8192, shape.H, shape.G, 4096, 132)["ROWS"]
+        launch = decode.step(128, ROWS)
+        values = constants | {"WINDOW": True, "ROWS": ROWS, "UPCAST": False}
+        values |= {"STEP": launch.pop("STEP")}
+        yield Build("decode_attention parts", model, decode._parts_kernel, values, launch)
+    values = constants | {"SPLITS": 16}
+    yield Build("decode_attention merge", "", decode._merge_kernel, values, {})
 
 
 def _types(build: Build) -> dict[str, str]:

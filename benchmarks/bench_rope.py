@@ -33,20 +33,18 @@ def cases(shape: Shape, device: str) -> list[Case]:
             sizes={"B": B, "T": T, "H": H, "G": G, "D": D},
             inputs=inputs,
             ours=ours,
-            peers={"eager": _eager(B, T)} | (peers.rope(B, T) if device == "cuda" else {}),
+            peers={"eager": rotate_both} | (peers.rope(B, T) if device == "cuda" else {}),
             cost=lambda size: cost.rope(B * T, H, G, D, size),
             reference_bytes=6 * 8 * B * T * (H + G) * D,
         )
     ]
 
 
-def _eager(B: int, T: int):
-    def eager(q, k, cos, sin):
-        """Plain torch, the table in the dtype of q as transformers has it."""
-        cos, sin = (torch.cat((x, x), -1).view(B, T, 1, -1).to(q.dtype) for x in (cos, sin))
-        return _rotate(q, cos, sin), _rotate(k, cos, sin)
-
-    return eager
+def rotate_both(q, k, cos, sin):
+    """Plain torch, the table in the dtype of q (B, T, H, D) as transformers has it."""
+    shape = (*q.shape[:2], 1, q.shape[3])
+    cos, sin = (torch.cat((x, x), -1).view(shape).to(q.dtype) for x in (cos, sin))
+    return _rotate(q, cos, sin), _rotate(k, cos, sin)
 
 
 def _rotate(x, cos, sin):

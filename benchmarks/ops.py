@@ -10,12 +10,15 @@ from benchmarks.shapes import Shape
 
 OPS = {
     "flash_attention": "bench_flash_attention",
+    "projected_attention": "bench_projected_attention",
     "decode_attention": "bench_decode_attention",
     "embedding": "bench_embedding",
     "rope": "bench_rope",
     "layer_norm": "bench_layer_norm",
     "bias_gelu": "bench_bias_gelu",
     "linear": "bench_linear",
+    "layer_norm_linear": "bench_layer_norm_linear",
+    "bias_gelu_linear": "bench_bias_gelu_linear",
     "cross_entropy": "bench_cross_entropy",
     "linear_cross_entropy": "bench_linear_cross_entropy",
     "adamw_": "bench_adamw",

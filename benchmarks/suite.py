@@ -159,7 +159,7 @@ def _impls(plan: Plan, case: Case, tensor: torch.Tensor, outcome: Outcome) -> li
     found = []
     for asked in plan.impls:
         try:
-            found.append(dispatch.choose(case.op, asked, tensor))
+            found.append(dispatch.choose(case.first_op or case.op, asked, tensor))
         except RuntimeError as error:
             outcome.notes.append(str(error))
     return list(dict.fromkeys(found))
