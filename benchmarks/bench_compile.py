@@ -12,7 +12,7 @@ import pkgutil
 import re
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from benchmarks import results, shapes
 from benchmarks.harness import environment
@@ -38,6 +38,7 @@ _FP32 = {
 }  # fmt: skip
 _OTHERS = {
     "targets_ptr": "*i64", "bounds_ptr": "*i32", "row_key_ptr": "*i32", "column_key_ptr": "*i32",
+    "turn_ptr": "*i32",
     "lengths_ptr": "*i64",
     "sums_ptr": "*fp64", "x_ptr:norm": "*fp32",
 }  # fmt: skip
@@ -57,6 +58,7 @@ class Build:
     function: object
     values: dict
     launch: dict
+    types: dict = field(default_factory=dict)  # those that the names do not tell
 
 
 def _module(name: str):
@@ -87,6 +89,7 @@ def builds(capability: tuple[int, int]) -> Iterator[Build]:
     for model in _MODELS:
         yield from _per_token(model, shapes.get(model))
     yield from _attention(capability)
+    yield from _delta()
     yield from _decode()
     losses = _module("cross_entropy")
     BLOCK, num_warps = losses.tiles(49152)
@@ -134,6 +137,8 @@ def _attention(capability: tuple[int, int]) -> Iterator[Build]:
         "forward": _module("attention.forward")._forward_kernel,
         "dq": backward._dq_kernel,
         "dkdv": backward._dkdv_kernel,
+        "dqdkdv ordered": backward._dkdv_kernel,
+        "dqdkdv atomic": backward._dkdv_kernel,
     }
     for phase, kernel in kernels.items():
         for D, *flags in (
@@ -141,16 +146,29 @@ def _attention(capability: tuple[int, int]) -> Iterator[Build]:
             *((128, True, False, False), (128, False, True, False), (128, False, False, True)),
         ):
             packed, softcap, dropout = flags
-            chosen = tiles.tile_sizes(phase, D, torch.bfloat16, capability, softcap)
+            chosen = tiles.tile_sizes(
+                phase.split()[0], D, torch.bfloat16, capability, softcap, dropout
+            )
             values = tiles.constants(D, torch.bfloat16, chosen)
             launch = {name: values.pop(name) for name in ("num_warps", "num_stages")}
             values |= {"CAUSAL": True, "WINDOW": True, "PACKED": packed}
             values |= {"SOFTCAP": softcap, "DROPOUT": dropout}
+            if kernel is backward._dkdv_kernel:
+                values["INTERPRETED"] = False
+                values["DESIGN"] = backward.DESIGNS[phase.partition(" ")[2] or "split"]
             if "HAS_DLSE" in kernel.arg_names:
                 values["HAS_DLSE"] = False
             options = zip(("packed", "softcap", "dropout"), flags, strict=True)
             case = ", ".join([f"head {D}, window", *(name for name, on in options if on)])
-            yield Build(f"flash_attention {phase}", case, kernel, values, launch)
+            types = {"dq_ptr": "*fp32"} if phase.startswith("dqdkdv") else {}
+            yield Build(f"flash_attention {phase}", case, kernel, values, launch, types)
+
+
+def _delta() -> Iterator[Build]:
+    """What the backward in five products computes first."""
+    backward = _module("attention.backward")
+    values = {"HAS_DLSE": False, "D": 128, "BLOCK_D": 128, "ROWS": backward.DELTA_ROWS}
+    yield Build("flash_attention delta", "head 128", backward._delta_kernel, values, {})
 
 
 def _decode() -> Iterator[Build]:
@@ -170,7 +188,7 @@ def _decode() -> Iterator[Build]:
 def _types(build: Build) -> dict[str, str]:
     """Types of the arguments that are not constants."""
     names = [name for name in build.function.arg_names if name not in build.values]
-    return {name: type_of(name, build.kernel) for name in names}
+    return {name: type_of(name, build.kernel) for name in names} | build.types
 
 
 def forgotten(known: list[Build]) -> list[str]:

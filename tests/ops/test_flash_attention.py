@@ -11,6 +11,7 @@ test_flash_attention_code.py compiles the kernels. Not covered: speed.
 import dataclasses
 import math
 import random
+import sys
 
 import grid
 import numpy as np
@@ -20,7 +21,8 @@ import torch.nn.functional as F
 from grid import EXTENSION, INTERPRETED, NATIVE, TRITON, generator, levels
 
 from stellarator_kernels import cost, extension, flash_attention
-from stellarator_kernels.attention import aten
+from stellarator_kernels._triton import tl, triton
+from stellarator_kernels.attention import aten, tiles
 from stellarator_kernels.testing import assert_close_to_reference, poison_empty
 
 IMPLS, KERNELS = [grid.CPU, *grid.IMPLS], [grid.CPU, *grid.KERNELS]
@@ -293,6 +295,28 @@ def test_triton(case):
 
 
 @TRITON
+@pytest.mark.parametrize("design", ["ordered", "atomic"])
+@pytest.mark.parametrize("case", (CASES | EXTRAS).values(), ids=CASES | EXTRAS)
+def test_triton_in_five_products(case, design, monkeypatch):
+    monkeypatch.setattr(tiles, "backward_design", lambda deterministic: design)
+    check(case, FP32, "triton")
+
+
+@TRITON
+@pytest.mark.parametrize("seed", range(200, 210))
+def test_triton_takes_turns_whatever_the_masks_are(seed, monkeypatch):
+    """A turn that nobody takes would hang, one taken twice would be lost: it ends, and is right."""
+    monkeypatch.setattr(tiles, "backward_design", lambda deterministic: "ordered")
+    case = random_case(seed, 80)
+    print(case)
+    check(case, FP32, "triton", seed)
+
+
+def test_the_designs_of_the_backward():
+    assert tiles.backward_design(True) == "split" and tiles.backward_design(False) == "atomic"
+
+
+@TRITON
 @pytest.mark.parametrize("dtype", [BF16, FP16], ids=str)
 @pytest.mark.parametrize(
     "name", CASES if NATIVE else ["odd length, padded width, group 3", "documents, window"]
@@ -437,11 +461,11 @@ def test_opcheck(impl):
         extras = (2.0, 0.1) if impl in ("triton", "reference") else (None, 0.0)
         row_keys, column_keys = (x[row] for x in keys) if extras[0] else (None, None)
         options = (documents, row_keys, column_keys, True, 7, 0.25, *extras)
-        torch.library.opcheck(ops.flash_attention_forward, (*tensors, *options, True, impl))
-        out, lse = ops.flash_attention_forward(*tensors, *options, True, impl)
+        torch.library.opcheck(ops.flash_attention_forward, (*tensors, *options, True, True, impl))
+        out, lse = ops.flash_attention_forward(*tensors, *options, True, True, impl)
         saved = [x.detach() for x in (*tensors, out, lse)]
         for gradient in (dlse[row], None):
-            arguments = (dout[row], gradient, *saved, *options, impl)
+            arguments = (dout[row], gradient, *saved, *options, True, impl)
             torch.library.opcheck(ops.flash_attention_backward, arguments)
 
 
@@ -563,3 +587,59 @@ def test_cost_counts_visible_pairs(case):
     assert counted.forward_flops == 2 * 2 * case.D * case.H * pairs  # q k^T and P v
     assert counted.backward_flops == 5 * 2 * case.D * case.H * pairs
     assert counted.forward_bytes == 2 * (2 * 9 * 2 * 16 + 2 * 9 * 1 * 16) + 4 * 9 * 2
+
+
+@triton.jit
+def _sees_one_more(scores, first, last, others):
+    visible = (others[None, :] >= first[:, None]) & (others[None, :] <= last[:, None])
+    return tl.where(visible, scores, float("-inf"))
+
+
+@triton.jit
+def _window_one_short(scores, first, last, others):
+    visible = (others[None, :] > first[:, None]) & (others[None, :] < last[:, None])
+    return tl.where(visible, scores, float("-inf"))
+
+
+@triton.jit
+def _natural_units(products, scale, softcap, SOFTCAP: tl.constexpr):
+    return products * (scale * 1.4426)
+
+
+@triton.jit
+def _without_the_last_block(first, last, STEP: tl.constexpr):
+    begin = tl.min(first) // STEP * STEP
+    end = tl.max(last)
+    return begin, begin + (end - begin) // STEP * STEP, tl.max(first), tl.min(last)
+
+
+@triton.jit
+def _mask_too_rarely(first, last, STEP: tl.constexpr):
+    begin = tl.min(first) // STEP * STEP
+    return begin, tl.max(last), tl.min(first), tl.max(last)
+
+
+BUGS = {
+    "mask, last": ("mask_scores", _sees_one_more),
+    "mask, first": ("mask_scores", _window_one_short),
+    "scale": ("scores_of", _natural_units),
+    "last block": ("walk", _without_the_last_block),
+    "inside": ("walk", _mask_too_rarely),
+}
+
+
+@INTERPRETED
+@pytest.mark.parametrize("phase", ["forward", "backward"])
+@pytest.mark.parametrize("name", BUGS)
+def test_the_random_cases_find_planted_bugs(name, phase, monkeypatch):
+    """Each in one pass only, so that the two do not agree on the wrong thing."""
+    function, wrong = BUGS[name]
+    module = sys.modules[f"stellarator_kernels.attention.{phase}"]
+    monkeypatch.setattr(module, function, wrong)
+    found = 0
+    for seed in range(100, 110):
+        try:
+            check(random_case(seed, 80), FP32, "triton", seed)
+        except AssertionError:
+            found += 1
+    assert found >= 3, f"{found} of 10 random cases see it"

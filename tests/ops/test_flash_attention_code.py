@@ -21,24 +21,30 @@ from stellarator_kernels.reference import visible_keys
 from stellarator_kernels.testing import shared_memory_limit
 
 PROGRAM = """
-import json, sys
+import json, re, sys
 import torch
 from stellarator_kernels.attention import backward, forward, tiles
 from stellarator_kernels.testing import compile_kernel
 
 KERNELS = {"forward": forward._forward_kernel, "dq": backward._dq_kernel,
-           "dkdv": backward._dkdv_kernel}
+           "dkdv": backward._dkdv_kernel, "ordered": backward._dkdv_kernel,
+           "atomic": backward._dkdv_kernel}
 FLOATS = ("lse", "dlse", "delta")
-INTS = ("bounds", "row_key", "column_key")
+INTS = ("bounds", "row_key", "column_key", "turn")
 NUMBERS = ("scale", "softcap", "keep_scale")
 H = 24
 
 def describe(phase, D, capability, packed, G, softcap=False, dropout=False):
     kernel = KERNELS[phase]
-    chosen = tiles.tile_sizes(phase, D, torch.bfloat16, capability, softcap)
+    five = phase in ("ordered", "atomic")  # products instead of seven
+    chosen = tiles.tile_sizes(
+        "dqdkdv" if five else phase, D, torch.bfloat16, capability, softcap, dropout
+    )
     values = tiles.constants(D, torch.bfloat16, chosen)
     launch = {name: values.pop(name) for name in ("num_warps", "num_stages")}
     values.update(CAUSAL=True, WINDOW=True, PACKED=packed, SOFTCAP=softcap, DROPOUT=dropout)
+    if kernel is backward._dkdv_kernel:
+        values.update(DESIGN=backward.DESIGNS[phase if five else "split"], INTERPRETED=False)
     if H == G:
         values["group"] = 1  # a launch compiles an integer argument of 1 as a constant
     types = {}
@@ -47,7 +53,8 @@ def describe(phase, D, capability, packed, G, softcap=False, dropout=False):
         if name == "HAS_DLSE":
             values[name] = False
         elif name.endswith("_ptr"):
-            types[name] = "*i32" if stem in INTS else "*fp32" if stem in FLOATS else "*bf16"
+            fp32 = stem in FLOATS or (stem == "dq" and five)
+            types[name] = "*i32" if stem in INTS else "*fp32" if fp32 else "*bf16"
         elif "_stride_" in name:  # as a launch describes those of q, k, v out of one projection
             kind = name.split("_")[-1]
             stride = ({"batch": 4096, "row": 1, "head": 0}[kind] * (H + 2 * G) * D or D) // 8
@@ -61,6 +68,7 @@ def describe(phase, D, capability, packed, G, softcap=False, dropout=False):
         "wgmma": built.ptx.count("wgmma.mma_async"),
         "mma": built.ptx.count("mma.sync"),
         "async": built.ptx.count("cp.async"),
+        "turns": re.findall(r"ld[.]acquire|ld[.]global[.]cg|red[.]release", built.ptx),
     }
 
 print(json.dumps([describe(p, D, tuple(c), *rest) for p, D, c, *rest in json.loads(sys.argv[1])]))
@@ -82,6 +90,13 @@ BUILDS += [
 ]
 # StarCoder's one key/value head; and one for each query head.
 BUILDS += [(phase, 128, (9, 0), False, G) for G in (1, 24) for phase in ("forward", "dq", "dkdv")]
+# Five products.
+BUILDS += [
+    (phase, D, capability, False, 2)
+    for capability in ((8, 0), (9, 0), (10, 0))
+    for D in (64, 128)
+    for phase in ("ordered", "atomic")
+]
 # Softcap and dropout.
 BUILDS += [
     (phase, 128, capability, False, 2, *flags)
@@ -108,7 +123,12 @@ def test_code_for_gpus_that_are_not_here():
         assert found["shared"] <= limit, (build, found)
         if build[1] < 256:  # at 256, 99 KB hold one stage only
             assert found["async"] > 0, (build, found)  # loads run ahead of the products
-        assert found["wgmma" if capability == (9, 0) else "mma"] > 0, (build, found)
+        if capability < (10, 0):
+            assert found["wgmma" if capability == (9, 0) else "mma"] > 0, (build, found)
+        if build[0] == "ordered":  # waits, then reads the sums, then says that they are written
+            turns = [name for name, _ in itertools.groupby(found["turns"])]
+            once = ["ld.acquire", "ld.global.cg", "red.release"]
+            assert turns and turns == once * (len(turns) // 3), (build, turns)
 
 
 def test_rows_are_copied_only_where_loads_need_it():

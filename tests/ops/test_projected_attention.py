@@ -97,7 +97,7 @@ def test_the_registered_backward_cpu():
     _, _, H, G, D, _, _ = SHAPES["groups"]
     q, k, _ = (x.contiguous() for x in qkv.unflatten(-1, (-1, D)).split([H, G, G], dim=2))
     out, lse = torch.ops.stellarator.flash_attention_forward(
-        q, k, k, None, None, None, True, None, 0.2, None, 0.0, False, "auto"
+        q, k, k, None, None, None, True, None, 0.2, None, 0.0, False, True, "auto"
     )
     cos, sin = rope_table(positions, D, 1e4)
     given = (dout, q, k, qkv, out, lse, cos, sin, None, None, 0.2, "auto")

@@ -8,7 +8,7 @@ implementation runs is decided inside their bodies. Packed input, (N, H, D), bec
 import torch
 
 from stellarator_kernels import checks, dispatch, random, reference
-from stellarator_kernels.attention import aten, cpu
+from stellarator_kernels.attention import aten, cpu, tiles
 
 _OP = "flash_attention"
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -28,6 +28,7 @@ def flash_attention(
     dropout_seed: int | torch.Tensor = 0,
     dropout_origin: tuple[int, int, int, int] = (0, 0, 0, 0),
     return_lse: bool = False,
+    deterministic: bool = True,
     impl: str = "auto",
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """Attention without the (T, S) matrix of weights, forward and backward.
@@ -55,6 +56,8 @@ def flash_attention(
         dropout_origin: b, h, i and j of the first ones here, where they are a part of a larger
             whole (heads of one rank, rows of one micro-batch).
         return_lse: also return lse; gradients flow through it.
+        deterministic: the backward gives the same bits on every run. False: "triton" adds up dq in
+            whatever order, in five products instead of seven.
         impl: "auto", "triton" or "cpu" (D a multiple of 8 from 16 to 256), "torch" or "reference";
             softcap and dropout are in "triton" and "reference", the latter in O(T*S) memory.
     Returns:
@@ -82,7 +85,7 @@ def flash_attention(
         row_keys, column_keys = dropout_keys(dropout_seed, dropout_origin, q, k)
     out, lse = torch.ops.stellarator.flash_attention_forward(
         q, k, v, cu_seqlens, row_keys, column_keys, causal, window, scale, softcap,
-        float(dropout_p), return_lse, impl,
+        float(dropout_p), return_lse, deterministic, impl,
     )  # fmt: skip
     if cu_seqlens is not None:
         out, lse = out[0], lse[0]
@@ -203,9 +206,13 @@ def _forward_op(
     softcap: float | None,
     dropout_p: float,
     return_lse: bool,
+    deterministic: bool,
     impl: str,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """out (B, T, H, D) and lse (B, H, T), contiguous. `return_lse`: lse will be differentiated."""
+    """out (B, T, H, D) and lse (B, H, T), contiguous.
+
+    `return_lse`: lse will be differentiated. `deterministic` is for the backward.
+    """
     chosen = dispatch.choose(_OP, impl, q, softcap=softcap, dropout_p=dropout_p)
     _check_documents(cu_seqlens, q.shape[1])
     B, T, H, _ = q.shape
@@ -226,7 +233,7 @@ def _forward_op(
 @_forward_op.register_fake
 def _(
     q, k, v, cu_seqlens, row_keys, column_keys, causal, window, scale, softcap, dropout_p,
-    return_lse, impl,
+    return_lse, deterministic, impl,
 ):  # fmt: skip
     B, T, H, _ = q.shape
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
@@ -250,6 +257,7 @@ def _backward_op(
     scale: float,
     softcap: float | None,
     dropout_p: float,
+    deterministic: bool,
     impl: str,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """dq (B, T, H, D), dk and dv (B, S, G, D), contiguous."""
@@ -265,6 +273,8 @@ def _backward_op(
         )
     else:
         extras = _extras(chosen, softcap, dropout_p, row_keys, column_keys)
+        if chosen == "triton":
+            extras["design"] = tiles.backward_design(deterministic)
         gradients = _module(chosen, "backward").backward(
             dout, dlse, q, k, v, out, lse, cu_seqlens, causal, window, scale, **extras
         )
@@ -274,7 +284,7 @@ def _backward_op(
 @_backward_op.register_fake
 def _(
     dout, dlse, q, k, v, out, lse, cu_seqlens, row_keys, column_keys, causal, window, scale,
-    softcap, dropout_p, impl,
+    softcap, dropout_p, deterministic, impl,
 ):  # fmt: skip
     contiguous = torch.contiguous_format
     return tuple(torch.empty_like(x, memory_format=contiguous) for x in (q, k, v))
@@ -314,8 +324,10 @@ def _visible(q, k, cu_seqlens, causal, window):
 
 
 def _setup_context(ctx, inputs, output):
-    *tensors, causal, window, scale, softcap, dropout_p, ctx.return_lse, impl = inputs
-    ctx.options = (causal, window, scale, softcap, dropout_p, impl)
+    *tensors, causal, window, scale, softcap, dropout_p, ctx.return_lse, deterministic, impl = (
+        inputs
+    )
+    ctx.options = (causal, window, scale, softcap, dropout_p, deterministic, impl)
     q, k, v, cu_seqlens, row_keys, column_keys = tensors
     ctx.save_for_backward(q, k, v, *output, cu_seqlens, row_keys, column_keys)
 
@@ -325,7 +337,7 @@ def _backward(ctx, dout, dlse):
     gradients = torch.ops.stellarator.flash_attention_backward(
         dout, dlse, *ctx.saved_tensors, *ctx.options
     )
-    return (*gradients, *(None,) * 10)
+    return (*gradients, *(None,) * 11)
 
 
 _forward_op.register_autograd(_backward, setup_context=_setup_context)

@@ -1,24 +1,33 @@
-"""Flash attention, backward, in two kernels; no atomics, so the same bits every time.
+"""Flash attention, backward: three designs.
 
 With s = cap(scale q k^T), P = exp(s - lse), factors M of dropout (or 1), and
 delta = rowsum(dout * out) - dlse:
 dv = (P M)^T dout,  dS = P * (M dout v^T - delta) * cap',  dq = scale dS k,  dk = scale dS^T q.
 
-1. `_dq_kernel`: one program per tile of query rows and query head. It makes delta for its rows (the
-   only reader of `out`), keeps it for the second kernel, and walks over the keys for dq.
-2. `_dkdv_kernel`: one program per tile of keys and key/value head. It walks over the query heads of
-   its group and over the rows that see its keys: dk and dv are summed in registers and come out
-   compact, (B, S, G, D).
+"split": two kernels, no atomics, the same bits every time. `_dq_kernel` has a program for each
+tile of query rows and query head; it makes delta for its rows, keeps it, and walks over the keys
+for dq. `_dkdv_kernel` has one for each tile of keys and key/value head; it walks over the query
+heads of its group and over the rows that see its keys: dk and dv are summed in registers and come
+out compact, (B, S, G, D). Seven products for five: P and dS are made twice.
 
-Seven products for five: P and dS are made twice, which is the price of having no atomics. Saved
-from the forward: q, k, v, out and lse. P and dS are computed in fp32 and rounded to the input dtype
-before they are multiplied; all accumulators are fp32.
+"ordered": delta first, then `_dkdv_kernel` alone, which adds its share of dq to fp32 sums in
+memory. Five products. The tiles of keys add to a block of rows in one order, last keys first: each
+waits for its turn at a counter, so the bits are the same every time. When causal the tile at the
+diagonal reaches a block of rows first, the one before it a step later: in that order hardly anyone
+waits. A tile never waits for one that was started after it, so none can block another.
 
-Source: FlashAttention-2, Dao 2023, arXiv:2307.08691, algorithm 2.
+"atomic": the same with atomic additions in any order, so dq differs by rounding from run to run.
+
+Saved from the forward: q, k, v, out and lse. P and dS are computed in fp32 and rounded to the input
+dtype before they are multiplied; all accumulators are fp32.
+
+Source: FlashAttention-2, Dao 2023, arXiv:2307.08691, algorithm 2; the order of additions is that of
+FlashAttention-3's deterministic backward with the shortest tiles first (its pull request 1893).
 """
 
 import torch
 
+from stellarator_kernels import _triton
 from stellarator_kernels._triton import tl, triton
 from stellarator_kernels.attention import tiles as shared
 from stellarator_kernels.attention.tiles import (
@@ -34,6 +43,82 @@ from stellarator_kernels.attention.tiles import (
 )
 from stellarator_kernels.layout import aligned_rows, strides_in_units
 from stellarator_kernels.random import kept_block
+
+_SPLIT, _ORDERED, _ATOMIC = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
+DESIGNS = {"split": 0, "ordered": 1, "atomic": 2}
+DELTA_ROWS = 64
+
+
+@triton.jit
+def wait_for(counter_ptr, value, INTERPRETED: tl.constexpr):
+    """Return when the counter is `value` or more; every thread then sees what was stored before.
+
+    In PTX, because a loop in a loop would keep Triton from loading ahead of the products.
+    """
+    if INTERPRETED:
+        tl.device_assert(tl.load(counter_ptr) >= value, "programs run one after the other")
+    else:
+        tl.inline_asm_elementwise(
+            """{
+            .reg .pred %waits;
+            AGAIN:
+            ld.acquire.gpu.global.s32 $0, [$1];
+            setp.lt.s32 %waits, $0, $2;
+            @%waits bra AGAIN;
+            }""",
+            "=r,l,r",
+            [counter_ptr, value],
+            dtype=tl.int32,
+            is_pure=False,
+            pack=1,
+        )
+
+
+@triton.jit
+def count_one(counter_ptr, INTERPRETED: tl.constexpr):
+    """Add 1 to the counter after all threads of the program have stored what they had to."""
+    if INTERPRETED:
+        tl.atomic_add(counter_ptr, 1)
+    else:
+        tl.inline_asm_elementwise(
+            """{
+            .reg .pred %first;
+            .reg .u32 %thread;
+            bar.sync 0;
+            mov.u32 %thread, %tid.x;
+            setp.eq.u32 %first, %thread, 0;
+            @%first red.release.gpu.global.add.s32 [$1], 1;
+            mov.u32 $0, 0;
+            }""",
+            "=r,l",
+            [counter_ptr],
+            dtype=tl.int32,
+            is_pure=False,
+            pack=1,
+        )
+
+
+@triton.jit
+def _delta_kernel(
+    out_ptr, dout_ptr, dlse_ptr, delta_ptr,
+    out_stride_batch, out_stride_row, out_stride_head,
+    dout_stride_batch, dout_stride_row, dout_stride_head,
+    T, H, HAS_DLSE: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """Grid (row tiles, H, B): delta (B, H, T)."""
+    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    head = tl.program_id(1).to(tl.int64)
+    batch = tl.program_id(2).to(tl.int64)
+    cols = tl.arange(0, BLOCK_D)
+    out_ptr = head_of(out_ptr, batch, out_stride_batch, head, out_stride_head)
+    dout_ptr = head_of(dout_ptr, batch, dout_stride_batch, head, dout_stride_head)
+    out = load_tile(out_ptr, rows, out_stride_row, T, cols, D, BLOCK_D)
+    dout = load_tile(dout_ptr, rows, dout_stride_row, T, cols, D, BLOCK_D)
+    statistics = (batch * H + head) * T + rows
+    delta = tl.sum(out.to(tl.float32) * dout.to(tl.float32), 1)
+    if HAS_DLSE:
+        delta -= tl.load(dlse_ptr + statistics, mask=rows < T, other=0.0)
+    tl.store(delta_ptr + statistics, delta, mask=rows < T)
 
 
 @triton.jit
@@ -113,7 +198,7 @@ def _dq_kernel(
 
 @triton.jit
 def _dkdv_kernel(
-    q_ptr, k_ptr, v_ptr, dout_ptr, lse_ptr, delta_ptr, dk_ptr, dv_ptr, bounds_ptr,
+    q_ptr, k_ptr, v_ptr, dout_ptr, lse_ptr, delta_ptr, dk_ptr, dv_ptr, dq_ptr, turn_ptr, bounds_ptr,
     q_stride_batch, q_stride_row, q_stride_head,
     k_stride_batch, k_stride_row, k_stride_head,
     v_stride_batch, v_stride_row, v_stride_head,
@@ -123,10 +208,16 @@ def _dkdv_kernel(
     CAUSAL: tl.constexpr, WINDOW: tl.constexpr, PACKED: tl.constexpr,
     SOFTCAP: tl.constexpr, DROPOUT: tl.constexpr,
     D: tl.constexpr, BLOCK_D: tl.constexpr, OWN: tl.constexpr, STEP: tl.constexpr,
-    UPCAST: tl.constexpr,
+    UPCAST: tl.constexpr, DESIGN: tl.constexpr, INTERPRETED: tl.constexpr,
 ):  # fmt: skip
-    """Grid (key tiles, G, B). When causal, the first keys are seen by most rows: longest first."""
+    """Grid (key tiles, G, B). When causal, the first keys are seen by most rows: longest first.
+
+    Not so if the tiles take turns, last keys first. dq (B, T, H, D) fp32 and, for that, turn
+    (B, H, row blocks) int32 are zero before.
+    """
     tile = tl.program_id(0)
+    if DESIGN == _ORDERED:
+        tile = tl.num_programs(0) - 1 - tile
     kv_head = tl.program_id(1).to(tl.int64)
     batch = tl.program_id(2).to(tl.int64)
     keys = tile * OWN + tl.arange(0, OWN)
@@ -176,6 +267,21 @@ def _dkdv_kernel(
             weights, dscores = weights.to(dout.dtype), dscores.to(q.dtype)
         dv += dot(weights, dout, UPCAST)
         dk += dot(dscores, q, UPCAST)
+        if DESIGN != _SPLIT:
+            dq = dot(tl.trans(dscores), k, UPCAST) * scale
+            dq_places = dq_ptr + ((batch * T + rows[:, None]) * H + head) * D + cols[None, :]
+            dq_inside = (rows < T)[:, None] & (cols < D)[None, :]
+            if DESIGN == _ATOMIC:
+                tl.atomic_add(dq_places, dq, mask=dq_inside, sem="relaxed")
+            else:
+                # Each tile from the last that these rows see down to the first adds once.
+                seen = key_interval(rows, T, S, window, bounds_ptr, CAUSAL, WINDOW, PACKED)[1]
+                my_turn = (tl.max(seen) - 1) // OWN - tile
+                turn = turn_ptr + (batch * H + head) * tl.cdiv(T, STEP) + block // STEP
+                wait_for(turn, my_turn, INTERPRETED)
+                dq += tl.load(dq_places, mask=dq_inside, other=0.0, cache_modifier=".cg")
+                tl.store(dq_places, dq, mask=dq_inside)
+                count_one(turn, INTERPRETED)
     places = ((batch * S + keys[:, None]) * tl.num_programs(1) + kv_head) * D + cols[None, :]
     inside = (keys < S)[:, None] & (cols < D)[None, :]
     tl.store(dk_ptr + places, (dk * scale).to(dk_ptr.dtype.element_ty), mask=inside)
@@ -184,33 +290,49 @@ def _dkdv_kernel(
 
 def backward(
     dout, dlse, q, k, v, out, lse, cu_seqlens, causal, window, scale,
-    softcap=None, dropout_p=0.0, dropout_keys=None,
+    softcap=None, dropout_p=0.0, dropout_keys=None, design="split",
 ):  # fmt: skip
     """Gradients dq (B, T, H, D), dk and dv (B, S, G, D), contiguous; dlse (B, H, T) or None."""
     q, k, v, out, dout = (aligned_rows(x) for x in (q, k, v, out, dout))
     B, T, H, D = q.shape
     S, G = k.shape[1:3]
-    dq = torch.empty((B, T, H, D), dtype=q.dtype, device=q.device)
     dk, dv = (torch.empty((B, S, G, D), dtype=q.dtype, device=q.device) for _ in range(2))
     delta = torch.empty((B, H, T), dtype=torch.float32, device=q.device)
+    lse, has_dlse = lse.contiguous(), dlse is not None
+    dlse = dlse.float().contiguous() if has_dlse else lse
     capability = torch.cuda.get_device_capability(q.device) if q.is_cuda else None
     bounds = q if cu_seqlens is None else shared.document_bounds(cu_seqlens, T)
     strides = *strides_in_units(q), *strides_in_units(k), *strides_in_units(v)
+    out_strides, dout_strides = strides_in_units(out), strides_in_units(dout)
     sizes = T, S, H, H // G, window or 0, scale
     flags = {"CAUSAL": causal, "WINDOW": window is not None, "PACKED": cu_seqlens is not None}
     flags.update(shared.extras(softcap, dropout_p, dropout_keys, q))
+    has_softcap = softcap is not None
     with torch.cuda.device_of(q):
-        tiles = shared.tile_sizes("dq", D, q.dtype, capability, softcap is not None)
-        _dq_kernel[(triton.cdiv(T, tiles.own), H, B)](
-            q, k, v, out, dout, lse.contiguous(),
-            lse if dlse is None else dlse.float().contiguous(), delta, dq, bounds,
-            *strides, *strides_in_units(out), *strides_in_units(dout), *sizes,
-            **flags, HAS_DLSE=dlse is not None, **shared.constants(D, q.dtype, tiles),
-        )  # fmt: skip
-        tiles = shared.tile_sizes("dkdv", D, q.dtype, capability, softcap is not None)
+        if design == "split":
+            dq = torch.empty((B, T, H, D), dtype=q.dtype, device=q.device)
+            turn = lse  # not read
+            tiles = shared.tile_sizes("dq", D, q.dtype, capability, has_softcap)
+            _dq_kernel[(triton.cdiv(T, tiles.own), H, B)](
+                q, k, v, out, dout, lse, dlse, delta, dq, bounds,
+                *strides, *out_strides, *dout_strides, *sizes,
+                **flags, HAS_DLSE=has_dlse, **shared.constants(D, q.dtype, tiles),
+            )  # fmt: skip
+            tiles = shared.tile_sizes("dkdv", D, q.dtype, capability, has_softcap)
+        else:
+            tiles = shared.tile_sizes("dqdkdv", D, q.dtype, capability, has_softcap)
+            blocks = triton.cdiv(T, tiles.step)
+            dq = torch.zeros((B, T, H, D), dtype=torch.float32, device=q.device)
+            turn = torch.zeros((B, H, blocks), dtype=torch.int32, device=q.device)
+            _delta_kernel[(triton.cdiv(T, DELTA_ROWS), H, B)](
+                out, dout, dlse, delta, *out_strides, *dout_strides, T, H,
+                HAS_DLSE=has_dlse, D=D, BLOCK_D=max(16, triton.next_power_of_2(D)),
+                ROWS=DELTA_ROWS,
+            )  # fmt: skip
         _dkdv_kernel[(triton.cdiv(S, tiles.own), G, B)](
-            q, k, v, dout, lse.contiguous(), delta, dk, dv, bounds,
-            *strides, *strides_in_units(dout), *sizes,
-            **flags, **shared.constants(D, q.dtype, tiles),
+            q, k, v, dout, lse, delta, dk, dv, dq, turn, bounds,
+            *strides, *dout_strides, *sizes,
+            **flags, **shared.constants(D, q.dtype, tiles), DESIGN=DESIGNS[design],
+            INTERPRETED=_triton.INTERPRETED,
         )  # fmt: skip
-    return dq, dk, dv
+    return dq.to(q.dtype), dk, dv

@@ -111,7 +111,9 @@ def forward(
     out = torch.empty((B, T, H, D), dtype=q.dtype, device=q.device)
     lse = torch.empty((B, H, T), dtype=torch.float32, device=q.device)
     capability = torch.cuda.get_device_capability(q.device) if q.is_cuda else None
-    tiles = shared.tile_sizes("forward", D, q.dtype, capability)
+    tiles = shared.tile_sizes(
+        "forward", D, q.dtype, capability, softcap is not None, dropout_keys is not None
+    )
     # Without documents the kernel does not read `bounds`: any tensor will do.
     bounds = q if cu_seqlens is None else shared.document_bounds(cu_seqlens, T)
     with torch.cuda.device_of(q):

@@ -59,7 +59,20 @@ def _backward_op(
     else:
         flat = [dout, q, k, v, out]
     dq, dk, dv = _ops.flash_attention_backward(
-        flat[0], None, *flat[1:], lse, cu_seqlens, None, None, True, window, scale, None, 0.0, impl
+        flat[0],
+        None,
+        *flat[1:],
+        lse,
+        cu_seqlens,
+        None,
+        None,
+        True,
+        window,
+        scale,
+        None,
+        0.0,
+        True,
+        impl,
     )
     if cos is not None:
         dq, dk = _ops.rope_backward(dq.view(B * T, H, D), dk.view(B * T, G, D), cos, sin, impl)
@@ -96,7 +109,7 @@ class _ProjectedAttention(torch.autograd.Function):
         scale = D**-0.5
         ctx.options = (window, scale, impl)
         out, lse = _ops.flash_attention_forward(
-            *rows, cu_seqlens, None, None, True, window, scale, None, 0.0, False, impl
+            *rows, cu_seqlens, None, None, True, window, scale, None, 0.0, False, True, impl
         )
         out = out.view(B, T, H, D)
         ctx.save_for_backward(q, k, qkv, out, lse, cos, sin, cu_seqlens)

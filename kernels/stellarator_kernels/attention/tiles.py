@@ -7,8 +7,8 @@ are masked. Each kernel is one loop with that branch in it. Separate loops for t
 inside, the usual form, make copies of the body and spill registers: 470 bytes for dk and dv of bf16
 heads of 128 on sm_90, where this form spills none.
 
-defines: Tiles, tile_sizes, document_bounds, constants, extras, key_interval, query_interval, walk,
-    head_of, load_tile, scores_of, slope_of, mask_scores, dot
+defines: Tiles, tile_sizes, backward_design, document_bounds, constants, extras, key_interval,
+    query_interval, walk, head_of, load_tile, scores_of, slope_of, mask_scores, dot
 """
 
 from dataclasses import dataclass
@@ -36,13 +36,15 @@ _HOPPER = {
     "forward": {64: (128, 128, 8, 2), 128: (128, 128, 8, 2), 256: (128, 32, 8, 2)},
     "dq": {64: (128, 64, 8, 2), 128: (128, 64, 8, 2), 256: (64, 32, 8, 2)},
     "dkdv": {64: (128, 64, 8, 2), 128: (64, 64, 8, 2), 256: (32, 32, 8, 2)},
+    "dqdkdv": {64: (128, 64, 8, 2), 128: (64, 32, 8, 2), 256: (32, 32, 8, 1)},
 }
 _AMPERE = {
     "forward": {64: (128, 64, 8, 2), 128: (128, 64, 8, 2), 256: (64, 32, 8, 2)},
     "dq": {64: (64, 64, 4, 2), 128: (64, 64, 8, 2), 256: (64, 32, 8, 1)},
     "dkdv": {64: (128, 32, 8, 2), 128: (64, 64, 8, 2), 256: (32, 32, 8, 1)},
+    "dqdkdv": {64: (64, 32, 8, 2), 128: (64, 32, 8, 2), 256: (32, 32, 8, 1)},
 }
-_FP32 = {"forward": (32, 32, 4, 1), "dq": (16, 16, 4, 1), "dkdv": (16, 16, 4, 1)}
+_FP32 = {"forward": (32, 32, 4, 1)} | dict.fromkeys(("dq", "dkdv", "dqdkdv"), (16, 16, 4, 1))
 _INTERPRETER = (32, 16, 4, 1)  # small, so that short sequences have edges and an inside
 
 
@@ -52,11 +54,14 @@ def tile_sizes(
     dtype: torch.dtype,
     capability: tuple[int, int] | None,
     softcap: bool = False,
+    dropout: bool = False,
 ) -> Tiles:
-    """Tiles of one kernel: "forward", "dq" or "dkdv". Capability None: the interpreter. Pure.
+    """Tiles of one kernel: "forward", "dq", "dkdv", or "dqdkdv" for dkdv that adds to dq, too.
 
-    The slope of a softcap and the masks of a width that is filled up take registers, and the
-    backward kernels have none left.
+    Pure; capability None is the interpreter.
+
+    The slope of a softcap, the keys of dropout and the masks of a width that is filled up take
+    registers that are not there: their steps are smaller.
     """
     if capability is None:
         return Tiles(*_INTERPRETER)
@@ -66,8 +71,18 @@ def tile_sizes(
     width = triton.next_power_of_2(D)
     own, step, num_warps, num_stages = table[phase][max(64, width)]
     if phase != "forward" and (softcap or D not in (64, width)):
-        own, step = min(own, 64) if phase == "dkdv" else own, 32
+        own, step = own if phase == "dq" else min(own, 64), 32
+    if phase == "forward" and dropout:
+        step = min(step, 64)
     return Tiles(own, step, num_warps, num_stages)
+
+
+def backward_design(deterministic: bool) -> str:
+    """Which backward runs (see backward.py). Pure.
+
+    "split" and "ordered" have not been raced on a GPU yet; the simpler one is taken.
+    """
+    return "split" if deterministic else "atomic"
 
 
 def document_bounds(cu_seqlens: torch.Tensor, N: int) -> torch.Tensor:
