@@ -318,3 +318,30 @@ def recipes_into(stdout, closed: bool = False) -> tuple[int, str]:
         process.stdout.close()
     with process:
         return process.wait(60), process.stderr.read()
+
+
+def test_tuning_wants_a_gpu_and_sizes_that_fit(capsys, monkeypatch, tmp_path):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    assert main(["tune", "--output", str(tmp_path / "t")]) == 1
+    assert "expected an NVIDIA GPU, found none" in capsys.readouterr().err
+    for given in (["--head-width", "72"], ["--heads", "5", "--kv-heads", "2"]):
+        assert main(["tune", *given]) == 2
+    assert not (tmp_path / "t").exists()
+
+
+def test_a_table_is_tuned_and_written(capsys, monkeypatch, tmp_path):
+    """The race itself is tested beside the kernels; here two entries come out of it."""
+    from stellarator_kernels import tuned, tuning
+
+    found = [("a 128", {"own": 64}, 1.25), ("b 128", None, float("inf"))]
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.get_device_name", lambda: "GPU One")
+    monkeypatch.setattr(tuning, "tune", lambda shape: iter(found))
+    assert main(["tune", "--output", str(tmp_path)]) == 0
+    out = capsys.readouterr().out.splitlines()
+    assert out[:2] == ["a 128: {'own': 64}, 1.250 ms", "b 128: nothing runs, inf ms"]
+    assert "gpu_one.json" in out[2] and "STELLARATOR_TABLES" in out[2]
+    found[:] = [("a 64", {"own": 32}, 1.0)]
+    assert main(["tune", "--output", str(tmp_path), "--head-width", "64"]) == 0
+    entries = tuned.read(tmp_path / "gpu_one.json")["entries"]
+    assert entries == {"a 128": {"own": 64}, "a 64": {"own": 32}}

@@ -228,6 +228,18 @@ def _add_sampling(verb) -> None:
 
 def _add_others(verbs) -> None:
     _verb(verbs, "doctor", "print machine, versions, extensions, and what each op would run")
+    verb = _verb(
+        verbs,
+        "tune",
+        "measure the fastest launch configurations of attention on this GPU",
+        "Writes a table for this GPU; STELLARATOR_TABLES=FOLDER makes the kernels use it. Nothing\n"
+        "is tuned unasked. What no table has runs with tiles that were chosen by compiling.",
+    )
+    _option(verb, "--output", "tables", "where the table goes", metavar="FOLDER")
+    _option(verb, "--tokens", 8192, "of the row that is timed", type=_at_least(1), metavar="N")
+    _option(verb, "--heads", 24, "query heads", type=_at_least(1), metavar="N")
+    _option(verb, "--kv-heads", 2, "key/value heads", type=_at_least(1), metavar="N")
+    _option(verb, "--head-width", 128, "64, 128 or 256", type=int, metavar="N")
     verb = _verb(verbs, "report", "write report.html of a run again")
     verb.add_argument("folder", help="run folder")
     verb = _verb(verbs, "demo", "source code -> tokenizer -> training -> infilling -> report")

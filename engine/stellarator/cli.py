@@ -247,6 +247,15 @@ def _doctor(arguments) -> int:
     return doctor.main([])
 
 
+def _tune(arguments) -> int:
+    from stellarator import tune
+
+    given = arguments
+    return tune.run(
+        given.output, given.tokens, given.heads, given.kv_heads, given.head_width, sys.argv[1:]
+    )
+
+
 def _report(arguments) -> int:
     from stellarator.train.report import write_report
 
@@ -269,6 +278,7 @@ _VERBS = {
     "generate": _generate,
     "infill": _infill,
     "doctor": _doctor,
+    "tune": _tune,
     "report": _report,
     "demo": _demo,
 }

@@ -22,6 +22,7 @@ _PACKAGES += ("matplotlib", "tensorboard", "transformers")
 _VARIABLES = {
     "STELLARATOR_ISA": "instruction set of the C++ kernels: portable to amx",
     "STELLARATOR_ARENA": "0: large results of a CPU come from torch's own allocator",
+    "STELLARATOR_TABLES": "folder of tuned launch configurations, instead of those shipped",
     "STELLARATOR_TRACEBACK": "1 shows the traceback of an error",
     "TRITON_INTERPRET": "1 runs Triton kernels on the CPU, slowly",
     "TRITON_CACHE_DIR": "where compiled Triton kernels are kept",

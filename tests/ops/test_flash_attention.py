@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from grid import EXTENSION, INTERPRETED, NATIVE, TRITON, generator, levels
 
-from stellarator_kernels import cost, extension, flash_attention
+from stellarator_kernels import cost, extension, flash_attention, tuned
 from stellarator_kernels._triton import tl, triton
 from stellarator_kernels.attention import aten, tiles
 from stellarator_kernels.testing import assert_close_to_reference, poison_empty
@@ -298,7 +298,7 @@ def test_triton(case):
 @pytest.mark.parametrize("design", ["ordered", "atomic"])
 @pytest.mark.parametrize("case", (CASES | EXTRAS).values(), ids=CASES | EXTRAS)
 def test_triton_in_five_products(case, design, monkeypatch):
-    monkeypatch.setattr(tiles, "backward_design", lambda deterministic: design)
+    monkeypatch.setattr(tiles, "backward_design", lambda *_: design)
     check(case, FP32, "triton")
 
 
@@ -306,14 +306,20 @@ def test_triton_in_five_products(case, design, monkeypatch):
 @pytest.mark.parametrize("seed", range(200, 210))
 def test_triton_takes_turns_whatever_the_masks_are(seed, monkeypatch):
     """A turn that nobody takes would hang, one taken twice would be lost: it ends, and is right."""
-    monkeypatch.setattr(tiles, "backward_design", lambda deterministic: "ordered")
+    monkeypatch.setattr(tiles, "backward_design", lambda *_: "ordered")
     case = random_case(seed, 80)
     print(case)
     check(case, FP32, "triton", seed)
 
 
 def test_the_designs_of_the_backward():
-    assert tiles.backward_design(True) == "split" and tiles.backward_design(False) == "atomic"
+    assert tiles.backward_design(True, 128, "") == "split"
+    assert tiles.backward_design(False, 128, "") == "atomic"
+    with tuned.use({"flash_attention backward 128": {"design": "ordered"}}):
+        assert (
+            tiles.backward_design(True, 128, "") == tiles.backward_design(True, 72, "") == "ordered"
+        )
+        assert tiles.backward_design(True, 64, "") == "split"
 
 
 @TRITON

@@ -30,9 +30,9 @@ def test_every_op_of_a_step_is_asked_about(tiny_config, monkeypatch, model, prec
     asked, used, facts = {}, {}, dispatch.facts
 
     def noting(found):
-        def note(op, tensor):
+        def note(op, tensor, *options):
             found[op] = tensor.dtype, tuple(tensor.shape[1:])
-            return facts(op, tensor)
+            return facts(op, tensor, *options)
 
         return note
 

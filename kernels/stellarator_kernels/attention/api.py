@@ -7,7 +7,7 @@ implementation runs is decided inside their bodies. Packed input, (N, H, D), bec
 
 import torch
 
-from stellarator_kernels import checks, dispatch, random, reference
+from stellarator_kernels import checks, dispatch, random, reference, tuned
 from stellarator_kernels.attention import aten, cpu, tiles
 
 _OP = "flash_attention"
@@ -274,7 +274,9 @@ def _backward_op(
     else:
         extras = _extras(chosen, softcap, dropout_p, row_keys, column_keys)
         if chosen == "triton":
-            extras["design"] = tiles.backward_design(deterministic)
+            extras["design"] = tiles.backward_design(
+                deterministic, q.shape[-1], tuned.gpu_name(q.device)
+            )
         gradients = _module(chosen, "backward").backward(
             dout, dlse, q, k, v, out, lse, cu_seqlens, causal, window, scale, **extras
         )

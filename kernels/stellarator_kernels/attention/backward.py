@@ -27,7 +27,7 @@ FlashAttention-3's deterministic backward with the shortest tiles first (its pul
 
 import torch
 
-from stellarator_kernels import _triton
+from stellarator_kernels import _triton, tuned
 from stellarator_kernels._triton import tl, triton
 from stellarator_kernels.attention import tiles as shared
 from stellarator_kernels.attention.tiles import (
@@ -307,20 +307,20 @@ def backward(
     sizes = T, S, H, H // G, window or 0, scale
     flags = {"CAUSAL": causal, "WINDOW": window is not None, "PACKED": cu_seqlens is not None}
     flags.update(shared.extras(softcap, dropout_p, dropout_keys, q))
-    has_softcap = softcap is not None
+    options = softcap is not None, dropout_keys is not None, tuned.gpu_name(q.device)
     with torch.cuda.device_of(q):
         if design == "split":
             dq = torch.empty((B, T, H, D), dtype=q.dtype, device=q.device)
             turn = lse  # not read
-            tiles = shared.tile_sizes("dq", D, q.dtype, capability, has_softcap)
+            tiles = shared.tile_sizes("dq", D, q.dtype, capability, *options)
             _dq_kernel[(triton.cdiv(T, tiles.own), H, B)](
                 q, k, v, out, dout, lse, dlse, delta, dq, bounds,
                 *strides, *out_strides, *dout_strides, *sizes,
                 **flags, HAS_DLSE=has_dlse, **shared.constants(D, q.dtype, tiles),
             )  # fmt: skip
-            tiles = shared.tile_sizes("dkdv", D, q.dtype, capability, has_softcap)
+            tiles = shared.tile_sizes("dkdv", D, q.dtype, capability, *options)
         else:
-            tiles = shared.tile_sizes("dqdkdv", D, q.dtype, capability, has_softcap)
+            tiles = shared.tile_sizes("dqdkdv", D, q.dtype, capability, *options)
             blocks = triton.cdiv(T, tiles.step)
             dq = torch.zeros((B, T, H, D), dtype=torch.float32, device=q.device)
             turn = torch.zeros((B, H, blocks), dtype=torch.int32, device=q.device)

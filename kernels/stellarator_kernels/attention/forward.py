@@ -16,6 +16,7 @@ arXiv:1805.02867.
 
 import torch
 
+from stellarator_kernels import tuned
 from stellarator_kernels._triton import tl, triton
 from stellarator_kernels.attention import tiles as shared
 from stellarator_kernels.attention.tiles import (
@@ -112,7 +113,13 @@ def forward(
     lse = torch.empty((B, H, T), dtype=torch.float32, device=q.device)
     capability = torch.cuda.get_device_capability(q.device) if q.is_cuda else None
     tiles = shared.tile_sizes(
-        "forward", D, q.dtype, capability, softcap is not None, dropout_keys is not None
+        "forward",
+        D,
+        q.dtype,
+        capability,
+        softcap is not None,
+        dropout_keys is not None,
+        tuned.gpu_name(q.device),
     )
     # Without documents the kernel does not read `bounds`: any tensor will do.
     bounds = q if cu_seqlens is None else shared.document_bounds(cu_seqlens, T)

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 import torch
 
-from stellarator_kernels import _triton, random
+from stellarator_kernels import _triton, random, tuned
 from stellarator_kernels._triton import tl, triton
 
 
@@ -55,20 +55,26 @@ def tile_sizes(
     capability: tuple[int, int] | None,
     softcap: bool = False,
     dropout: bool = False,
+    gpu: str = "",
 ) -> Tiles:
     """Tiles of one kernel: "forward", "dq", "dkdv", or "dqdkdv" for dkdv that adds to dq, too.
 
-    Pure; capability None is the interpreter.
+    A function of its arguments and of the files of tuned.py; capability None is the interpreter.
 
     The slope of a softcap, the keys of dropout and the masks of a width that is filled up take
     registers that are not there: their steps are smaller.
     """
+    width = triton.next_power_of_2(D)
+    plain = not softcap and not dropout and D in (64, width)
+    if plain and (capability is None or dtype != torch.float32):
+        entry = tuned.lookup(gpu, f"flash_attention {phase} {max(64, width)}")
+        if entry is not None:
+            return Tiles(**entry)
     if capability is None:
         return Tiles(*_INTERPRETER)
     if dtype == torch.float32:
         return Tiles(*_FP32[phase])
     table = _HOPPER if capability[0] in (9, 10, 11) else _AMPERE
-    width = triton.next_power_of_2(D)
     own, step, num_warps, num_stages = table[phase][max(64, width)]
     if phase != "forward" and (softcap or D not in (64, width)):
         own, step = own if phase == "dq" else min(own, 64), 32
@@ -77,12 +83,15 @@ def tile_sizes(
     return Tiles(own, step, num_warps, num_stages)
 
 
-def backward_design(deterministic: bool) -> str:
-    """Which backward runs (see backward.py). Pure.
+def backward_design(deterministic: bool, D: int, gpu: str) -> str:
+    """Which backward runs (see backward.py).
 
-    "split" and "ordered" have not been raced on a GPU yet; the simpler one is taken.
+    No GPU has raced "split" and "ordered" so far: where no table knows better, the simpler one.
     """
-    return "split" if deterministic else "atomic"
+    phase = "backward" if deterministic else "backward in any order"
+    width = max(64, triton.next_power_of_2(D))
+    default = {"design": "split" if deterministic else "atomic"}
+    return (tuned.lookup(gpu, f"flash_attention {phase} {width}") or default)["design"]
 
 
 def document_bounds(cu_seqlens: torch.Tensor, N: int) -> torch.Tensor:

@@ -1,0 +1,170 @@
+"""Measure which launch configurations are fastest on this GPU; runs only when asked.
+
+defines: Shape, candidates, tune, write
+
+For flash attention, by head width: tiles of the forward; tiles of the two kernels of the split
+backward, one after the other; tiles of the backward in five products; then which design is fastest,
+with and without determinism. A candidate counts only if it computes what the built-in configuration
+computes (within the rounding of the dtype); one that does not compile or fit is passed over.
+
+`tuned.py` says how the file is used. Tuning is not exact: two runs may choose different tiles of
+nearly the same speed. That is why tables are files, the same on every rank, and not measured there.
+"""
+
+import datetime
+import itertools
+import json
+import statistics
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from stellarator_kernels import tuned
+from stellarator_kernels.attention import flash_attention
+
+_TURNS = 15  # timings of a candidate
+_MARGIN = 0.02  # another candidate must be so much faster to replace one that was found before
+
+
+@dataclass(frozen=True)
+class Shape:
+    """One row of T tokens, H query heads, G key/value heads of width D, causal, bf16."""
+
+    T: int
+    H: int
+    G: int
+    D: int
+
+
+def candidates(phase: str) -> list[dict]:
+    """Configurations of one kernel, most promising first: large tiles, few stages."""
+    own = (128, 64) if phase in ("forward", "dq") else (128, 64, 32)
+    grid = itertools.product(own, (128, 64, 32), (8, 4), (2, 3))
+    names = ("own", "step", "num_warps", "num_stages")
+    return [dict(zip(names, values, strict=True)) for values in grid]
+
+
+def median_ms(call: Callable[[], object]) -> float:
+    """Milliseconds of a call on the GPU, by its own clock."""
+    call()
+    times = []
+    for _ in range(_TURNS):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        call()
+        end.record()
+        end.synchronize()
+        times.append(start.elapsed_time(end))
+    return statistics.median(times)
+
+
+class _Race:
+    """Calls of one shape, and the entries found so far."""
+
+    def __init__(self, shape: Shape, device: str, time_ms: Callable):
+        generator = torch.Generator(device).manual_seed(0)
+        kind = {"generator": generator, "device": device}
+        heads = (shape.H, shape.G, shape.G)
+        # Triton's interpreter has no bf16 products.
+        self.dtype = torch.bfloat16 if device == "cuda" else torch.float32
+        self.inputs = [
+            torch.randn(1, shape.T, n, shape.D, **kind).to(self.dtype).requires_grad_()
+            for n in heads
+        ]
+        self.dout = torch.randn(self.inputs[0].shape, **kind).to(self.dtype)
+        self.width = max(64, 1 << (shape.D - 1).bit_length())
+        self.time_ms, self.entries = time_ms, {}
+        with tuned.use({}):  # the built-in configurations
+            self.expected = self.forward(), *self.backward()
+
+    def forward(self) -> torch.Tensor:
+        return flash_attention(*self.inputs, impl="triton")
+
+    def backward(self, deterministic: bool = True) -> tuple[torch.Tensor, ...]:
+        out = flash_attention(*self.inputs, impl="triton", deterministic=deterministic)
+        return torch.autograd.grad(out, self.inputs, self.dout)
+
+    def name(self, phase: str) -> str:
+        return f"flash_attention {phase} {self.width}"
+
+    def right(self, results, expected) -> bool:
+        """Whether results are those of the built-in configuration, but for rounding."""
+        limit = 8 * torch.finfo(self.dtype).eps
+        return all(
+            bool((a.double() - b.double()).norm() <= limit * b.double().norm())
+            for a, b in zip(results, expected, strict=True)
+        )
+
+    def fastest(self, phase: str, options: list[dict], meanwhile: dict | None = None) -> float:
+        """Race the options of one entry, keep the best; its milliseconds, inf if none runs.
+
+        meanwhile: entries that are in use as well, and not kept.
+        """
+        best, found = float("inf"), None
+        expected = self.expected[:1] if phase == "forward" else self.expected[1:]
+
+        def call() -> tuple[torch.Tensor, ...]:
+            if phase == "forward":
+                return (self.forward(),)
+            return self.backward(deterministic="any order" not in phase)
+
+        for option in options:
+            with tuned.use(self.entries | (meanwhile or {}) | {self.name(phase): option}):
+                try:
+                    right = self.right(call(), expected)
+                except Exception:  # Triton has an error of its own for each thing that is too much
+                    continue
+                if not right:
+                    continue
+                ms = self.time_ms(call)
+            if ms < best * (1 - _MARGIN):
+                best, found = ms, option
+        if found is not None:
+            self.entries[self.name(phase)] = found
+        return best
+
+
+def tune(
+    shape: Shape, device: str = "cuda", time_ms: Callable = median_ms
+) -> Iterator[tuple[str, dict | None, float]]:
+    """Yield (name, entry or None, milliseconds) for every entry of one head width.
+
+    Args:
+        shape: what is timed; the larger, the less a launch counts.
+        device: "cuda", or "cpu" with TRITON_INTERPRET=1 to try it out.
+        time_ms: of a call.
+    """
+    race = _Race(shape, device, time_ms)
+    for phase in ("forward", "dq", "dkdv"):
+        ms = race.fastest(phase, candidates(phase))
+        yield race.name(phase), race.entries.get(race.name(phase)), ms
+    ordered = {race.name("backward"): {"design": "ordered"}}
+    ms = race.fastest("dqdkdv", candidates("dqdkdv"), ordered)
+    yield race.name("dqdkdv"), race.entries.get(race.name("dqdkdv")), ms
+    for phase, designs in (
+        ("backward", ("split", "ordered")),
+        ("backward in any order", ("split", "ordered", "atomic")),
+    ):
+        options = [{"design": design} for design in designs]
+        ms = race.fastest(phase, options)
+        yield race.name(phase), race.entries.get(race.name(phase)), ms
+
+
+def write(folder: Path, entries: dict[str, dict], gpu: str, command: str) -> Path:
+    """Write the file of a GPU into a folder; returns its path."""
+    import triton
+
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / (gpu.lower().replace(" ", "_").replace("/", "_") + ".json")
+    table = {
+        "gpu": gpu,
+        "triton": triton.__version__,
+        "command": command,
+        "date": datetime.date.today().isoformat(),
+        "entries": dict(sorted(entries.items())),
+    }
+    path.write_text(json.dumps(table, indent=1) + "\n")
+    tuned.read(path)
+    return path

@@ -1,0 +1,154 @@
+"""Tables of launch configurations, and the race that fills them, in Triton's interpreter.
+
+The race is judged on a clock of its own, which says how long each configuration takes. Not covered:
+real times, which want a GPU.
+"""
+
+import json
+import re
+
+import pytest
+import torch
+from grid import INTERPRETED
+
+from stellarator_kernels import flash_attention, tuned, tuning
+from stellarator_kernels.attention import backward, forward, tiles
+from stellarator_kernels.attention.tiles import Tiles, tile_sizes
+
+TABLE = {
+    "gpu": "GPU One",
+    "triton": "3.9.0",
+    "command": "stellarator tune",
+    "date": "2026-11-21",
+    "entries": {
+        "flash_attention forward 128": {"own": 64, "step": 32, "num_warps": 4, "num_stages": 3},
+        "flash_attention backward 128": {"design": "ordered"},
+    },
+}
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """An empty folder of tables that is in use; what was read before is forgotten."""
+    monkeypatch.setenv(tuned.VARIABLE, str(tmp_path))
+    tuned._tables.cache_clear()
+    yield tmp_path
+    tuned._tables.cache_clear()
+
+
+def test_an_entry_is_for_its_gpu_and_width_only(folder):
+    (folder / "one.json").write_text(json.dumps(TABLE))
+    args = ("forward", 128, torch.bfloat16, (9, 0))
+    assert tile_sizes(*args, gpu="GPU One") == Tiles(64, 32, 4, 3)
+    assert tile_sizes(*args, gpu="GPU Two") == tile_sizes(*args)
+    assert tile_sizes("forward", 64, *args[2:], gpu="GPU One") == tile_sizes(
+        "forward", 64, *args[2:]
+    )
+    # What takes more registers was not raced.
+    for more in ({"softcap": True}, {"dropout": True}):
+        assert tile_sizes(*args, gpu="GPU One", **more) == tile_sizes(*args, **more)
+    wide = ("forward", 120, *args[2:])
+    assert tile_sizes(*wide, gpu="GPU One") == tile_sizes(*wide)
+    fp32 = ("forward", 128, torch.float32, (9, 0))
+    assert tile_sizes(*fp32, gpu="GPU One") == tile_sizes(*fp32)
+    assert tiles.backward_design(True, 128, "GPU One") == "ordered"
+    assert tiles.backward_design(True, 128, "GPU Two") == "split"
+    assert tiles.backward_design(False, 128, "GPU One") == "atomic"
+    with tuned.use({}):
+        assert tile_sizes(*args, gpu="GPU One") == tile_sizes(*args)
+
+
+def test_shipped_tables_can_be_read():
+    for path in tuned.FOLDER.glob("*.json"):
+        for name, entry in tuned.read(path)["entries"].items():
+            assert re.fullmatch(r"flash_attention [a-z ]+ (64|128|256)", name)
+            assert set(entry) == {"design"} or Tiles(**entry)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"gpu": None}, "expected a str as 'gpu', got None"),
+        ({"entries": []}, "expected a dict as 'entries'"),
+        ({"entries": {"x": {"own": 1.5}}}, "expected whole numbers and words in the entry 'x'"),
+        ({"entries": {"x": 3}}, "expected whole numbers and words in the entry 'x'"),
+        (None, "expected JSON, got"),
+    ],
+)
+def test_a_damaged_table_is_named(folder, change, message):
+    text = "{" if change is None else json.dumps(TABLE | change)
+    (folder / "bad.json").write_text(text)
+    with pytest.raises(ValueError, match=f"bad.json: .*{re.escape(message)}"):
+        tile_sizes("forward", 128, torch.bfloat16, (9, 0), gpu="GPU One")
+
+
+def test_a_folder_that_is_not_there(monkeypatch, folder):
+    monkeypatch.setenv(tuned.VARIABLE, str(folder / "none"))
+    tuned._tables.cache_clear()
+    with pytest.raises(ValueError, match="^STELLARATOR_TABLES: expected a folder, got"):
+        tuned.lookup("GPU One", "x")
+
+
+@INTERPRETED
+def test_the_race_keeps_the_fastest_that_is_right(monkeypatch, tmp_path):
+    """Three candidates; one fails to launch, one is wrong, so the slowest of the rest stays out."""
+    made = [(32, 16, 4, 1), (32, 32, 4, 1), (16, 16, 4, 1), (16, 32, 4, 1)]
+    names = ("own", "step", "num_warps", "num_stages")
+    options = [dict(zip(names, x, strict=True)) for x in made]
+    monkeypatch.setattr(tuning, "candidates", lambda phase: options)
+    used, real = [], tiles.tile_sizes
+
+    def recorded(phase, *args, **kwargs):
+        found = real(phase, *args, **kwargs)
+        used.append((phase, found))
+        if found == Tiles(*made[2]):
+            raise RuntimeError("out of shared memory")
+        return found
+
+    wrong = forward.forward
+
+    def off(*args, **kwargs):
+        out, lse = wrong(*args, **kwargs)
+        return (out * 1.1 if used[-1][1] == Tiles(*made[3]) else out), lse
+
+    monkeypatch.setattr(tiles, "tile_sizes", recorded)
+    monkeypatch.setattr(forward, "forward", off)
+    design = {}
+    run = backward.backward
+
+    def seen(*args, design="split", **kwargs):
+        found["design"] = design
+        return run(*args, design=design, **kwargs)
+
+    found = design
+    monkeypatch.setattr(backward, "backward", seen)
+
+    def clock(call):
+        used.clear()
+        call()
+        by_phase = dict(used)
+        cost = {"split": 5.0, "ordered": 4.0, "atomic": 4.2}[found.get("design", "split")]
+        last = by_phase.get("dkdv") or by_phase.get("dqdkdv") or by_phase["forward"]
+        return cost + {32: 1.0, 16: 2.0}[last.step] + {32: 0.0, 16: 0.5}[last.own]
+
+    shape = tuning.Shape(T=40, H=2, G=1, D=16)
+    results = {name: (entry, ms) for name, entry, ms in tuning.tune(shape, "cpu", clock)}
+    assert results["flash_attention forward 64"][0] == options[1]
+    assert results["flash_attention dqdkdv 64"][0] in options
+    assert results["flash_attention backward 64"][0] == {"design": "ordered"}
+    assert results["flash_attention backward in any order 64"][0] == {"design": "ordered"}
+    entries = {name: entry for name, (entry, _) in results.items() if entry}
+    path = tuning.write(tmp_path / "new", entries, "NVIDIA H200", "stellarator tune")
+    assert path.name == "nvidia_h200.json" and tuned.read(path)["entries"] == entries
+    with tuned.use(entries):
+        q = torch.randn(1, 40, 2, 16)
+        k = torch.randn(1, 40, 1, 16)
+        torch.testing.assert_close(
+            flash_attention(q, k, k, impl="triton"), flash_attention(q, k, k, impl="reference")
+        )
+
+
+def test_candidates_are_what_the_kernels_take():
+    for phase in ("forward", "dq", "dkdv", "dqdkdv"):
+        found = [Tiles(**c) for c in tuning.candidates(phase)]
+        assert len(found) == len(set(found)) >= 24
