@@ -1,5 +1,7 @@
 """decode_attention: one new token a row against a cache of T tokens, rows of uneven length.
 
+Eight rows, or as many as the micro-batch has.
+
 Peers: eager (scores, mask, softmax, product, heads expanded), sdpa (a dense mask, enable_gqa).
 """
 
@@ -11,19 +13,20 @@ from benchmarks.cases import Case, Maker
 from benchmarks.shapes import Shape
 from stellarator_kernels import cost, decode_attention
 
-_ROWS = 8
+_LEAST_ROWS = 8
 
 
 def cases(shape: Shape, device: str) -> list[Case]:
-    """Eight rows, from half to all of the cache in use."""
+    """From half to all of the cache in use."""
     S, H, G, D = shape.T, shape.H, shape.G, shape.D
-    used = [S - row * (S // 2) // _ROWS for row in range(_ROWS)]
+    rows = max(_LEAST_ROWS, shape.B)
+    used = [S - row * (S // 2) // rows for row in range(rows)]
     lengths = torch.tensor(used, device=device)
 
     def inputs(make: Maker) -> dict[str, torch.Tensor]:
-        q = make.normal(_ROWS, 1, H, D, grad=False)
-        k, v = (make.normal(_ROWS, S, G, D, grad=False) for _ in range(2))
-        mask = torch.zeros(_ROWS, 1, 1, S, dtype=make.dtype, device=make.device)
+        q = make.normal(rows, 1, H, D, grad=False)
+        k, v = (make.normal(rows, S, G, D, grad=False) for _ in range(2))
+        mask = torch.zeros(rows, 1, 1, S, dtype=make.dtype, device=make.device)
         hidden = torch.arange(S, device=make.device) >= lengths[:, None]
         mask.masked_fill_(hidden[:, None, None], -torch.inf)
         return {"q": q, "k": k, "v": v, "mask": mask}
@@ -35,12 +38,12 @@ def cases(shape: Shape, device: str) -> list[Case]:
         Case(
             op="decode_attention",
             variant="",
-            sizes={"B": _ROWS, "S": S, "H": H, "G": G, "D": D},
+            sizes={"B": rows, "S": S, "H": H, "G": G, "D": D},
             inputs=inputs,
             ours=ours,
             peers={"eager": eager, "sdpa": sdpa},
-            cost=lambda size: cost.flash_attention(sum(used), _ROWS, sum(used), H, G, D, size),
-            reference_bytes=4 * 8 * _ROWS * S * (H + G * D),
+            cost=lambda size: cost.flash_attention(sum(used), rows, sum(used), H, G, D, size),
+            reference_bytes=4 * 8 * rows * S * (H + G * D),
         )
     ]
 

@@ -2,10 +2,13 @@
 
 Peers: eager (scores, mask, softmax, product, heads expanded, as transformers' eager attention);
 sdpa (F.scaled_dot_product_attention with enable_gqa; causal as such, a window as a dense mask, as
-it has no other way); both one document after the other; on CUDA FlexAttention and flash-attn.
+it has no other way); both one document after the other; on CUDA FlexAttention, torch's cuDNN and
+varlen_attn and flash-attn, our own backward without determinism ("any_order"), and for documents of
+equal length our own rows of a batch ("unpacked").
 """
 
 import itertools
+import math
 
 import torch
 import torch.nn.functional as F
@@ -16,14 +19,20 @@ from benchmarks.shapes import Shape
 from stellarator_kernels import cost, flash_attention
 from stellarator_kernels.reference import visible_keys
 
+_EQUAL = 32  # documents of equal length at most
+
 
 def cases(shape: Shape, device: str) -> list[Case]:
-    """The three masks."""
-    return [
+    """The three masks; on a GPU also documents of equal length, to see what packing costs."""
+    made = [
         _case(shape, device, "causal", None, None),
         _case(shape, device, f"window {shape.window}", shape.window, None),
         _case(shape, device, "packed", None, shape.documents()),
     ]
+    if device == "cuda":
+        count = math.gcd(shape.N, _EQUAL)
+        made.append(_case(shape, device, "equal", None, [shape.N // count] * count))
+    return made
 
 
 def _case(shape: Shape, device: str, variant: str, window, lengths) -> Case:
@@ -53,6 +62,9 @@ def _case(shape: Shape, device: str, variant: str, window, lengths) -> Case:
         others = {"eager": eager, "sdpa": sdpa_causal if window is None else sdpa_masked}
     if device == "cuda":
         others |= peers.attention(keys, window, cu_seqlens)
+        others["any_order"] = _any_order(window, cu_seqlens)
+    if variant == "equal":
+        others["unpacked"] = _unpacked(len(lengths))
     return Case(
         op="flash_attention",
         variant=variant,
@@ -63,6 +75,24 @@ def _case(shape: Shape, device: str, variant: str, window, lengths) -> Case:
         cost=lambda size: cost.flash_attention(pairs, shape.N, shape.N, H, G, D, size),
         reference_bytes=5 * 8 * rows * H * keys * keys,
     )
+
+
+def _any_order(window, cu_seqlens):
+    def any_order(q, k, v, mask):
+        """Ours, but the backward may add dq up in any order."""
+        options = {"window": window, "cu_seqlens": cu_seqlens, "deterministic": False}
+        return flash_attention(q, k, v, **options, impl="triton")
+
+    return any_order
+
+
+def _unpacked(count: int):
+    def unpacked(q, k, v, mask):
+        """Ours, documents of equal length as rows of a batch: the same work without packing."""
+        rows = [x.unflatten(0, (count, -1)) for x in (q, k, v)]
+        return flash_attention(*rows).flatten(0, 1)
+
+    return unpacked
 
 
 def eager(q, k, v, mask):

@@ -8,6 +8,7 @@ first peer is the one that the table compares with; a result file has all of the
 """
 
 import argparse
+import functools
 import gc
 import tempfile
 
@@ -21,6 +22,7 @@ from benchmarks.points import UNTIMED
 from benchmarks.usage import count, one_of, refusals
 from stellarator import build_model, save_pretrained
 from stellarator.config import ModelConfig, OptimConfig
+from stellarator.model.transformer import RECOMPUTE
 from stellarator.train.flops import batch_flops
 from stellarator.train.optimizer import FlatOptimizer
 
@@ -46,9 +48,9 @@ def _rows(config: ModelConfig, rows: int, length: int, device: str):
     return ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
 
 
-def ours(config: ModelConfig, rows: int, length: int, device: str):
+def ours(config: ModelConfig, rows: int, length: int, device: str, recompute: str = "none"):
     """A function that makes one step and returns the loss before it."""
-    model = build_model(config, device=device, dtype=torch.bfloat16, seed=1)
+    model = build_model(config, recompute=recompute, device=device, dtype=torch.bfloat16, seed=1)
     optimizer = FlatOptimizer(model, _OPTIM)
     tokens, targets = _rows(config, rows, length, device)
     number = 0
@@ -119,11 +121,12 @@ def _transformers(config: ModelConfig, rows: int, length: int, device: str, wrap
 PEERS = {"eager": transformers_eager, "compiled": transformers_compiled}
 
 
-def providers(peers: str) -> dict:
+def providers(peers: str, recompute: str = "none") -> dict:
     """{name: function that makes its step}, ours first; `peers` as in "eager,compiled"."""
     names = peers.split(",")
     one_of("--peers", names, PEERS)
-    return {"stellarator": ours} | {f"transformers {name}": PEERS[name] for name in names}
+    step = ours if recompute == "none" else functools.partial(ours, recompute=recompute)
+    return {"stellarator": step} | {f"transformers {name}": PEERS[name] for name in names}
 
 
 def peak_bytes(make, shape: tuple) -> int:
@@ -162,6 +165,9 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--vocab", type=count, default=8192)
     parser.add_argument("--rows", type=count, default=8)
     parser.add_argument("--length", type=count, default=1024)
+    parser.add_argument(
+        "--recompute", choices=RECOMPUTE, default="none", help="of our model (none)"
+    )
     parser.add_argument("--repeats", type=count, default=7)
     parser.add_argument("--clock", choices=CLOCKS, default="wall", help="cpu: one thread only")
     parser.add_argument("--peers", default="eager", help="eager, compiled, or eager,compiled")
@@ -174,7 +180,7 @@ def main(given: argparse.Namespace) -> int:
     """Check, time, print a table; returns 1 if the losses disagree."""
     config = _config(given)
     shape = (config, given.rows, given.length, given.device)
-    makers = providers(given.peers)
+    makers = providers(given.peers, given.recompute)
     where = environment()
     with results.Writer(given.output) as write:
         return _run(given, shape, makers, where, write)
@@ -213,11 +219,12 @@ def _points(given, config: ModelConfig, times: dict, memories: dict, flops: int)
     """One point for each peer."""
     names = ("layers", "width", "heads", "kv_heads", "vocab", "rows", "length")
     ours, *others = times
+    variant = "" if given.recompute == "none" else f"recompute {given.recompute}"
     median = Quantiles.of(times[ours]).p50_ms
     return [
         UNTIMED
         | {
-            "op": "training_step", "variant": "", "model": config.family, "dtype": "bfloat16",
+            "op": "training_step", "variant": variant, "model": config.family, "dtype": "bfloat16",
             "sizes": {name: getattr(given, name) for name in names} | {"T": given.length},
             "device": given.device, "phase": "whole", "impl": ours, "peer": peer, "errors": {},
             "clock": given.clock, "limits": {}, "tflops": flops / median / 1e9,

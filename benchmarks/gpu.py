@@ -1,20 +1,32 @@
 """`python -m benchmarks gpu`: `run` for the Triton kernels on a GPU, at StarCoder2-3B's shapes.
 
 Every op is checked at a small and, where the float64 reference fits, at the timed shape, and then
-timed beside every peer that can be imported. `--dry` goes the same way on tensors of the CPU at
+timed beside every peer that can be imported. `--table attention` times attention at long contexts:
+8K and 16K, window 4096, documents, decoding. `--dry` goes the same way on tensors of the CPU at
 small shapes, with TRITON_INTERPRET=1: its times mean nothing, its checks do.
 """
 
 import argparse
+import dataclasses
 
 import torch
 
 from benchmarks import results, suite
 from benchmarks.run import print_report
-from benchmarks.usage import count
+from benchmarks.usage import UsageError, count
 from stellarator.progress import Progress
 
 _TOKENS, _ROWS = 4096, 2
+# Plans of a table; plain eager code would need more memory than there is.
+_PEERS = "sdpa,cudnn,flex,varlen,flash_attn,any_order,unpacked"
+TABLES = {
+    "attention": (
+        {"ops": ("flash_attention",), "tokens": 8192, "rows": 2, "variants": ("causal",)},
+        {"ops": ("flash_attention",), "tokens": 16384, "rows": 1},
+        {"ops": ("decode_attention",), "model": "starcoder", "tokens": 8192, "rows": 64},
+        {"ops": ("decode_attention",), "tokens": 16384, "rows": 16},
+    )
+}
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
@@ -26,6 +38,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--rows", type=count, help=f"of the micro-batch ({_ROWS})")
     parser.add_argument("--peers", default="default", help="names with commas between")
     parser.add_argument("--op", help="with commas between (all)")
+    parser.add_argument("--table", choices=TABLES, help="another set of shapes")
     parser.add_argument("--small", action="store_true", help="small shapes, to try it out")
     parser.add_argument("--dry", action="store_true", help="tiny, on the CPU, in float32")
     parser.add_argument("--repeats", type=count, default=20)
@@ -55,13 +68,36 @@ def plan_of(given: argparse.Namespace) -> suite.Plan:
     )
 
 
+def plans_of(given: argparse.Namespace) -> list[suite.Plan]:
+    """One plan, or those of a table."""
+    if given.table is None:
+        return [plan_of(given)]
+    if given.dry or given.small or given.op or given.tokens or given.rows:
+        raise UsageError(
+            "--table: expected no --op, --tokens, --rows, --small or --dry, as a table has its "
+            "own, got one. Leave it out."
+        )
+    peers = _PEERS if given.peers == "default" else given.peers
+    base = dataclasses.replace(plan_of(given), tokens=None, rows=None, peers=peers)
+    return [dataclasses.replace(base, **entry) for entry in TABLES[given.table]]
+
+
 def main(given: argparse.Namespace) -> int:
     """Check, time and print; 1 if an op is wrong or nothing was measured."""
-    plan = plan_of(given)
-    plan.check()
+    todo = plans_of(given)
+    for plan in todo:
+        plan.check()
+    merged, limits = suite.Outcome(), {}
     with results.Writer(given.output) as write, Progress("gpu") as show:
-        outcome = suite.run(plan, write, show)
-    print_report(write.points, outcome)
-    if plan.device == "cuda":
+        for number, plan in enumerate(todo):
+
+            def part(done: float, text: str, number: int = number) -> None:
+                show((number + done) / len(todo), text)
+
+            outcome = suite.run(plan, write, part, limits)
+            merged.wrong += outcome.wrong
+            merged.notes += outcome.notes
+    print_report(write.points, merged)
+    if todo[0].device == "cuda":
         print(f"\npeak of the allocator: {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB")
-    return 1 if outcome.wrong or not write.points else 0
+    return 1 if merged.wrong or not write.points else 0

@@ -14,7 +14,9 @@ from collections.abc import Callable
 
 import torch
 
-OF_CUDA = ("flex", "flash_attn", "liger", "apex")  # where they can be imported
+OF_CUDA = (  # where they can be imported
+    "flex", "cudnn", "varlen", "flash_attn", "any_order", "unpacked", "liger", "apex",
+)  # fmt: skip
 OPTIONAL = ("compile",)  # asked for by name, because compiling takes minutes
 DEFAULT = "default"
 
@@ -47,8 +49,12 @@ def choose(wanted: str, available: dict[str, Callable]) -> dict[str, Callable]:
 
 
 def attention(tokens: int, window: int | None, cu_seqlens: torch.Tensor | None) -> dict:
-    """FlexAttention and flash-attn, with the mask of a case."""
+    """FlexAttention, torch's own and flash-attn, with the mask of a case."""
     found = {"flex": _flex(tokens, window, cu_seqlens)}
+    if cu_seqlens is None and window is None:
+        found["cudnn"] = _cudnn
+    if cu_seqlens is not None and _module("torch.nn.attention.varlen") is not None:
+        found["varlen"] = _varlen(window, cu_seqlens)
     module = _module("flash_attn")
     if module is not None:
         found["flash_attn"] = _flash_attn(module, window, cu_seqlens)
@@ -85,11 +91,43 @@ def _flex(tokens: int, window: int | None, cu_seqlens: torch.Tensor | None) -> C
     return flex
 
 
+def _cudnn(q, k, v, mask):
+    """SDPA by cuDNN; without cuDNN it raises."""
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
+        out = torch.nn.functional.scaled_dot_product_attention(
+            q, k, v, is_causal=True, enable_gqa=True
+        )
+    return out.transpose(1, 2)
+
+
+def _longest(cu_seqlens: torch.Tensor | None) -> int:
+    ends = [0] if cu_seqlens is None else cu_seqlens.tolist()
+    return max((b - a for a, b in itertools.pairwise(ends)), default=0)
+
+
+def _varlen(window: int | None, cu_seqlens: torch.Tensor) -> Callable:
+    """torch's flash attention over packed documents; a window without a right side is causal."""
+    longest = _longest(cu_seqlens)
+
+    def varlen(q, k, v, mask):
+        from torch.nn.attention.varlen import varlen_attn
+
+        sides = (-1 if window is None else window - 1, 0)
+        return varlen_attn(
+            q, k, v, cu_seqlens, cu_seqlens, longest, longest, window_size=sides,
+            enable_gqa=q.shape[1] != k.shape[1],
+        )  # fmt: skip
+
+    return varlen
+
+
 def _flash_attn(module, window: int | None, cu_seqlens: torch.Tensor | None) -> Callable:
     """flash-attn; its window counts the keys to the left of the query."""
     sides = (-1, -1) if window is None else (window - 1, 0)
-    ends = [0] if cu_seqlens is None else cu_seqlens.tolist()
-    longest = max((b - a for a, b in itertools.pairwise(ends)), default=0)
+    longest = _longest(cu_seqlens)
 
     def flash_attn(q, k, v, mask):
         if cu_seqlens is None:

@@ -1,5 +1,6 @@
 """What is wrong is named and never timed; what is right is checked, timed and weighed."""
 
+import argparse
 import dataclasses
 import math
 
@@ -9,6 +10,7 @@ import torch
 from benchmarks import checks, ops, shapes, suite
 from benchmarks.cases import Maker
 from benchmarks.points import validate
+from benchmarks.usage import UsageError
 from stellarator import build_model, recipes
 from stellarator_kernels.testing import assert_close_to_reference
 
@@ -265,3 +267,37 @@ def test_inputs_are_the_same_in_every_run():
     case = ops.cases("rope", shapes.reduced(shapes.get("tiny")), "cpu")[0]
     one, two = (case.inputs(Maker("cpu", torch.float32)) for _ in range(2))
     assert all(torch.equal(one[name], two[name]) for name in one)
+
+
+def test_attention_on_a_gpu_has_documents_of_equal_length(monkeypatch):
+    """Its cases without the peers that need one: rows of a batch do what packed documents do."""
+    from benchmarks import peers
+
+    monkeypatch.setattr(peers, "attention", lambda *_: {})
+    real = torch.tensor
+    monkeypatch.setattr(torch, "tensor", lambda *a, device=None, **k: real(*a, **k))
+    case = ops.cases("flash_attention", shapes.reduced(shapes.get("tiny")), "cuda")[-1]
+    assert case.variant == "equal" and case.sizes["T"] == 194
+    judge = checks.Judge(case, "cpu", torch.float32)
+    assert not judge.errors("auto").wrong
+    assert judge.peer_objection(case.peers["unpacked"]) == ""
+
+
+def test_tables_of_the_gpu_verb(monkeypatch):
+    from benchmarks import gpu
+
+    parser = argparse.ArgumentParser()
+    gpu.arguments(parser)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(ops, "cases", lambda *_: [])
+    plans = gpu.plans_of(parser.parse_args(["--table", "attention", "--peers", "sdpa"]))
+    shapes_of = [(p.ops[0], p.shape().model, p.shape().B, p.shape().T) for p in plans]
+    assert shapes_of == [
+        ("flash_attention", "starcoder2_3b", 2, 8192),
+        ("flash_attention", "starcoder2_3b", 1, 16384),
+        ("decode_attention", "starcoder", 64, 8192),
+        ("decode_attention", "starcoder2_3b", 16, 16384),
+    ]
+    assert plans[1].shape().window == 4096 and plans[0].impls == ("triton", "auto")
+    with pytest.raises(UsageError, match="--table: expected no --op"):
+        gpu.plans_of(parser.parse_args(["--table", "attention", "--tokens", "5"]))

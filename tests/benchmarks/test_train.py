@@ -83,3 +83,11 @@ def test_memory_on_a_cpu_is_that_of_a_process_of_its_own(monkeypatch):
     monkeypatch.setattr(bench_train, "peak_memory_of", lambda *a: asked.append(a) or 5)
     assert bench_train.peak_bytes(bench_train.ours, SHAPE) == 5
     assert asked == [(bench_train.ours, *SHAPE)]
+
+
+def test_ours_with_recomputation_takes_the_same_steps():
+    losses = []
+    for recompute in ("none", "selective", "full"):
+        step = bench_train.providers("eager", recompute)["stellarator"](*SHAPE)
+        losses.append([step() for _ in range(3)])
+    assert losses[0] == losses[1] == losses[2]

@@ -1,0 +1,121 @@
+"""Flash attention in Triton: the designs of the backward, 16 bits, random cases, planted bugs.
+
+The references are those of test_flash_attention.py. Not covered: speed.
+"""
+
+import sys
+
+import pytest
+from attention_cases import BF16, CASES, EXTRAS, FP16, FP32, check, random_case
+from grid import INTERPRETED, NATIVE, TRITON
+
+from stellarator_kernels import tuned
+from stellarator_kernels._triton import tl, triton
+from stellarator_kernels.attention import tiles
+
+
+@TRITON
+@pytest.mark.parametrize("case", (CASES | EXTRAS).values(), ids=CASES | EXTRAS)
+def test_triton(case):
+    check(case, FP32, "triton")
+
+
+@TRITON
+@pytest.mark.parametrize("design", ["ordered", "atomic"])
+@pytest.mark.parametrize("case", (CASES | EXTRAS).values(), ids=CASES | EXTRAS)
+def test_triton_in_five_products(case, design, monkeypatch):
+    monkeypatch.setattr(tiles, "backward_design", lambda *_: design)
+    check(case, FP32, "triton")
+
+
+@TRITON
+@pytest.mark.parametrize("seed", range(200, 210))
+def test_triton_takes_turns_whatever_the_masks_are(seed, monkeypatch):
+    """A turn that nobody takes would hang, one taken twice would be lost: it ends, and is right."""
+    monkeypatch.setattr(tiles, "backward_design", lambda *_: "ordered")
+    case = random_case(seed, 80)
+    print(case)
+    check(case, FP32, "triton", seed)
+
+
+def test_the_designs_of_the_backward():
+    assert tiles.backward_design(True, 128, "") == "split"
+    assert tiles.backward_design(False, 128, "") == "atomic"
+    with tuned.use({"flash_attention backward 128": {"design": "ordered"}}):
+        assert (
+            tiles.backward_design(True, 128, "") == tiles.backward_design(True, 72, "") == "ordered"
+        )
+        assert tiles.backward_design(True, 64, "") == "split"
+
+
+@TRITON
+@pytest.mark.parametrize("dtype", [BF16, FP16], ids=str)
+@pytest.mark.parametrize(
+    "name", CASES if NATIVE else ["odd length, padded width, group 3", "documents, window"]
+)
+def test_triton_16_bit(name, dtype):
+    check(CASES[name], dtype, "triton")
+
+
+@TRITON
+@pytest.mark.parametrize("seed", range(100, 110))
+def test_triton_random(seed):
+    case = random_case(seed, 80)
+    print(case)
+    check(case, FP32, "triton", seed)
+
+
+@triton.jit
+def _sees_one_more(scores, first, last, others):
+    visible = (others[None, :] >= first[:, None]) & (others[None, :] <= last[:, None])
+    return tl.where(visible, scores, float("-inf"))
+
+
+@triton.jit
+def _window_one_short(scores, first, last, others):
+    visible = (others[None, :] > first[:, None]) & (others[None, :] < last[:, None])
+    return tl.where(visible, scores, float("-inf"))
+
+
+@triton.jit
+def _natural_units(products, scale, softcap, SOFTCAP: tl.constexpr):
+    return products * (scale * 1.4426)
+
+
+@triton.jit
+def _without_the_last_block(first, last, STEP: tl.constexpr):
+    begin = tl.min(first) // STEP * STEP
+    end = tl.max(last)
+    return begin, begin + (end - begin) // STEP * STEP, tl.max(first), tl.min(last)
+
+
+@triton.jit
+def _mask_too_rarely(first, last, STEP: tl.constexpr):
+    begin = tl.min(first) // STEP * STEP
+    return begin, tl.max(last), tl.min(first), tl.max(last)
+
+
+BUGS = {
+    "mask, last": ("mask_scores", _sees_one_more),
+    "mask, first": ("mask_scores", _window_one_short),
+    "scale": ("scores_of", _natural_units),
+    "last block": ("walk", _without_the_last_block),
+    "inside": ("walk", _mask_too_rarely),
+}
+
+
+@INTERPRETED
+@pytest.mark.parametrize("phase", ["forward", "backward"])
+@pytest.mark.parametrize("name", BUGS)
+def test_the_random_cases_find_planted_bugs(name, phase, monkeypatch):
+    """Each in one pass only, so that the two do not agree on the wrong thing."""
+    function, wrong = BUGS[name]
+    module = sys.modules[f"stellarator_kernels.attention.{phase}"]
+    monkeypatch.setattr(module, function, wrong)
+    found = 0
+    for seed in range(100, 110):
+        try:
+            check(random_case(seed, 80), FP32, "triton", seed)
+        except AssertionError:
+            found += 1
+    assert found >= 3, f"{found} of 10 random cases see it"
