@@ -31,7 +31,7 @@ def test_triton_in_five_products(case, design, monkeypatch):
 @TRITON
 @pytest.mark.parametrize("seed", range(200, 210))
 def test_triton_takes_turns_whatever_the_masks_are(seed, monkeypatch):
-    """A turn that nobody takes would hang, one taken twice would be lost: it ends, and is right."""
+    """In the interpreter a turn that is out of order makes dq NaN."""
     monkeypatch.setattr(tiles, "backward_design", lambda *_: "ordered")
     case = random_case(seed, 80)
     print(case)
@@ -119,3 +119,17 @@ def test_the_random_cases_find_planted_bugs(name, phase, monkeypatch):
         except AssertionError:
             found += 1
     assert found >= 3, f"{found} of 10 random cases see it"
+
+
+@triton.jit
+def _counts_two(counter_ptr, INTERPRETED: tl.constexpr):
+    tl.atomic_add(counter_ptr, 2)
+
+
+@INTERPRETED
+def test_a_turn_out_of_order_is_seen(monkeypatch):
+    monkeypatch.setattr(tiles, "backward_design", lambda *_: "ordered")
+    module = sys.modules["stellarator_kernels.attention.backward"]
+    monkeypatch.setattr(module, "count_one", _counts_two)
+    with pytest.raises(AssertionError, match="dq"):
+        check(CASES["window 13"], FP32, "triton")
