@@ -185,19 +185,12 @@ def measure(given: argparse.Namespace, gates: list[dict]) -> list[dict]:
         "seconds": given.seconds or _SECONDS,
         "clock": clock,
     }
-    todo, merged, limits = plans(gates, **options), suite.Outcome(), {}
+    todo = plans(gates, **options)
     for plan in todo:
         plan.check()
     with results.Writer(given.output) as write, Progress("gate") as show:
-        for number, plan in enumerate(todo):
-
-            def part(done: float, text: str, number: int = number) -> None:
-                show((number + done) / len(todo), text)
-
-            outcome = suite.run(plan, write, part, limits)
-            merged.wrong += outcome.wrong
-            merged.notes += outcome.notes
-    print_report(write.points, merged)
+        outcome = suite.run_all(todo, write, show)
+    print_report(write.points, outcome)
     print()
     return write.points
 

@@ -87,17 +87,9 @@ def main(given: argparse.Namespace) -> int:
     todo = plans_of(given)
     for plan in todo:
         plan.check()
-    merged, limits = suite.Outcome(), {}
     with results.Writer(given.output) as write, Progress("gpu") as show:
-        for number, plan in enumerate(todo):
-
-            def part(done: float, text: str, number: int = number) -> None:
-                show((number + done) / len(todo), text)
-
-            outcome = suite.run(plan, write, part, limits)
-            merged.wrong += outcome.wrong
-            merged.notes += outcome.notes
-    print_report(write.points, merged)
+        outcome = suite.run_all(todo, write, show)
+    print_report(write.points, outcome)
     if todo[0].device == "cuda":
         print(f"\npeak of the allocator: {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB")
-    return 1 if merged.wrong or not write.points else 0
+    return 1 if outcome.wrong or not write.points else 0

@@ -117,6 +117,20 @@ def run(
     return outcome
 
 
+def run_all(todo: list[Plan], write: Callable, show: Callable) -> Outcome:
+    """Several plans one after the other; the machine is measured once. Arguments as of `run`."""
+    merged, limits = Outcome(), {}
+    for number, plan in enumerate(todo):
+
+        def part(done: float, text: str, number: int = number) -> None:
+            show((number + done) / len(todo), text)
+
+        outcome = run(plan, write, part, limits)
+        merged.wrong += outcome.wrong
+        merged.notes += outcome.notes
+    return merged
+
+
 def _wanted(variant: str, wanted: tuple[str, ...]) -> bool:
     return not wanted or variant.split(" ")[0] in wanted
 

@@ -96,6 +96,16 @@ def count_one(counter_ptr, INTERPRETED: tl.constexpr):
 
 
 @triton.jit
+def keep_delta(out, dout, dlse_ptr, delta_ptr, in_rows, HAS_DLSE: tl.constexpr):
+    """delta = rowsum(dout * out) - dlse of a tile of rows, stored and returned."""
+    delta = tl.sum(out.to(tl.float32) * dout.to(tl.float32), 1)
+    if HAS_DLSE:
+        delta -= tl.load(dlse_ptr, mask=in_rows, other=0.0)
+    tl.store(delta_ptr, delta, mask=in_rows)
+    return delta
+
+
+@triton.jit
 def _delta_kernel(
     out_ptr, dout_ptr, dlse_ptr, delta_ptr,
     out_stride_batch, out_stride_row, out_stride_head,
@@ -112,10 +122,7 @@ def _delta_kernel(
     out = load_tile(out_ptr, rows, out_stride_row, T, cols, D, BLOCK_D)
     dout = load_tile(dout_ptr, rows, dout_stride_row, T, cols, D, BLOCK_D)
     statistics = (batch * H + head) * T + rows
-    delta = tl.sum(out.to(tl.float32) * dout.to(tl.float32), 1)
-    if HAS_DLSE:
-        delta -= tl.load(dlse_ptr + statistics, mask=rows < T, other=0.0)
-    tl.store(delta_ptr + statistics, delta, mask=rows < T)
+    keep_delta(out, dout, dlse_ptr + statistics, delta_ptr + statistics, rows < T, HAS_DLSE)
 
 
 @triton.jit
@@ -147,10 +154,7 @@ def _dq_kernel(
     dout = load_tile(dout_ptr, rows, dout_stride_row, T, cols, D, BLOCK_D)
     out = load_tile(out_ptr, rows, out_stride_row, T, cols, D, BLOCK_D)
     statistics = (batch * H + head) * T + rows
-    delta = tl.sum(out.to(tl.float32) * dout.to(tl.float32), 1)
-    if HAS_DLSE:
-        delta -= tl.load(dlse_ptr + statistics, mask=in_rows, other=0.0)
-    tl.store(delta_ptr + statistics, delta, mask=in_rows)
+    delta = keep_delta(out, dout, dlse_ptr + statistics, delta_ptr + statistics, in_rows, HAS_DLSE)
 
     q = load_tile(q_ptr, rows, q_stride_row, T, cols, D, BLOCK_D)
     # A row that sees no key has lse -inf; every score of it is masked, and exp2(-inf - 0) is 0.
