@@ -155,6 +155,7 @@ def _attention(capability: tuple[int, int]) -> Iterator[Build]:
             values |= {"SOFTCAP": softcap, "DROPOUT": dropout}
             if kernel is backward._dkdv_kernel:
                 values["INTERPRETED"] = False
+                values["TURNED"] = tiles.turns_dq(chosen.step, capability)
                 values["DESIGN"] = backward.DESIGNS[phase.partition(" ")[2] or "split"]
             if "HAS_DLSE" in kernel.arg_names:
                 values["HAS_DLSE"] = False

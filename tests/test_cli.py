@@ -324,7 +324,7 @@ def test_tuning_wants_a_gpu_and_sizes_that_fit(capsys, monkeypatch, tmp_path):
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     assert main(["tune", "--output", str(tmp_path / "t")]) == 1
     assert "expected an NVIDIA GPU, found none" in capsys.readouterr().err
-    for given in (["--head-width", "72"], ["--heads", "5", "--kv-heads", "2"]):
+    for given in (["--head-width", "72"], ["--heads", "5", "--kv-heads", "2"], ["--phases", "x"]):
         assert main(["tune", *given]) == 2
     assert not (tmp_path / "t").exists()
 
@@ -336,7 +336,7 @@ def test_a_table_is_tuned_and_written(capsys, monkeypatch, tmp_path):
     found = [("a 128", {"own": 64}, 1.25), ("b 128", None, float("inf"))]
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     monkeypatch.setattr("torch.cuda.get_device_name", lambda: "GPU One")
-    monkeypatch.setattr(tuning, "tune", lambda shape: iter(found))
+    monkeypatch.setattr(tuning, "tune", lambda shape, **_: iter(found))
     assert main(["tune", "--output", str(tmp_path)]) == 0
     out = capsys.readouterr().out.splitlines()
     assert out[:2] == ["a 128: {'own': 64}, 1.250 ms", "b 128: nothing runs, inf ms"]

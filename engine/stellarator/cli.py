@@ -251,9 +251,8 @@ def _tune(arguments) -> int:
     from stellarator import tune
 
     given = arguments
-    return tune.run(
-        given.output, given.tokens, given.heads, given.kv_heads, given.head_width, sys.argv[1:]
-    )
+    shape = given.tokens, given.heads, given.kv_heads, given.head_width
+    return tune.run(given.output, *shape, given.phases.split(","), sys.argv[1:])
 
 
 def _report(arguments) -> int:

@@ -13,13 +13,18 @@ from stellarator.progress import Progress
 from stellarator_kernels import tuned, tuning
 
 _WIDTHS = (64, 128, 256)  # those that the kernels have tiles for; others are filled up
-_STEPS = 6  # entries of one head width
 
 
 def run(
-    output: str, tokens: int, heads: int, kv_heads: int, head_width: int, command: Sequence[str]
+    output: str,
+    tokens: int,
+    heads: int,
+    kv_heads: int,
+    head_width: int,
+    phases: Sequence[str],
+    command: Sequence[str],
 ) -> int:
-    """Print each entry as it is found; what is there already for other widths stays.
+    """Print and write each entry as it is found; what is there already beside them stays.
 
     Raises:
         ValueError: sizes that make no attention.
@@ -27,6 +32,9 @@ def run(
     """
     if head_width not in _WIDTHS:
         raise ValueError(f"tune: expected --head-width in {_WIDTHS}, got {head_width}.")
+    unknown = [name for name in phases if name not in tuning.PHASES]
+    if unknown:
+        raise ValueError(f"tune: expected --phases of {tuning.PHASES}, got {unknown}.")
     if heads % kv_heads:
         raise ValueError(
             f"tune: expected --heads, a multiple of --kv-heads {kv_heads}, got {heads}."
@@ -38,12 +46,15 @@ def run(
     before = [table for p in folder.glob("*.json") if (table := tuned.read(p))["gpu"] == gpu]
     entries = dict(before[0]["entries"]) if before else {}
     shape = tuning.Shape(tokens, heads, kv_heads, head_width)
+    command = shlex.join(["stellarator", *command])
+    path = tuning.write(folder, entries, gpu, command)
     with Progress("tune") as show:
-        for number, (name, entry, ms) in enumerate(tuning.tune(shape), 1):
-            show(number / _STEPS, name)
+        found = tuning.tune(shape, phases=tuple(phases), entries=dict(entries))
+        for number, (name, entry, ms) in enumerate(found, 1):
+            show(min(1.0, number / (len(phases) + ("design" in phases))), name)
             print(f"{name}: {entry or 'nothing runs'}, {ms:.3f} ms", flush=True)
             if entry is not None:
                 entries[name] = entry
-    path = tuning.write(folder, entries, gpu, shlex.join(["stellarator", *command]))
+                tuning.write(folder, entries, gpu, command)
     print(f"wrote {path}; {tuned.VARIABLE}={folder} makes the kernels use it")
     return 0

@@ -1,6 +1,6 @@
 """Measure which launch configurations are fastest on this GPU; runs only when asked.
 
-defines: Shape, candidates, tune, write
+defines: PHASES, Shape, candidates, tune, write
 
 For flash attention, by head width: tiles of the forward; tiles of the two kernels of the split
 backward, one after the other; tiles of the backward in five products; then which design is fastest,
@@ -24,6 +24,7 @@ import torch
 from stellarator_kernels import tuned
 from stellarator_kernels.attention import flash_attention
 
+PHASES = ("forward", "dq", "dkdv", "dqdkdv", "design")
 _TURNS = 15  # timings of a candidate
 _MARGIN = 0.02  # another candidate must be so much faster to replace one that was found before
 
@@ -38,11 +39,26 @@ class Shape:
     D: int
 
 
-def candidates(phase: str) -> list[dict]:
-    """Configurations of one kernel, most promising first: large tiles, few stages."""
-    own = (128, 64) if phase in ("forward", "dq") else (128, 64, 32)
-    grid = itertools.product(own, (128, 64, 32), (8, 4), (2, 3))
-    names = ("own", "step", "num_warps", "num_stages")
+def candidates(phase: str, tma: bool) -> list[dict]:
+    """Configurations of one kernel, most promising first.
+
+    Args:
+        phase: as of `tiles.tile_sizes`.
+        tma: the GPU has a copy engine (sm_90 and newer): loads by it are raced, too, and warps that
+            do nothing but start them. Triton adds those warps to 4 that compute.
+    """
+    rows_of_warps = [(128, 8), (64, 4)] if phase in ("forward", "dq") else [(128, 8), (64, 8)]
+    loads = [(0, 0), (1, 0)] if tma else [(0, 0)]
+    grid = [
+        (own, step, num_warps, num_stages, *load)
+        for load, (own, num_warps), step, num_stages in itertools.product(
+            loads, rows_of_warps, (128, 64, 32), (2, 3)
+        )
+    ]
+    if tma:
+        specialized = itertools.product((128, 64), (128, 64, 32), (4,), (2, 3), (1,), (1,))
+        grid = [*specialized, *grid]
+    names = ("own", "step", "num_warps", "num_stages", "tma", "specialize")
     return [dict(zip(names, values, strict=True)) for values in grid]
 
 
@@ -97,7 +113,7 @@ class _Race:
             for a, b in zip(results, expected, strict=True)
         )
 
-    def fastest(self, phase: str, options: list[dict], meanwhile: dict | None = None) -> float:
+    def fastest(self, phase: str, options: list[dict], meanwhile: dict) -> float:
         """Race the options of one entry, keep the best; its milliseconds, inf if none runs.
 
         meanwhile: entries that are in use as well, and not kept.
@@ -111,7 +127,7 @@ class _Race:
             return self.backward(deterministic="any order" not in phase)
 
         for option in options:
-            with tuned.use(self.entries | (meanwhile or {}) | {self.name(phase): option}):
+            with tuned.use(self.entries | meanwhile | {self.name(phase): option}):
                 try:
                     right = self.right(call(), expected)
                 except Exception:  # Triton has an error of its own for each thing that is too much
@@ -127,7 +143,11 @@ class _Race:
 
 
 def tune(
-    shape: Shape, device: str = "cuda", time_ms: Callable = median_ms
+    shape: Shape,
+    device: str = "cuda",
+    time_ms: Callable = median_ms,
+    phases: tuple[str, ...] = PHASES,
+    entries: dict | None = None,
 ) -> Iterator[tuple[str, dict | None, float]]:
     """Yield (name, entry or None, milliseconds) for every entry of one head width.
 
@@ -135,20 +155,27 @@ def tune(
         shape: what is timed; the larger, the less a launch counts.
         device: "cuda", or "cpu" with TRITON_INTERPRET=1 to try it out.
         time_ms: of a call.
+        phases: of PHASES, those to race.
+        entries: in use where a phase is not raced.
     """
     race = _Race(shape, device, time_ms)
-    for phase in ("forward", "dq", "dkdv"):
-        ms = race.fastest(phase, candidates(phase))
+    race.entries.update(entries or {})
+    tma = device == "cuda" and torch.cuda.get_device_capability() >= (9, 0)
+    for phase in phases:
+        if phase == "design":
+            continue
+        design = "ordered" if phase == "dqdkdv" else "split"
+        meanwhile = {race.name("backward"): {"design": design}}
+        ms = race.fastest(phase, candidates(phase, tma), meanwhile)
         yield race.name(phase), race.entries.get(race.name(phase)), ms
-    ordered = {race.name("backward"): {"design": "ordered"}}
-    ms = race.fastest("dqdkdv", candidates("dqdkdv"), ordered)
-    yield race.name("dqdkdv"), race.entries.get(race.name("dqdkdv")), ms
+    if "design" not in phases:
+        return
     for phase, designs in (
         ("backward", ("split", "ordered")),
         ("backward in any order", ("split", "ordered", "atomic")),
     ):
         options = [{"design": design} for design in designs]
-        ms = race.fastest(phase, options)
+        ms = race.fastest(phase, options, {})
         yield race.name(phase), race.entries.get(race.name(phase)), ms
 
 

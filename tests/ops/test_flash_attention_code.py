@@ -45,6 +45,7 @@ def describe(phase, D, capability, packed, G, softcap=False, dropout=False):
     values.update(CAUSAL=True, WINDOW=True, PACKED=packed, SOFTCAP=softcap, DROPOUT=dropout)
     if kernel is backward._dkdv_kernel:
         values.update(DESIGN=backward.DESIGNS[phase if five else "split"], INTERPRETED=False)
+        values["TURNED"] = tiles.turns_dq(chosen.step, capability)
     if H == G:
         values["group"] = 1  # a launch compiles an integer argument of 1 as a constant
     types = {}

@@ -28,6 +28,26 @@ def test_triton_in_five_products(case, design, monkeypatch):
     check(case, FP32, "triton")
 
 
+SPECIALIZED = {
+    f"flash_attention {phase} {width}": {
+        **dict(zip(("own", "step", "num_warps", "num_stages"), (32, 16, 4, 2), strict=True)),
+        **{"tma": 1, "specialize": 1},
+    }
+    for phase in ("forward", "dq", "dkdv", "dqdkdv")
+    for width in (64, 128, 256)
+}
+
+
+@INTERPRETED
+@pytest.mark.parametrize("design", ["split", "ordered"])
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+def test_triton_loads_through_descriptors(case, design, monkeypatch):
+    """Where the width is a power of two: the others keep the tiles that they have."""
+    monkeypatch.setattr(tiles, "backward_design", lambda *_: design)
+    with tuned.use(SPECIALIZED):
+        check(case, FP32, "triton")
+
+
 @TRITON
 @pytest.mark.parametrize("seed", range(200, 210))
 def test_triton_takes_turns_whatever_the_masks_are(seed, monkeypatch):
@@ -46,6 +66,49 @@ def test_the_designs_of_the_backward():
             tiles.backward_design(True, 128, "") == tiles.backward_design(True, 72, "") == "ordered"
         )
         assert tiles.backward_design(True, 64, "") == "split"
+
+
+@INTERPRETED
+@pytest.mark.parametrize("design", ["ordered", "atomic"])
+def test_triton_makes_dq_as_its_transpose(design, monkeypatch):
+    monkeypatch.setattr(tiles, "backward_design", lambda *_: design)
+    monkeypatch.setattr(tiles, "turns_dq", lambda *_: True)
+    check(CASES["odd length, padded width, group 3"], FP32, "triton")
+
+
+def test_dq_is_turned_where_the_matrix_instruction_wants_64_rows():
+    assert tiles.turns_dq(32, (9, 0)) and not tiles.turns_dq(64, (9, 0))
+    assert not any(tiles.turns_dq(32, x) for x in (None, (8, 0), (10, 0), (12, 0)))
+
+
+def test_heads_whose_keys_stay_in_the_cache_go_together():
+    h200 = 50 * 2**20
+    assert tiles.heads_together(2, 12, 16384, 128, 2, h200) == 24  # StarCoder2-3B: 8 MiB a head
+    assert tiles.heads_together(4, 12, 16384, 128, 2, h200) == 24  # 15B: two of four
+    assert tiles.heads_together(4, 12, 8192, 128, 2, h200) == 48
+    assert tiles.heads_together(1, 48, 10**6, 128, 2, h200) == 48  # never less than a group
+    assert tiles.heads_together(3, 1, 16384, 128, 2, 2 * 2 * 8 * 2**20) == 1  # 2 does not divide 3
+
+
+def test_groups_are_split_where_programs_are_few():
+    assert tiles.group_splits(256 * 2, 12, 132) == 1  # 16K tokens of StarCoder2-3B, tiles of 64
+    assert tiles.group_splits(64 * 2, 12, 132) == 3  # 4K tokens
+    assert tiles.group_splits(1, 9, 132) == 9  # no more than there are heads
+    assert tiles.group_splits(100, 9, 250) == 5  # parts of 2, 2, 2, 2 and 1
+    assert tiles.group_splits(1, 1, 132) == 1
+
+
+@INTERPRETED
+@pytest.mark.parametrize("num_sms,cache_bytes", [(1, 2**40), (1000, 1)])
+@pytest.mark.parametrize("design", ["split", "ordered"])
+@pytest.mark.parametrize("seed", [301, 305, 312, 337])  # groups of 12 and of 3, several of them
+def test_triton_on_chips_of_other_sizes(seed, design, num_sms, cache_bytes, monkeypatch):
+    """All heads together and no group split; one group at a time and every group split."""
+    monkeypatch.setattr(tiles, "backward_design", lambda *_: design)
+    monkeypatch.setattr(tiles, "chip", lambda device: tiles.Chip(num_sms, cache_bytes))
+    case = random_case(seed, 80)
+    print(case)
+    check(case, FP32, "triton", seed)
 
 
 @TRITON

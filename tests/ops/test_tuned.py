@@ -95,7 +95,7 @@ def test_the_race_keeps_the_fastest_that_is_right(monkeypatch, tmp_path):
     made = [(32, 16, 4, 1), (32, 32, 4, 1), (16, 16, 4, 1), (16, 32, 4, 1)]
     names = ("own", "step", "num_warps", "num_stages")
     options = [dict(zip(names, x, strict=True)) for x in made]
-    monkeypatch.setattr(tuning, "candidates", lambda phase: options)
+    monkeypatch.setattr(tuning, "candidates", lambda phase, tma: options)
     used, real = [], tiles.tile_sizes
 
     def recorded(phase, *args, **kwargs):
@@ -150,5 +150,30 @@ def test_the_race_keeps_the_fastest_that_is_right(monkeypatch, tmp_path):
 
 def test_candidates_are_what_the_kernels_take():
     for phase in ("forward", "dq", "dkdv", "dqdkdv"):
-        found = [Tiles(**c) for c in tuning.candidates(phase)]
-        assert len(found) == len(set(found)) >= 24
+        for tma in (False, True):
+            found = [Tiles(**c) for c in tuning.candidates(phase, tma)]
+            assert len(found) == len(set(found)) >= (36 if tma else 12)
+            assert {(t.tma, t.specialize) for t in found} <= {(0, 0), (1, 0), (1, 1)}
+            assert tma or not any(t.tma for t in found)
+            for tiles_of_one in found:  # Triton leaves 8 warps as they are
+                assert not tiles_of_one.specialize or tiles_of_one.num_warps == 4
+
+
+@INTERPRETED
+def test_a_phase_is_raced_with_what_is_known_of_the_others(monkeypatch):
+    """dq belongs to the split backward, whatever the table says runs."""
+    known = {"flash_attention backward 64": {"design": "ordered"}}
+    options = [{"own": 32, "step": 16, "num_warps": 4, "num_stages": 1}]
+    monkeypatch.setattr(tuning, "candidates", lambda phase, tma: options)
+    seen, run = [], backward.backward
+    monkeypatch.setattr(
+        backward, "backward", lambda *a, design, **kw: seen.append(design) or run(*a, **kw)
+    )
+    shape = tuning.Shape(T=20, H=1, G=1, D=16)
+
+    def clock(call):
+        call()
+        return 1.0
+
+    results = list(tuning.tune(shape, "cpu", clock, ("dq",), known))
+    assert results == [("flash_attention dq 64", options[0], 1.0)] and set(seen) == {"split"}

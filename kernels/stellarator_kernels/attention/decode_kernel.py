@@ -64,8 +64,8 @@ def _parts_kernel(
     total = tl.zeros((ROWS,), tl.float32)
     for block in range(begin, end, STEP):
         keys = block + tl.arange(0, STEP)
-        k = load_tile(k_ptr, keys, k_stride_row, end, cols, D, BLOCK_D)
-        v = load_tile(v_ptr, keys, v_stride_row, end, cols, D, BLOCK_D)
+        k = load_tile(k_ptr, block, 0, end, k_stride_row, cols, STEP, D, BLOCK_D, False)
+        v = load_tile(v_ptr, block, 0, end, v_stride_row, cols, STEP, D, BLOCK_D, False)
         scores = dot(q, tl.trans(k), UPCAST) * scale_log2
         scores = mask_scores(scores, first, tl.minimum(last, end), keys)
         new_maximum = tl.maximum(maximum, tl.max(scores, 1))

@@ -21,10 +21,12 @@ from stellarator_kernels._triton import tl, triton
 from stellarator_kernels.attention import tiles as shared
 from stellarator_kernels.attention.tiles import (
     dot,
+    head_and_batch,
     head_of,
     key_interval,
     load_tile,
     mask_scores,
+    rows_of,
     scores_of,
     walk,
 )
@@ -43,19 +45,24 @@ def _forward_kernel(
     CAUSAL: tl.constexpr, WINDOW: tl.constexpr, PACKED: tl.constexpr,
     SOFTCAP: tl.constexpr, DROPOUT: tl.constexpr,
     D: tl.constexpr, BLOCK_D: tl.constexpr, OWN: tl.constexpr, STEP: tl.constexpr,
-    UPCAST: tl.constexpr,
+    UPCAST: tl.constexpr, TMA: tl.constexpr, SPECIALIZE: tl.constexpr,
 ):  # fmt: skip
-    """Grid (row tiles, H, B). The last tiles see most keys when causal, so they go first."""
-    tile = tl.num_programs(0) - 1 - tl.program_id(0)
-    head = tl.program_id(1).to(tl.int64)
-    batch = tl.program_id(2).to(tl.int64)
+    """Grid (`heads_together`, row tiles, B * the rest of H).
+
+    The last tiles see most keys when causal, so they go first.
+    """
+    tile = tl.num_programs(1) - 1 - tl.program_id(1)
+    head, batch = head_and_batch(H)
     kv_head = head // group
     rows = tile * OWN + tl.arange(0, OWN)
     cols = tl.arange(0, BLOCK_D)
     k_ptr = head_of(k_ptr, batch, k_stride_batch, kv_head, k_stride_head)
     v_ptr = head_of(v_ptr, batch, v_stride_batch, kv_head, v_stride_head)
     q_ptr = head_of(q_ptr, batch, q_stride_batch, head, q_stride_head)
-    q = load_tile(q_ptr, rows, q_stride_row, T, cols, D, BLOCK_D)
+    q_rows = rows_of(q_ptr, T, D, q_stride_row, OWN, BLOCK_D, TMA)
+    k_rows = rows_of(k_ptr, S, D, k_stride_row, STEP, BLOCK_D, TMA)
+    v_rows = rows_of(v_ptr, S, D, v_stride_row, STEP, BLOCK_D, TMA)
+    q = load_tile(q_rows, tile * OWN, 0, T, q_stride_row, cols, OWN, D, BLOCK_D, TMA)
 
     first, last = key_interval(rows, T, S, window, bounds_ptr, CAUSAL, WINDOW, PACKED)
     begin, end, inner, inner_end = walk(first, last, STEP)
@@ -64,11 +71,13 @@ def _forward_kernel(
     acc = tl.zeros((OWN, BLOCK_D), tl.float32)
     maximum = tl.full((OWN,), float("-inf"), tl.float32)
     total = tl.zeros((OWN,), tl.float32)
-    for block in range(begin, end, STEP):
+    for block in tl.range(begin, end, STEP, warp_specialize=SPECIALIZE):
         keys = block + tl.arange(0, STEP)
-        k = load_tile(k_ptr, keys, k_stride_row, S, cols, D, BLOCK_D)
+        k = load_tile(k_rows, block, 0, S, k_stride_row, cols, STEP, D, BLOCK_D, TMA)
         scores = scores_of(dot(q, tl.trans(k), UPCAST), scale, softcap, SOFTCAP)
-        if (block < inner) | (block + STEP > inner_end):
+        if SPECIALIZE:  # a branch would keep the compiler from it
+            scores = mask_scores(scores, first, last, keys)
+        elif (block < inner) | (block + STEP > inner_end):
             scores = mask_scores(scores, first, last, keys)
         new_maximum = tl.maximum(maximum, tl.max(scores, 1))
         # A row may have seen nothing yet, and -inf - -inf is NaN.
@@ -79,7 +88,7 @@ def _forward_kernel(
         if DROPOUT:  # after the sum: it drops weights, not keys
             column_keys = tl.load(column_key_ptr + batch * S + keys, mask=keys < S, other=0)
             weights = tl.where(kept_block(row_keys, column_keys, least), weights * keep_scale, 0.0)
-        v = load_tile(v_ptr, keys, v_stride_row, S, cols, D, BLOCK_D)
+        v = load_tile(v_rows, block, 0, S, v_stride_row, cols, STEP, D, BLOCK_D, TMA)
         if not UPCAST:
             weights = weights.to(v.dtype)
         acc = acc * correction[:, None] + dot(weights, v, UPCAST)
@@ -99,6 +108,7 @@ def _forward_kernel(
     )
 
 
+@shared.with_scratch
 def forward(
     q, k, v, cu_seqlens, causal, window, scale, softcap=None, dropout_p=0.0, dropout_keys=None
 ):
@@ -124,7 +134,7 @@ def forward(
     # Without documents the kernel does not read `bounds`: any tensor will do.
     bounds = q if cu_seqlens is None else shared.document_bounds(cu_seqlens, T)
     with torch.cuda.device_of(q):
-        _forward_kernel[(triton.cdiv(T, tiles.own), H, B)](
+        _forward_kernel[shared.row_grid(q, k, tiles)](
             q, k, v, out, lse, bounds,
             *strides_in_units(q), *strides_in_units(k), *strides_in_units(v),
             T, S, H, H // G, window or 0, scale,

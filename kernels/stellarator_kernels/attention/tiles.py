@@ -7,10 +7,13 @@ are masked. Each kernel is one loop with that branch in it. Separate loops for t
 inside, the usual form, make copies of the body and spill registers: 470 bytes for dk and dv of bf16
 heads of 128 on sm_90, where this form spills none.
 
-defines: Tiles, tile_sizes, backward_design, document_bounds, constants, extras, key_interval,
-    query_interval, walk, head_of, load_tile, scores_of, slope_of, mask_scores, dot
+defines: Tiles, tile_sizes, turns_dq, backward_design, Chip, chip, heads_together, row_grid,
+    group_splits, with_scratch, document_bounds, constants, extras, key_interval, query_interval,
+    walk, head_and_batch, head_of, rows_of, load_tile, scores_of, slope_of, mask_scores, dot
 """
 
+import contextvars
+import functools
 from dataclasses import dataclass
 
 import torch
@@ -21,12 +24,18 @@ from stellarator_kernels._triton import tl, triton
 
 @dataclass(frozen=True)
 class Tiles:
-    """One launch: rows that a program owns, rows of a step of its loop, and the launch options."""
+    """One launch: rows that a program owns, rows of a step of its loop, and the launch options.
+
+    tma: 1 if tiles are loaded by the GPU's copy engine, through descriptors (sm_90 and newer).
+    specialize: 1 if some warps load and others compute. Needs tma; every block is masked then.
+    """
 
     own: int
     step: int
     num_warps: int
     num_stages: int
+    tma: int = 0
+    specialize: int = 0
 
 
 # (own, step, num_warps, num_stages) by padded head width. Chosen by compiling: no spills, and
@@ -76,11 +85,21 @@ def tile_sizes(
         return Tiles(*_FP32[phase])
     table = _HOPPER if capability[0] in (9, 10, 11) else _AMPERE
     own, step, num_warps, num_stages = table[phase][max(64, width)]
-    if phase != "forward" and (softcap or D not in (64, width)):
+    crowded = softcap or D not in (64, width) or (dropout and capability[0] >= 10)
+    if phase != "forward" and crowded:
         own, step = own if phase == "dq" else min(own, 64), 32
     if phase == "forward" and dropout:
         step = min(step, 64)
     return Tiles(own, step, num_warps, num_stages)
+
+
+def turns_dq(step: int, capability: tuple[int, int] | None) -> bool:
+    """Whether the share of dq of some keys is made as its transpose.
+
+    The matrix instruction of sm_90 makes 64 rows at least, so one of fewer query rows would fall
+    back to that of sm_80. There the turned product spills.
+    """
+    return capability is not None and capability[0] == 9 and step < 64
 
 
 def backward_design(deterministic: bool, D: int, gpu: str) -> str:
@@ -92,6 +111,71 @@ def backward_design(deterministic: bool, D: int, gpu: str) -> str:
     width = max(64, triton.next_power_of_2(D))
     default = {"design": "split" if deterministic else "atomic"}
     return (tuned.lookup(gpu, f"flash_attention {phase} {width}") or default)["design"]
+
+
+@dataclass(frozen=True)
+class Chip:
+    """What the order and the number of programs depend on."""
+
+    num_sms: int
+    cache_bytes: int  # of the cache that all SMs share
+
+
+@functools.cache
+def chip(device: torch.device) -> Chip:
+    """That of a device; for the interpreter one so small that short sequences fill it."""
+    if device.type != "cuda":
+        return Chip(num_sms=4, cache_bytes=2**14)
+    properties = torch.cuda.get_device_properties(device)
+    return Chip(properties.multi_processor_count, properties.L2_cache_size)
+
+
+def heads_together(G: int, group: int, S: int, D: int, itemsize: int, cache_bytes: int) -> int:
+    """Query heads whose tiles of rows are started in turns: whole groups, a divisor of H.
+
+    All rows of these heads come before the next ones, longest first. The more together, the better
+    the balance at the end; but their keys and values should stay in half of the cache.
+    """
+    fitting = cache_bytes // 2 // (2 * S * D * itemsize)
+    return group * max(n for n in range(1, G + 1) if G % n == 0 and (n == 1 or n <= fitting))
+
+
+def row_grid(q: torch.Tensor, k: torch.Tensor, tiles: Tiles) -> tuple[int, int, int]:
+    """The grid of a kernel whose programs own rows of a query head; see `head_and_batch`."""
+    (B, T, H, D), (S, G) = q.shape, k.shape[1:3]
+    cache_bytes = chip(q.device).cache_bytes
+    together = heads_together(G, H // G, S, D, q.element_size(), cache_bytes)
+    return together, triton.cdiv(T, tiles.own), B * (H // together)
+
+
+def group_splits(programs: int, group: int, num_sms: int) -> int:
+    """Into how many parts the query heads of a group go, for dk and dv.
+
+    One where there are two programs for each SM, enough to even out their lengths. The gradients
+    of the parts are added afterwards, in fp32 and in one order.
+    """
+    most = -(-group // min(group, max(1, -(-2 * num_sms // programs))))
+    return -(-group // most)
+
+
+def with_scratch(launcher):
+    """For functions that launch kernels with descriptors: these are written to scratch memory.
+
+    Triton takes it from a setting of the context, which stays as the caller has it. The first
+    argument is a tensor of the device.
+    """
+
+    @functools.wraps(launcher)
+    def run(x, *args, **kwargs):
+        def launch():
+            triton.set_allocator(
+                lambda size, alignment, stream: torch.empty(size, dtype=torch.int8, device=x.device)
+            )
+            return launcher(x, *args, **kwargs)
+
+        return contextvars.copy_context().run(launch) if x.is_cuda else launcher(x, *args, **kwargs)
+
+    return run
 
 
 def document_bounds(cu_seqlens: torch.Tensor, N: int) -> torch.Tensor:
@@ -109,6 +193,8 @@ def constants(D: int, dtype: torch.dtype, tiles: Tiles) -> dict:
         "OWN": tiles.own,
         "STEP": tiles.step,
         "UPCAST": _triton.INTERPRETED and dtype != torch.float32,
+        "TMA": bool(tiles.tma),
+        "SPECIALIZE": bool(tiles.specialize),
         "num_warps": tiles.num_warps,
         "num_stages": tiles.num_stages,
     }
@@ -183,21 +269,55 @@ def walk(first, last, STEP: tl.constexpr):
 
 
 @triton.jit
+def head_and_batch(H):
+    """Query head and batch row of a program of `row_grid`, int64."""
+    together = tl.num_programs(0)
+    turns = H // together
+    head = tl.program_id(2) % turns * together + tl.program_id(0)
+    return head.to(tl.int64), (tl.program_id(2) // turns).to(tl.int64)
+
+
+@triton.jit
 def head_of(x_ptr, batch, stride_batch, head, stride_head):
     """Where one head of one batch row begins; strides in UNITs of 8, batch and head int64."""
     return x_ptr + (batch * stride_batch + head * stride_head) * 8
 
 
 @triton.jit
-def load_tile(
-    x_ptr, rows, row_stride, num_rows, cols, D: tl.constexpr, BLOCK_D: tl.constexpr,
+def rows_of(
+    x_ptr, num_rows, num_cols, row_stride,
+    ROWS: tl.constexpr, BLOCK_D: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
-    """(len(rows), BLOCK_D) of a (num_rows, D) matrix; 0 outside. The stride is in UNITs of 8."""
-    pointers = x_ptr + rows[:, None].to(tl.int64) * row_stride * 8 + cols[None, :]
-    inside = (rows < num_rows)[:, None]
-    if BLOCK_D != D:
-        inside &= (cols < D)[None, :]
-    return tl.load(pointers, mask=inside, other=0.0)
+    """What `load_tile` reads a (num_rows, num_cols) matrix through: a descriptor, or its pointer.
+
+    A descriptor is for the GPU's own copy engine (TMA, sm_90 and newer). The stride is in UNITs.
+    """
+    if TMA:
+        return tl.make_tensor_descriptor(
+            x_ptr, [num_rows, num_cols], [row_stride.to(tl.int64) * 8, 1], [ROWS, BLOCK_D]
+        )
+    else:
+        return x_ptr
+
+
+@triton.jit
+def load_tile(
+    source, start, column, num_rows, row_stride, cols,
+    ROWS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, TMA: tl.constexpr,
+):  # fmt: skip
+    """(ROWS, BLOCK_D) of a matrix from row `start` and from `column` on; 0 past the last row.
+
+    Columns past D are 0; for TMA, D is BLOCK_D. The stride is in UNITs of 8.
+    """
+    if TMA:
+        return source.load([start, column])
+    else:
+        rows = start + tl.arange(0, ROWS)
+        pointers = source + rows[:, None].to(tl.int64) * row_stride * 8 + column + cols[None, :]
+        inside = (rows < num_rows)[:, None]
+        if BLOCK_D != D:
+            inside &= (cols < D)[None, :]
+        return tl.load(pointers, mask=inside, other=0.0)
 
 
 @triton.jit
