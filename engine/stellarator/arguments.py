@@ -240,7 +240,7 @@ def _add_others(verbs) -> None:
     _option(verb, "--heads", 24, "query heads", type=_at_least(1), metavar="N")
     _option(verb, "--kv-heads", 2, "key/value heads", type=_at_least(1), metavar="N")
     _option(verb, "--head-width", 128, "64, 128 or 256", type=int, metavar="N")
-    phases = "forward,dq,dkdv,dqdkdv,design"
+    phases = "forward,forward packed,dq,dkdv,dqdkdv,design"
     _option(verb, "--phases", phases, "what is raced, with commas between", metavar="NAMES")
     verb = _verb(verbs, "report", "write report.html of a run again")
     verb.add_argument("folder", help="run folder")

@@ -2,10 +2,11 @@
 
 defines: PHASES, Shape, candidates, tune, write
 
-For flash attention, by head width: tiles of the forward; tiles of the two kernels of the split
-backward, one after the other; tiles of the backward in five products; then which design is fastest,
-with and without determinism. A candidate counts only if it computes what the built-in configuration
-computes (within the rounding of the dtype); one that does not compile or fit is passed over.
+For flash attention, by head width: tiles of the forward, of one document and of several; tiles of
+the two kernels of the split backward, one after the other; tiles of the backward in five products;
+then which design is fastest, with and without determinism. A candidate counts only if it computes
+what the built-in configuration computes (within the rounding of the dtype); one that does not
+compile or fit is passed over.
 
 `tuned.py` says how the file is used. Tuning is not exact: two runs may choose different tiles of
 nearly the same speed. That is why tables are files, the same on every rank, and not measured there.
@@ -24,8 +25,9 @@ import torch
 from stellarator_kernels import tuned
 from stellarator_kernels.attention import flash_attention
 
-PHASES = ("forward", "dq", "dkdv", "dqdkdv", "design")
+PHASES = ("forward", "forward packed", "dq", "dkdv", "dqdkdv", "design")
 _TURNS = 15  # timings of a candidate
+_DOCUMENTS = 8  # in the row, where it is packed
 _MARGIN = 0.02  # another candidate must be so much faster to replace one that was found before
 
 
@@ -47,7 +49,7 @@ def candidates(phase: str, tma: bool) -> list[dict]:
         tma: the GPU has a copy engine (sm_90 and newer): loads by it are raced, too, and warps that
             do nothing but start them. Triton adds those warps to 4 that compute.
     """
-    rows_of_warps = [(128, 8), (64, 4)] if phase in ("forward", "dq") else [(128, 8), (64, 8)]
+    rows_of_warps = [(128, 8), (64, 4)] if phase not in ("dkdv", "dqdkdv") else [(128, 8), (64, 8)]
     loads = [(0, 0), (1, 0)] if tma else [(0, 0)]
     grid = [
         (own, step, num_warps, num_stages, *load)
@@ -90,13 +92,20 @@ class _Race:
             for n in heads
         ]
         self.dout = torch.randn(self.inputs[0].shape, **kind).to(self.dtype)
+        ends = [shape.T * n // _DOCUMENTS for n in range(_DOCUMENTS + 1)]
+        self.documents = torch.tensor(ends, dtype=torch.int32, device=device)
         self.width = max(64, 1 << (shape.D - 1).bit_length())
         self.time_ms, self.entries = time_ms, {}
         with tuned.use({}):  # the built-in configurations
-            self.expected = self.forward(), *self.backward()
+            self.expected = {
+                "forward": (self.forward(),),
+                "forward packed": (self.forward(self.documents),),
+                "backward": self.backward(),
+            }
 
-    def forward(self) -> torch.Tensor:
-        return flash_attention(*self.inputs, impl="triton")
+    def forward(self, cu_seqlens: torch.Tensor | None = None) -> torch.Tensor:
+        inputs = self.inputs if cu_seqlens is None else [x[0] for x in self.inputs]
+        return flash_attention(*inputs, cu_seqlens=cu_seqlens, impl="triton")
 
     def backward(self, deterministic: bool = True) -> tuple[torch.Tensor, ...]:
         out = flash_attention(*self.inputs, impl="triton", deterministic=deterministic)
@@ -119,11 +128,11 @@ class _Race:
         meanwhile: entries that are in use as well, and not kept.
         """
         best, found = float("inf"), None
-        expected = self.expected[:1] if phase == "forward" else self.expected[1:]
+        expected = self.expected[phase if phase in self.expected else "backward"]
 
         def call() -> tuple[torch.Tensor, ...]:
-            if phase == "forward":
-                return (self.forward(),)
+            if phase.startswith("forward"):
+                return (self.forward(self.documents if "packed" in phase else None),)
             return self.backward(deterministic="any order" not in phase)
 
         for option in options:

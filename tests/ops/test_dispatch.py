@@ -5,6 +5,7 @@ Choices are asked with `Facts` of machines that are not there; broken installs o
 C++ extension are made in processes of their own. Not covered: a real GPU.
 """
 
+import dataclasses
 import os
 import subprocess
 import sys
@@ -68,6 +69,31 @@ def test_an_explicit_choice_that_cannot_run_raises_with_the_reason(op, impl, giv
         line.startswith(f"   {op}: {impl}: ") or impl not in dispatch._OPS[op]
         for line in describe(op, given).splitlines()
     )
+
+
+@pytest.mark.parametrize("op", ["flash_attention", "decode_attention"])
+@pytest.mark.parametrize("capability", [(7, 0), (7, 5)])
+def test_attention_on_gpus_that_are_too_old(op, capability):
+    given = Facts("cuda", torch.float16, capability)
+    reason = f"the GPU has compute capability {capability}, 8.0 is needed"
+    assert choose(op, "auto", given) == "torch"
+    lines = describe(op, given).splitlines()
+    assert any(line.startswith(f"   {op}: triton: {reason}") for line in lines), lines
+    with pytest.raises(RuntimeError) as caught:
+        choose(op, "triton", given)
+    assert str(caught.value).startswith(f"{op}: impl='triton' cannot run: {reason}")
+    capped = dataclasses.replace(given, limits=(("torch", "softcap is in triton only"),))
+    assert choose(op, "auto", capped) == "reference"
+
+
+@pytest.mark.parametrize("op", ["flash_attention", "decode_attention"])
+@pytest.mark.parametrize(
+    "capability", [(8, 0), (8, 6), (8, 9), (9, 0), (10, 0), (10, 3), (12, 0)], ids=str
+)
+def test_attention_on_gpus_that_are_not_here(op, capability):
+    for dtype in (BF16, torch.float16, FP32):
+        for impl in ("auto", "triton"):
+            assert choose(op, impl, Facts("cuda", dtype, capability)) == "triton"
 
 
 def test_the_interpreter_runs_only_when_asked_for():

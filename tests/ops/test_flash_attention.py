@@ -188,6 +188,7 @@ def test_nothing_to_do(impl, B, T, S):
         Case(5, S=7, H=2, D=4, window=3),
         Case(6, documents=(2, 4), D=4),
         Case(6, D=4, softcap=0.8, dropout_p=0.3),
+        Case(7, documents=(2, 5), H=4, G=2, D=4, window=3, softcap=0.8, dropout_p=0.3),
     ],
     ids=str,
 )

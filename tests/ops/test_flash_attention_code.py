@@ -7,129 +7,21 @@ them).
 """
 
 import itertools
-import json
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
+from attention_builds import BUILDS, check, compile_all
 
 from stellarator_kernels.attention import aten, tiles
 from stellarator_kernels.layout import aligned_rows, strides_in_units
 from stellarator_kernels.reference import visible_keys
 from stellarator_kernels.testing import shared_memory_limit
 
-PROGRAM = """
-import json, re, sys
-import torch
-from stellarator_kernels.attention import backward, forward, tiles
-from stellarator_kernels.testing import compile_kernel
-
-KERNELS = {"forward": forward._forward_kernel, "dq": backward._dq_kernel,
-           "dkdv": backward._dkdv_kernel, "ordered": backward._dkdv_kernel,
-           "atomic": backward._dkdv_kernel}
-FLOATS = ("lse", "dlse", "delta")
-INTS = ("bounds", "row_key", "column_key", "turn")
-NUMBERS = ("scale", "softcap", "keep_scale")
-H = 24
-
-def describe(phase, D, capability, packed, G, softcap=False, dropout=False):
-    kernel = KERNELS[phase]
-    five = phase in ("ordered", "atomic")  # products instead of seven
-    chosen = tiles.tile_sizes(
-        "dqdkdv" if five else phase, D, torch.bfloat16, capability, softcap, dropout
-    )
-    values = tiles.constants(D, torch.bfloat16, chosen)
-    launch = {name: values.pop(name) for name in ("num_warps", "num_stages")}
-    values.update(CAUSAL=True, WINDOW=True, PACKED=packed, SOFTCAP=softcap, DROPOUT=dropout)
-    if kernel is backward._dkdv_kernel:
-        values.update(DESIGN=backward.DESIGNS[phase if five else "split"], INTERPRETED=False)
-        values["TURNED"] = tiles.turns_dq(chosen.step, capability)
-    if H == G:
-        values["group"] = 1  # a launch compiles an integer argument of 1 as a constant
-    types = {}
-    for name in kernel.arg_names:
-        stem = name.removesuffix("_ptr")
-        if name == "HAS_DLSE":
-            values[name] = False
-        elif name.endswith("_ptr"):
-            fp32 = stem in FLOATS or (stem == "dq" and five)
-            types[name] = "*i32" if stem in INTS else "*fp32" if fp32 else "*bf16"
-        elif "_stride_" in name:  # as a launch describes those of q, k, v out of one projection
-            kind = name.split("_")[-1]
-            stride = ({"batch": 4096, "row": 1, "head": 0}[kind] * (H + 2 * G) * D or D) // 8
-            types[name] = "i32:16" if stride % 16 == 0 else "i32"
-        elif name not in values:
-            types[name] = "fp32" if name in NUMBERS else "i32"
-    built = compile_kernel(kernel, types, values, capability, **launch)
-    return {
-        "shared": built.shared_bytes,
-        "spills": built.spill_bytes,
-        "wgmma": built.ptx.count("wgmma.mma_async"),
-        "mma": built.ptx.count("mma.sync"),
-        "async": built.ptx.count("cp.async"),
-        "turns": re.findall(r"ld[.]acquire|ld[.]global[.]cg|red[.]release", built.ptx),
-    }
-
-print(json.dumps([describe(p, D, tuple(c), *rest) for p, D, c, *rest in json.loads(sys.argv[1])]))
-"""
-BUILDS = [
-    (phase, D, capability, phase == "dkdv" and D == 64, 2)
-    for capability in ((8, 0), (9, 0))
-    for D in (64, 128, 256)
-    if (D, capability) != (256, (9, 0))  # to save time: as sm_80, by hand
-    for phase in ("forward", "dq", "dkdv")
-]
-# Widths that are filled up: odd multiples of 8, whose strides are not multiples of 16, and others.
-BUILDS += [(phase, 72, (9, 0), False, 2) for phase in ("forward", "dq", "dkdv")]
-BUILDS += [("forward", 136, (9, 0), False, 2), ("dkdv", 96, (9, 0), False, 2)]
-BUILDS += [
-    ("dkdv", 48, (8, 0), False, 2),
-    ("dkdv", 80, (8, 0), False, 2),
-    ("dq", 48, (8, 0), False, 2),
-]
-# StarCoder's one key/value head; and one for each query head.
-BUILDS += [(phase, 128, (9, 0), False, G) for G in (1, 24) for phase in ("forward", "dq", "dkdv")]
-# Five products.
-BUILDS += [
-    (phase, D, capability, False, 2)
-    for capability in ((8, 0), (9, 0), (10, 0))
-    for D in (64, 128)
-    for phase in ("ordered", "atomic")
-]
-# Softcap and dropout.
-BUILDS += [
-    (phase, 128, capability, False, 2, *flags)
-    for capability in ((8, 0), (9, 0))
-    for flags in ((True, False), (False, True))
-    for phase in ("forward", "dq", "dkdv")
-]
-
 
 def test_code_for_gpus_that_are_not_here():
-    environment = {**os.environ, "TRITON_INTERPRET": "0", "PYTHONPATH": os.pathsep.join(sys.path)}
-    done = subprocess.run(
-        [sys.executable, "-c", PROGRAM, json.dumps(BUILDS)],
-        env=environment,
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr
-    for build, found in zip(BUILDS, json.loads(done.stdout), strict=True):
-        capability = build[2]
-        assert found["spills"] == 0, (build, found)
-        # The tiles of sm_80 serve sm_86 too, which has less.
-        limit = shared_memory_limit((8, 6) if capability == (8, 0) else capability)
-        assert found["shared"] <= limit, (build, found)
-        if build[1] < 256:  # at 256, 99 KB hold one stage only
-            assert found["async"] > 0, (build, found)  # loads run ahead of the products
-        if capability < (10, 0):
-            assert found["wgmma" if capability == (9, 0) else "mma"] > 0, (build, found)
-        if build[0] == "ordered":  # waits, then reads the sums, then says that they are written
-            turns = [name for name, _ in itertools.groupby(found["turns"])]
-            once = ["ld.acquire", "ld.global.cg", "red.release"]
-            assert turns and turns == once * (len(turns) // 3), (build, turns)
+    _, found = compile_all(BUILDS)
+    for build, one in zip(BUILDS, found, strict=True):
+        check(build, one)
 
 
 def test_rows_are_copied_only_where_loads_need_it():

@@ -33,7 +33,7 @@ SPECIALIZED = {
         **dict(zip(("own", "step", "num_warps", "num_stages"), (32, 16, 4, 2), strict=True)),
         **{"tma": 1, "specialize": 1},
     }
-    for phase in ("forward", "dq", "dkdv", "dqdkdv")
+    for phase in ("forward", "forward packed", "dq", "dkdv", "dqdkdv")
     for width in (64, 128, 256)
 }
 

@@ -41,6 +41,8 @@ def test_an_entry_is_for_its_gpu_and_width_only(folder):
     args = ("forward", 128, torch.bfloat16, (9, 0))
     assert tile_sizes(*args, gpu="GPU One") == Tiles(64, 32, 4, 3)
     assert tile_sizes(*args, gpu="GPU Two") == tile_sizes(*args)
+    packed = ("forward packed", *args[1:])
+    assert tile_sizes(*packed, gpu="GPU One") == tile_sizes(*packed) == tile_sizes(*args)
     assert tile_sizes("forward", 64, *args[2:], gpu="GPU One") == tile_sizes(
         "forward", 64, *args[2:]
     )
@@ -128,7 +130,7 @@ def test_the_race_keeps_the_fastest_that_is_right(monkeypatch, tmp_path):
         call()
         by_phase = dict(used)
         cost = {"split": 5.0, "ordered": 4.0, "atomic": 4.2}[found.get("design", "split")]
-        last = by_phase.get("dkdv") or by_phase.get("dqdkdv") or by_phase["forward"]
+        last = by_phase.get("dkdv") or by_phase.get("dqdkdv") or used[-1][1]
         return cost + {32: 1.0, 16: 2.0}[last.step] + {32: 0.0, 16: 0.5}[last.own]
 
     shape = tuning.Shape(T=40, H=2, G=1, D=16)
@@ -149,7 +151,7 @@ def test_the_race_keeps_the_fastest_that_is_right(monkeypatch, tmp_path):
 
 
 def test_candidates_are_what_the_kernels_take():
-    for phase in ("forward", "dq", "dkdv", "dqdkdv"):
+    for phase in ("forward", "forward packed", "dq", "dkdv", "dqdkdv"):
         for tma in (False, True):
             found = [Tiles(**c) for c in tuning.candidates(phase, tma)]
             assert len(found) == len(set(found)) >= (36 if tma else 12)

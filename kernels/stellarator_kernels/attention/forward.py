@@ -123,7 +123,7 @@ def forward(
     lse = torch.empty((B, H, T), dtype=torch.float32, device=q.device)
     capability = torch.cuda.get_device_capability(q.device) if q.is_cuda else None
     tiles = shared.tile_sizes(
-        "forward",
+        "forward" if cu_seqlens is None else "forward packed",
         D,
         q.dtype,
         capability,

@@ -68,6 +68,9 @@ def tile_sizes(
 ) -> Tiles:
     """Tiles of one kernel: "forward", "dq", "dkdv", or "dqdkdv" for dkdv that adds to dq, too.
 
+    "forward packed" is the forward of documents, raced apart: Triton does not specialise it at 128
+    own rows, since it cannot share out loads of each row's bounds.
+
     A function of its arguments and of the files of tuned.py; capability None is the interpreter.
 
     The slope of a softcap, the keys of dropout and the masks of a width that is filled up take
@@ -79,6 +82,7 @@ def tile_sizes(
         entry = tuned.lookup(gpu, f"flash_attention {phase} {max(64, width)}")
         if entry is not None:
             return Tiles(**entry)
+    phase = phase.removesuffix(" packed")
     if capability is None:
         return Tiles(*_INTERPRETER)
     if dtype == torch.float32:
@@ -88,7 +92,7 @@ def tile_sizes(
     crowded = softcap or D not in (64, width) or (dropout and capability[0] >= 10)
     if phase != "forward" and crowded:
         own, step = own if phase == "dq" else min(own, 64), 32
-    if phase == "forward" and dropout:
+    if phase == "forward" and (dropout or D not in (64, width)):
         step = min(step, 64)
     return Tiles(own, step, num_warps, num_stages)
 
