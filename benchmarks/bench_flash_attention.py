@@ -2,9 +2,9 @@
 
 Peers: eager (scores, mask, softmax, product, heads expanded, as transformers' eager attention);
 sdpa (F.scaled_dot_product_attention with enable_gqa; causal as such, a window as a dense mask, as
-it has no other way); both one document after the other; on CUDA FlexAttention, torch's cuDNN and
-varlen_attn and flash-attn, our own backward without determinism ("any_order"), and for documents of
-equal length our own rows of a batch ("unpacked").
+it has no other way); both one document after the other; on CUDA FlexAttention, SDPA by its flash
+kernel alone and by cuDNN's, varlen_attn, flash-attn, our own backward without determinism
+("any_order"), and for documents of equal length our own rows of a batch ("unpacked").
 """
 
 import itertools

@@ -189,7 +189,7 @@ def measure(given: argparse.Namespace, gates: list[dict]) -> list[dict]:
     for plan in todo:
         plan.check()
     with results.Writer(given.output) as write, Progress("gate") as show:
-        outcome = suite.run_all(todo, write, show)
+        outcome = suite.run(todo, write, show)
     print_report(write.points, outcome)
     print()
     return write.points

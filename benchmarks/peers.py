@@ -1,7 +1,7 @@
 """Kernels of other projects on a GPU, where they can be imported; and which peers are asked for.
 
-defines: attention, rope, layer_norm, cross_entropy, linear_cross_entropy, compiled, choose,
-    DEFAULT, OF_CUDA, OPTIONAL
+defines: attention, rope, layer_norm, cross_entropy, linear_cross_entropy, compiled,
+    forget_compiled, choose, absent, DEFAULT, OF_CUDA, OPTIONAL
 
 Each function returns {name: peer}, empty where the project is not installed. A peer that is there
 and fails is reported by the suite as one that cannot run; one that computes something else is
@@ -10,28 +10,55 @@ reported too and not compared. None of these has been run by us yet: there was n
 
 import importlib
 import itertools
+import sys
 from collections.abc import Callable
 
 import torch
 
 OF_CUDA = (  # where they can be imported
-    "flex", "cudnn", "varlen", "flash_attn", "any_order", "unpacked", "liger", "apex",
+    "flash", "flex", "cudnn", "varlen", "flash_attn", "any_order", "unpacked", "liger", "apex",
 )  # fmt: skip
 OPTIONAL = ("compile",)  # asked for by name, because compiling takes minutes
 DEFAULT = "default"
+_MODULES = {  # what a peer is imported from
+    "varlen": "torch.nn.attention.varlen",
+    "flash_attn": "flash_attn",
+    "liger": "liger_kernel.transformers.functional",
+    "apex": "apex.normalization.fused_layer_norm",
+}
 
 
-def _module(name: str):
-    """A module of another project, or None. A broken install counts as none."""
+def _module(peer: str):
+    """The module of a peer, or None. A broken install counts as none."""
     try:
-        return importlib.import_module(name)
+        return importlib.import_module(_MODULES[peer])
     except Exception:  # whatever the project raises while it is imported
         return None
+
+
+def absent() -> dict[str, str]:
+    """Peers that cannot be imported here, and why."""
+    found = {}
+    for peer, name in _MODULES.items():
+        try:
+            importlib.import_module(name)
+        except Exception as error:  # as in _module
+            found[peer] = f"{type(error).__name__}: {error}"
+    return found
 
 
 def compiled(function: Callable) -> Callable:
     """A function under torch.compile, for these shapes."""
     return torch.compile(function, dynamic=False)
+
+
+def forget_compiled() -> None:
+    """Before a case: torch compiles a function for eight shapes and then no more, without a word.
+
+    A peer would then be timed as plain code. Where nothing was compiled, nothing is imported.
+    """
+    if "torch._dynamo" in sys.modules:
+        torch.compiler.reset()
 
 
 def choose(wanted: str, available: dict[str, Callable]) -> dict[str, Callable]:
@@ -49,11 +76,12 @@ def choose(wanted: str, available: dict[str, Callable]) -> dict[str, Callable]:
 
 
 def attention(tokens: int, window: int | None, cu_seqlens: torch.Tensor | None) -> dict:
-    """FlexAttention, torch's own and flash-attn, with the mask of a case."""
+    """FlexAttention, SDPA by flash and cuDNN, varlen_attn, flash-attn; with the mask of a case."""
     found = {"flex": _flex(tokens, window, cu_seqlens)}
     if cu_seqlens is None and window is None:
-        found["cudnn"] = _cudnn
-    if cu_seqlens is not None and _module("torch.nn.attention.varlen") is not None:
+        found["flash"] = _sdpa_by("FLASH_ATTENTION")
+        found["cudnn"] = _sdpa_by("CUDNN_ATTENTION")
+    if cu_seqlens is not None and _module("varlen") is not None:
         found["varlen"] = _varlen(window, cu_seqlens)
     module = _module("flash_attn")
     if module is not None:
@@ -91,16 +119,20 @@ def _flex(tokens: int, window: int | None, cu_seqlens: torch.Tensor | None) -> C
     return flex
 
 
-def _cudnn(q, k, v, mask):
-    """SDPA by cuDNN; without cuDNN it raises."""
-    from torch.nn.attention import SDPBackend, sdpa_kernel
+def _sdpa_by(backend: str) -> Callable:
+    """SDPA by one of its backends; where that cannot run it raises."""
 
-    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
-        out = torch.nn.functional.scaled_dot_product_attention(
-            q, k, v, is_causal=True, enable_gqa=True
-        )
-    return out.transpose(1, 2)
+    def sdpa(q, k, v, mask):
+        from torch.nn.attention import SDPBackend, sdpa_kernel
+
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+        with sdpa_kernel(getattr(SDPBackend, backend)):
+            out = torch.nn.functional.scaled_dot_product_attention(
+                q, k, v, is_causal=True, enable_gqa=True
+            )
+        return out.transpose(1, 2)
+
+    return sdpa
 
 
 def _longest(cu_seqlens: torch.Tensor | None) -> int:
@@ -141,7 +173,7 @@ def _flash_attn(module, window: int | None, cu_seqlens: torch.Tensor | None) -> 
 
 def rope(B: int, T: int) -> dict:
     """Liger's kernel, on heads first and a table of full width."""
-    module = _module("liger_kernel.transformers.functional")
+    module = _module("liger")
     if module is None:
         return {}
 
@@ -156,14 +188,14 @@ def rope(B: int, T: int) -> dict:
 def layer_norm(eps: float) -> dict:
     """Liger's and apex's kernels, behind the addition of the residual."""
     found = {}
-    if (liger := _module("liger_kernel.transformers.functional")) is not None:
+    if (liger := _module("liger")) is not None:
 
         def with_liger(x, weight, bias, residual):
             summed = x + residual
             return liger.liger_layer_norm(summed, weight, bias, eps), summed
 
         found["liger"] = with_liger
-    if (apex := _module("apex.normalization.fused_layer_norm")) is not None:
+    if (apex := _module("apex")) is not None:
 
         def with_apex(x, weight, bias, residual):
             summed = x + residual
@@ -175,7 +207,7 @@ def layer_norm(eps: float) -> dict:
 
 def cross_entropy() -> dict:
     """Liger's kernel. It writes the gradient over the logits, so it gets a copy."""
-    module = _module("liger_kernel.transformers.functional")
+    module = _module("liger")
     if module is None:
         return {}
 
@@ -187,7 +219,7 @@ def cross_entropy() -> dict:
 
 def linear_cross_entropy() -> dict:
     """Liger's kernel."""
-    module = _module("liger_kernel.transformers.functional")
+    module = _module("liger")
     if module is None:
         return {}
     return {"liger": module.liger_fused_linear_cross_entropy}

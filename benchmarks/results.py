@@ -1,6 +1,6 @@
 """Result files: one JSON object a line, one line a point.
 
-defines: timed, Writer, read, key, name, where, table, compare, arguments, main
+defines: timed, Writer, read, key, name, sizes_text, where, table, compare, arguments, main
 
 What a point is: benchmarks/points.py.
 """
@@ -52,8 +52,20 @@ class Writer:
         validate(point)
         self.points.append(point)
         if self._file:
-            self._file.write(json.dumps(point, allow_nan=False) + "\n")
-            self._file.flush()
+            self._put(point)
+
+    def _put(self, point: dict) -> None:
+        self._file.write(json.dumps(point, allow_nan=False) + "\n")
+        self._file.flush()
+
+    def again(self) -> None:
+        """Write the file anew, with what is known of its points by now."""
+        if self._file:
+            self._file.seek(0)
+            self._file.truncate()
+            for point in self.points:
+                validate(point)
+                self._put(point)
 
     def __enter__(self) -> "Writer":
         return self
@@ -97,6 +109,11 @@ def key(point: dict) -> tuple:
 def name(point: dict) -> str:
     """Op and variant."""
     return f"{point['op']} {point['variant']}".rstrip()
+
+
+def sizes_text(sizes: dict[str, int]) -> str:
+    """The sizes of a case in one line; what they come to in pairs goes without saying."""
+    return " ".join(f"{name} {size}" for name, size in sizes.items() if name != "pairs")
 
 
 def where(environment: dict) -> str:

@@ -66,7 +66,7 @@ def main(given: argparse.Namespace) -> int:
     plan = plan_of(given)
     plan.check()
     with results.Writer(given.output) as write, Progress("benchmarks") as show:
-        outcome = suite.run(plan, write, show)
+        outcome = suite.run([plan], write, show)
     print_report(write.points, outcome)
     return 1 if outcome.wrong or not write.points else 0
 

@@ -3,11 +3,15 @@
 defines: Plan, Outcome, run
 
 For each case: the float64 check at a small shape, the same at the timed shape where the reference
-fits, then forward and backward of ours and all peers in turns, then the peak memory of each. A
-wrong implementation is named with its errors and not timed, and the exit code is 1.
+fits, else at its length with few heads ("narrow"); then forward and backward of ours and all peers
+in turns, and the peak memory of each. A wrong implementation is named with its errors and not
+timed, a case that raises is named too, and the exit code is 1.
 """
 
+import math
 import statistics
+import time
+import traceback
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 
@@ -80,73 +84,103 @@ class Outcome:
 
     wrong: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    skipped: list[str] = field(default_factory=list)  # cases that no time was left for
+    environment: dict = field(default_factory=dict)
+    limits: dict[tuple, Limits] = field(default_factory=dict)  # by device, dtype, clock
 
 
 def run(
-    plan: Plan,
+    todo: list[Plan],
     write: Callable[[dict], None],
     show: Callable[[float, str], None],
-    known: dict[tuple, Limits] | None = None,
+    *,
+    seconds: float = math.inf,
+    extra: dict | None = None,
 ) -> Outcome:
-    """Check, time and weigh every case of the plan.
+    """Check, time and weigh every case of the plans, in their order; what fails stops nothing else.
 
     Args:
         write: takes each point.
         show: takes the share done and what runs now.
-        known: limits of the machine that earlier plans have measured; new ones are added.
+        seconds: of the whole run, shared evenly: a case gets what is left, by the number of cases
+            left. A case whose turn comes when none are left is skipped, and named.
+        extra: joined to the environment of every point.
     """
-    outcome, dtype = Outcome(), getattr(torch, plan.dtype)
-    plan.check()
-    where, shape = environment(), plan.shape()
-    show(0.0, "measuring the machine")
-    setting = (plan.device, dtype, plan.clock)
-    known = {} if known is None else known
-    if setting not in known:
-        known[setting] = measure_limits(*setting, scale=8 if plan.small else 1)
-    limits = known[setting]
-    todo = []
-    for op in plan.ops:
-        small = ops.cases(op, shapes.reduced(shape), plan.device)
-        pairs = zip(small, ops.cases(op, shape, plan.device), strict=True)
-        todo += [(s, t) for s, t in pairs if _wanted(t.variant, plan.variants)]
-    for number, (small, timed) in enumerate(todo):
-        show(number / len(todo), timed.name)
-        for point in _points(plan, small, timed, outcome, limits):
-            write({"environment": where, "limits": asdict(limits), **point})
+    begun = time.monotonic()
+    for plan in todo:
+        plan.check()
+    outcome = Outcome(environment=environment() | (extra or {}))
+    pending = [(plan, pair) for plan in todo for pair in _pairs(plan)]
+    for number, (plan, (small, timed)) in enumerate(pending):
+        left = begun + seconds - time.monotonic()
+        if left <= 0:
+            outcome.skipped.append(f"{timed.name}, {plan.model}, {results.sizes_text(timed.sizes)}")
+            continue
+        limits = _limits(plan, outcome.limits, show)
+        show(number / len(pending), timed.name)
+        until = time.monotonic() + left / (len(pending) - number)
+        peers.forget_compiled()
+        try:
+            points = _points(plan, small, timed, outcome, limits, until)
+        except Exception as error:  # of a compiler, of a kernel, or no memory for the case
+            traceback.print_exc()
+            wrong = f"cannot run: {_first_line(error)}"
+            outcome.wrong.append(f"{timed.name}: {wrong}")
+            points = [_base(plan, timed) | _untimed(",".join(plan.impls), {}, wrong)]
+        for point in points:
+            write({"environment": outcome.environment, "limits": asdict(limits), **point})
     show(1.0, "done")
     return outcome
 
 
-def run_all(todo: list[Plan], write: Callable, show: Callable) -> Outcome:
-    """Several plans one after the other; the machine is measured once. Arguments as of `run`."""
-    merged, limits = Outcome(), {}
-    for number, plan in enumerate(todo):
+def _limits(plan: Plan, known: dict[tuple, Limits], show: Callable[[float, str], None]) -> Limits:
+    """Those of the machine for a plan, measured once for each device, dtype and clock."""
+    setting = (plan.device, plan.dtype, plan.clock)
+    if setting not in known:
+        show(0.0, "measuring the machine")
+        dtype = getattr(torch, plan.dtype)
+        scale = 8 if plan.small else 1
+        known[setting] = measure_limits(plan.device, dtype, plan.clock, scale=scale)
+    return known[setting]
 
-        def part(done: float, text: str, number: int = number) -> None:
-            show((number + done) / len(todo), text)
 
-        outcome = run(plan, write, part, limits)
-        merged.wrong += outcome.wrong
-        merged.notes += outcome.notes
-    return merged
+def _pairs(plan: Plan) -> list[tuple[Case, Case]]:
+    """Each case of a plan, at the small shape and at the timed one."""
+    shape, found = plan.shape(), []
+    for op in plan.ops:
+        small = ops.cases(op, shapes.reduced(shape), plan.device)
+        pairs = zip(small, ops.cases(op, shape, plan.device), strict=True)
+        found += [(s, t) for s, t in pairs if _wanted(t.variant, plan.variants)]
+    return found
+
+
+def _first_line(error: Exception) -> str:
+    """Kind and first line of an error."""
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
 
 
 def _wanted(variant: str, wanted: tuple[str, ...]) -> bool:
     return not wanted or variant.split(" ")[0] in wanted
 
 
-def _points(plan: Plan, small: Case, timed: Case, outcome: Outcome, limits: Limits) -> list[dict]:
-    """All points of one case."""
-    dtype = getattr(torch, plan.dtype)
-    judges = {"small": checks.Judge(small, plan.device, dtype)}
-    if timed.sizes != small.sizes and _fits(timed, plan.device):
-        judges["timed"] = checks.Judge(timed, plan.device, dtype)
-    calls = Calls(timed.inputs(Maker(plan.device, dtype)))
-    base = {
+def _base(plan: Plan, timed: Case) -> dict:
+    """What all points of a case have."""
+    return {
         "op": timed.op, "variant": timed.variant, "model": plan.model, "sizes": timed.sizes,
         "dtype": plan.dtype, "device": plan.device, "clock": plan.clock,
     }  # fmt: skip
-    right, points = {}, []
+
+
+def _points(
+    plan: Plan, small: Case, timed: Case, outcome: Outcome, limits: Limits, until: float
+) -> list[dict]:
+    """All points of one case; no turn of its timing begins after `until`."""
+    dtype = getattr(torch, plan.dtype)
+    cases = {"small": small} | _larger_checks(plan, small, timed)
+    judges = {place: checks.Judge(case, plan.device, dtype) for place, case in cases.items()}
+    calls = Calls(timed.inputs(Maker(plan.device, dtype)))
+    right, points, base = {}, [], _base(plan, timed)
     for impl in _impls(plan, timed, next(iter(calls.inputs.values())), outcome):
         found = {place: judge.errors(impl) for place, judge in judges.items()}
         errors = {place: e.to_json() for place, e in found.items()}
@@ -163,9 +197,21 @@ def _points(plan: Plan, small: Case, timed: Case, outcome: Outcome, limits: Limi
         outcome.notes.append(f"{timed.name}: none of the peers {plan.peers}, so nothing to compare")
         return points
     judges.clear()  # their float64 results would stand in the way of the memory figures
-    calls.prepare(calls.forward(timed.peers["eager"]))
-    found = _measure(plan, timed, calls, right, others, outcome)
+    # By ours: at a long shape there may be no memory for eager code.
+    calls.prepare(calls.forward(lambda *x: timed.ours(next(iter(right)), *x)))
+    found = _measure(plan, timed, calls, right, others, outcome, until)
     return points + [base | p for p in _compare(timed, found, right, dtype, limits)]
+
+
+def _larger_checks(plan: Plan, small: Case, timed: Case) -> dict[str, Case]:
+    """The timed case if its float64 reference fits, else one as long with few heads."""
+    if timed.sizes == small.sizes:
+        return {}
+    if _fits(timed, plan.device):
+        return {"timed": timed}
+    others = ops.cases(timed.op, shapes.narrow(plan.shape()), plan.device)
+    narrow = [c for c in others if c.variant == timed.variant and _fits(c, plan.device)]
+    return {"narrow": narrow[0]} if narrow else {}
 
 
 def _impls(plan: Plan, case: Case, tensor: torch.Tensor, outcome: Outcome) -> list[str]:
@@ -193,7 +239,7 @@ def _peers(plan: Plan, case: Case, judge: checks.Judge, outcome: Outcome) -> dic
         try:
             objection = judge.peer_objection(peer)
         except Exception as error:  # another project's error, or no memory for it
-            objection = f"cannot run: {type(error).__name__}: {str(error).splitlines()[:1]}"
+            objection = f"cannot run: {_first_line(error)}"
         if objection:
             outcome.notes.append(f"{case.name}: peer {name} left out: {objection}")
             asked.pop(name)
@@ -209,7 +255,9 @@ class _Measured:
     quiet: dict
 
 
-def _measure(plan: Plan, case: Case, calls: Calls, right: dict, others: dict, outcome) -> _Measured:
+def _measure(
+    plan: Plan, case: Case, calls: Calls, right: dict, others: dict, outcome: Outcome, until: float
+) -> _Measured:
     """Time and weigh the right implementations and the peers, in turns."""
     functions = {impl: lambda *x, impl=impl: case.ours(impl, *x) for impl in right}
     functions |= {f"peer {name}": peer for name, peer in others.items()}
@@ -221,13 +269,14 @@ def _measure(plan: Plan, case: Case, calls: Calls, right: dict, others: dict, ou
         except Exception as error:
             if name in right:
                 raise
-            what = f"{type(error).__name__}: {str(error).splitlines()[:1]}"
-            outcome.notes.append(f"{case.name}: {name} left out: cannot run: {what}")
+            what = f"cannot run: {_first_line(error)}"
+            outcome.notes.append(f"{case.name}: {name} left out: {what}")
             del functions[name]
     watch = Stopwatch(plan.device, plan.clock)
     samplers = {n: _sampler(calls, f, watch) for n, f in functions.items()}
     quietness = Quietness()
-    times = take_turns(samplers, plan.repeats, seconds=plan.seconds, warmup=plan.warmup)
+    seconds = min(plan.seconds, until - time.monotonic())
+    times = take_turns(samplers, plan.repeats, seconds=seconds, warmup=plan.warmup)
     return _Measured(times, memory, quietness.report())
 
 

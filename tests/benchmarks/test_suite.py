@@ -1,44 +1,16 @@
 """What is wrong is named and never timed; what is right is checked, timed and weighed."""
 
-import argparse
 import dataclasses
 import math
 
 import pytest
 import torch
+from plan_helpers import PLAN, plant, run
 
 from benchmarks import checks, ops, shapes, suite
 from benchmarks.cases import Maker
-from benchmarks.points import validate
-from benchmarks.usage import UsageError
 from stellarator import build_model, recipes
 from stellarator_kernels.testing import assert_close_to_reference
-
-PLAN = suite.Plan(
-    ops=("layer_norm",), model="tiny", small=True, dtype="float32", peers="eager", repeats=3
-)
-
-
-def plant(monkeypatch, **changes) -> None:
-    """Every case of every op gets other functions: change(the case) makes each."""
-    real = ops.cases
-
-    def planted(op, shape, device):
-        return [
-            dataclasses.replace(case, **{name: make(case) for name, make in changes.items()})
-            for case in real(op, shape, device)
-        ]
-
-    monkeypatch.setattr(ops, "cases", planted)
-
-
-def run(plan: suite.Plan) -> tuple[list[dict], suite.Outcome]:
-    """The points of a plan, each valid."""
-    points = []
-    outcome = suite.run(plan, points.append, lambda done, text: None)
-    for point in points:
-        validate(point)
-    return points, outcome
 
 
 @pytest.mark.parametrize("op", ops.OPS)
@@ -281,23 +253,3 @@ def test_attention_on_a_gpu_has_documents_of_equal_length(monkeypatch):
     judge = checks.Judge(case, "cpu", torch.float32)
     assert not judge.errors("auto").wrong
     assert judge.peer_objection(case.peers["unpacked"]) == ""
-
-
-def test_tables_of_the_gpu_verb(monkeypatch):
-    from benchmarks import gpu
-
-    parser = argparse.ArgumentParser()
-    gpu.arguments(parser)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(ops, "cases", lambda *_: [])
-    plans = gpu.plans_of(parser.parse_args(["--table", "attention", "--peers", "sdpa"]))
-    shapes_of = [(p.ops[0], p.shape().model, p.shape().B, p.shape().T) for p in plans]
-    assert shapes_of == [
-        ("flash_attention", "starcoder2_3b", 2, 8192),
-        ("flash_attention", "starcoder2_3b", 1, 16384),
-        ("decode_attention", "starcoder", 64, 8192),
-        ("decode_attention", "starcoder2_3b", 16, 16384),
-    ]
-    assert plans[1].shape().window == 4096 and plans[0].impls == ("triton", "auto")
-    with pytest.raises(UsageError, match="--table: expected no --op"):
-        gpu.plans_of(parser.parse_args(["--table", "attention", "--tokens", "5"]))

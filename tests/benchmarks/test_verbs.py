@@ -51,6 +51,23 @@ def test_the_gpu_verb_without_a_gpu(tmp_path):
     assert done.returncode == 0, done.stdout + done.stderr
     points = results.read(str(output))
     assert {p["op"] for p in points if p["impl"] == "triton"} == ops
+    assert all(set(p["environment"]["clocks"]) == {"before", "after"} for p in points)
+    page = (tmp_path / "gpu.md").read_text()
+    assert done.stdout == f"{page}\n{output} {tmp_path / 'gpu.md'}\n"
+    assert {line.split()[1] for line in page.splitlines() if line.startswith("## ")} == {
+        *(f"{op}:" for op in ops),
+        "Wrong,",
+    }
+    assert "dry run" in page and "WRONG" not in page and "wrong: 0; without their turn: 0." in page
+
+
+def test_the_gpu_verb_in_no_time(tmp_path):
+    words = ["gpu", "--dry", "--op", "rope,grad_norm", "--seconds-total", "0.001"]
+    done = run(*words, "--output", str(tmp_path / "gpu"), TRITON_INTERPRET="1")
+    assert done.returncode == 1 and results.read(str(tmp_path / "gpu.json")) == []
+    page = (tmp_path / "gpu.md").read_text()
+    for name in ("rope, tiny, B 2 T 97 H 4 G 2 D 16", "grad_norm, tiny, n 10007"):
+        assert f"- not measured: out of time: {name}\n" in page
 
 
 def test_the_data_path_beside_plain_code(tmp_path):
@@ -96,6 +113,8 @@ def test_the_compile_verb_and_its_gates(tmp_path):
         ("run --op= --small", 2, "--op: expected some of"),
         ("run --op rope --small --window 4", 2, "--small: expected no --tokens, --rows or"),
         ("gpu --dry --tokens 8", 2, "--small: expected no --tokens, --rows or"),
+        ("gpu --dry --dtype bfloat16", 2, "--dry: expected no --device, --dtype or --model"),
+        ("gpu --dry --op rope --output /proc/points", 2, "--output: expected files that can be"),
         ("plot FILE --folder /proc/page", 2, "--folder: expected one that can be written"),
         ("plot FILE --folder FILE", 2, "--folder: expected one that can be written"),
         ("plot FILE --folder FILE/page", 2, "--folder: expected one that can be written"),
