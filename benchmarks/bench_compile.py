@@ -89,6 +89,8 @@ def builds(capability: tuple[int, int]) -> Iterator[Build]:
     for model in _MODELS:
         yield from _per_token(model, shapes.get(model))
     yield from _attention(capability)
+    if capability == (9, 0):
+        yield from _hopper_attention()
     yield from _delta()
     yield from _decode()
     losses = _module("cross_entropy")
@@ -163,6 +165,18 @@ def _attention(capability: tuple[int, int]) -> Iterator[Build]:
             case = ", ".join([f"head {D}, window", *(name for name, on in options if on)])
             types = {"dq_ptr": "*fp32"} if phase.startswith("dqdkdv") else {}
             yield Build(f"flash_attention {phase}", case, kernel, values, launch, types)
+
+
+def _hopper_attention() -> Iterator[Build]:
+    """The forward in Gluon: heads of 64 and 128 with a window, and packed documents."""
+    module = _module("attention.gluon_forward")
+    for D, packed in ((64, False), (128, False), (128, True)):
+        plan = module.PLANS[D]
+        values = module.constants(D, plan) | {"CAUSAL": True, "WINDOW": True, "PACKED": packed}
+        case = f"head {D}, window{', packed' if packed else ''}"
+        types = module.descriptor_types(D, "bf16", plan)
+        kernel = module._gluon_forward_kernel
+        yield Build("flash_attention forward, Gluon", case, kernel, values, {}, types)
 
 
 def _delta() -> Iterator[Build]:
@@ -241,7 +255,8 @@ def main(given: argparse.Namespace) -> int:
     # Read by Triton when it decorates a kernel, so before the kernels are imported.
     os.environ["TRITON_INTERPRET"] = "0"
     todo = [(n, b) for n in names for b in builds(ARCHITECTURES[n])]
-    missing = forgotten([build for _, build in todo])
+    # Some kernels are for one architecture only.
+    missing = forgotten([build for arch in ARCHITECTURES.values() for build in builds(arch)])
     kernels = sorted({build.kernel for _, build in todo})
     todo = [(n, b) for n, b in todo if b.kernel.startswith(given.kernel)]
     if not todo:

@@ -16,7 +16,7 @@ try:
 except Exception as error:  # a broken or mismatched install raises more than ImportError
     FAILURE = f"{type(error).__name__}: {error}".splitlines()[0]
 
-    class _Absent:
+    class Absent:
         """Stands for `triton` and `tl` in decorators and annotations of kernels that never run."""
 
         constexpr = None
@@ -25,7 +25,7 @@ except Exception as error:  # a broken or mismatched install raises more than Im
         def jit(function):
             return function
 
-    triton = tl = _Absent()
+    triton = tl = Absent()
 
 # Read when Triton decorates a kernel, so fixed from here on.
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"

@@ -1,7 +1,7 @@
 """Checks for embedders to run on their own machine; tests and benchmarks here use them too.
 
 defines: assert_close_to_reference, poison_empty, shared_memory_limit,
-    compile_kernel, Compiled
+    compile_kernel, Compiled, disassemble
 """
 
 import contextlib
@@ -96,12 +96,13 @@ def poison_empty():
 class Compiled:
     """One Triton kernel as the compiler leaves it."""
 
-    ttir: str  # Triton's own form, in the order of the source
+    ttir: str  # Triton's own form, in the order of the source; Gluon's, with layouts, is lower
     ptx: str
     shared_bytes: int  # of one block; compilation does not fail when it is too much for the GPU
     registers: int  # of one thread
     spill_bytes: int  # stores plus loads of registers that did not fit
     num_warps: int  # larger than asked for when the compiler specialised warps
+    ptxas_log: str
 
 
 def compile_kernel(
@@ -113,13 +114,14 @@ def compile_kernel(
     num_warps: int = 4,
     num_stages: int = 3,
 ) -> Compiled:
-    """Compile a Triton kernel for a GPU that need not be there.
+    """Compile a Triton or Gluon kernel for a GPU that need not be there.
 
     Args:
         kernel: a `triton.jit` function, decorated while TRITON_INTERPRET was not 1.
         signature: type of each argument but the constexprs: "*bf16", "*fp32", "*i64",
             "i32", "fp32". Pointers are taken as 16-byte aligned, as torch allocates them. "i32:16"
-            is a multiple of 16, which a launch tells the compiler of each integer that is one.
+            is a multiple of 16, which a launch tells the compiler of each integer that is one. A
+            descriptor of Gluon is "tensordesc<bf16[rows, columns],LAYOUT>".
         constexprs: value of each constexpr argument.
         capability: compute capability, for example (9, 0); 8.0 or newer.
     Raises:
@@ -129,8 +131,6 @@ def compile_kernel(
     """
     import triton
     from triton.backends.compiler import GPUTarget
-    from triton.backends.nvidia import compiler as backend
-    from triton.compiler import ASTSource
 
     if not isinstance(kernel, triton.JITFunction):
         raise ValueError(
@@ -152,27 +152,49 @@ def compile_kernel(
         for i, kind in enumerate(given.values())
         if kind.startswith("*") or kind.endswith(":16")
     }
+    if kernel.is_gluon():
+        from triton.experimental.gluon._runtime import GluonASTSource as Source
+    else:
+        from triton.compiler import ASTSource as Source
     built = triton.compile(
-        ASTSource(kernel, types, constexprs=constexprs, attrs=aligned),
+        Source(kernel, types, constexprs=constexprs, attrs=aligned),
         target=GPUTarget("cuda", arch, 32),
         # Pinned, because Triton 3.10 changes the default.
         options={"num_warps": num_warps, "num_stages": num_stages, "enable_fp_fusion": True},
     )
     ptx = built.asm["ptx"]
-    # Triton drops the log of ptxas, so it runs once more here.
     with tempfile.TemporaryDirectory() as folder:
-        source = os.path.join(folder, "kernel.ptx")
-        with open(source, "w") as file:
-            file.write(ptx)
-        target = re.search(r"^\.target (\w+)", ptx, re.MULTILINE).group(1)
-        command = [backend.get_ptxas(arch).path, "-v", f"--gpu-name={target}", source]
-        command += ["-o", os.path.join(folder, "kernel.cubin")]
-        log = subprocess.run(command, check=True, capture_output=True, text=True).stderr
+        _, log = _assemble(ptx, folder)
     return Compiled(
-        built.asm["ttir"],
+        built.asm["ttgir" if kernel.is_gluon() else "ttir"],
         ptx,
         built.metadata.shared,
         int(re.search(r"Used (\d+) registers", log).group(1)),
         sum(int(n) for n in re.findall(r"(\d+) bytes spill", log)),
         built.metadata.num_warps,
+        log,
     )
+
+
+def disassemble(built: Compiled) -> str:
+    """The machine code of a kernel, in the order that the GPU meets it."""
+    from triton import knobs
+
+    with tempfile.TemporaryDirectory() as folder:
+        binary, _ = _assemble(built.ptx, folder)
+        command = [knobs.nvidia.cuobjdump.path, "-sass", binary]
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+
+
+def _assemble(ptx: str, folder: str) -> tuple[str, str]:
+    """The path of the machine code, and what ptxas says, which Triton drops."""
+    from triton.backends.nvidia import compiler as backend
+
+    source, binary = (os.path.join(folder, f"kernel.{suffix}") for suffix in ("ptx", "cubin"))
+    with open(source, "w") as file:
+        file.write(ptx)
+    target = re.search(r"^\.target (\w+)", ptx, re.MULTILINE).group(1)
+    ptxas = backend.get_ptxas(int(re.search(r"\d+", target).group())).path
+    command = [ptxas, "-v", f"--gpu-name={target}", source, "-o", binary]
+    done = subprocess.run(command, check=True, capture_output=True, text=True)
+    return binary, done.stdout + done.stderr

@@ -5,6 +5,7 @@ defines:
     projected.py  projected_attention: RoPE and attention of a fused projection
     decode.py     decode_attention: the newest tokens against a cache; decode_kernel.py in Triton
     forward.py    Triton forward kernel and its launcher
+    gluon_forward.py  the forward in Gluon, for Hopper; nothing chooses it yet
     backward.py   Triton backward kernels (dq, then dk and dv) and their launcher
     tiles.py      tile sizes, and which keys a row sees: shared by the kernels
     cpu.py        the same in C++ for the CPU
