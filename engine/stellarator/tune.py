@@ -51,7 +51,7 @@ def run(
     with Progress("tune") as show:
         found = tuning.tune(shape, phases=tuple(phases), entries=dict(entries))
         for number, (name, entry, ms) in enumerate(found, 1):
-            show(min(1.0, number / (len(phases) + ("design" in phases))), name)
+            show(min(1.0, number / (len(phases) + 2 * ("design" in phases))), name)
             print(f"{name}: {entry or 'nothing runs'}, {ms:.3f} ms", flush=True)
             if entry is not None:
                 entries[name] = entry

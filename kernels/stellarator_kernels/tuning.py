@@ -4,9 +4,9 @@ defines: PHASES, Shape, candidates, tune, write
 
 For flash attention, by head width: tiles of the forward, of one document and of several; tiles of
 the two kernels of the split backward, one after the other; tiles of the backward in five products;
-then which design is fastest, with and without determinism. A candidate counts only if it computes
-what the built-in configuration computes (within the rounding of the dtype); one that does not
-compile or fit is passed over.
+then which design is fastest: of the backward with and without determinism, of the forward. A
+candidate counts only if it computes what the built-in configuration computes (within the rounding
+of the dtype); one that does not compile or fit is passed over.
 
 `tuned.py` says how the file is used. Tuning is not exact: two runs may choose different tiles of
 nearly the same speed. That is why tables are files, the same on every rank, and not measured there.
@@ -62,6 +62,14 @@ def candidates(phase: str, tma: bool) -> list[dict]:
         grid = [*specialized, *grid]
     names = ("own", "step", "num_warps", "num_stages", "tma", "specialize")
     return [dict(zip(names, values, strict=True)) for values in grid]
+
+
+def forward_designs(tma: bool) -> list[dict]:
+    """The forward in Triton, and plans of that in Gluon."""
+    grid = itertools.product((128, 64), (2, 3, 4), (1, 0)) if tma else ()
+    names = ("step", "stages", "turns")
+    plans = [dict(zip(names, values, strict=True)) for values in grid]
+    return [{"design": "triton"}, *({"design": "gluon"} | plan for plan in plans)]
 
 
 def median_ms(call: Callable[[], object]) -> float:
@@ -128,10 +136,12 @@ class _Race:
         meanwhile: entries that are in use as well, and not kept.
         """
         best, found = float("inf"), None
-        expected = self.expected[phase if phase in self.expected else "backward"]
+        of_forward = phase.startswith("forward")
+        same = phase if phase in self.expected else "forward" if of_forward else "backward"
+        expected = self.expected[same]
 
         def call() -> tuple[torch.Tensor, ...]:
-            if phase.startswith("forward"):
+            if of_forward:
                 return (self.forward(self.documents if "packed" in phase else None),)
             return self.backward(deterministic="any order" not in phase)
 
@@ -174,16 +184,20 @@ def tune(
         if phase == "design":
             continue
         design = "ordered" if phase == "dqdkdv" else "split"
-        meanwhile = {race.name("backward"): {"design": design}}
+        meanwhile = {
+            race.name("backward"): {"design": design},
+            race.name("forward design"): {"design": "triton"},
+        }
         ms = race.fastest(phase, candidates(phase, tma), meanwhile)
         yield race.name(phase), race.entries.get(race.name(phase)), ms
     if "design" not in phases:
         return
-    for phase, designs in (
-        ("backward", ("split", "ordered")),
-        ("backward in any order", ("split", "ordered", "atomic")),
+    split, ordered, atomic = ({"design": name} for name in ("split", "ordered", "atomic"))
+    for phase, options in (
+        ("backward", [split, ordered]),
+        ("backward in any order", [split, ordered, atomic]),
+        ("forward design", forward_designs(tma)),
     ):
-        options = [{"design": design} for design in designs]
         ms = race.fastest(phase, options, {})
         yield race.name(phase), race.entries.get(race.name(phase)), ms
 

@@ -11,7 +11,7 @@ from grid import INTERPRETED, NATIVE, TRITON
 
 from stellarator_kernels import tuned
 from stellarator_kernels._triton import tl, triton
-from stellarator_kernels.attention import tiles
+from stellarator_kernels.attention import designs, tiles
 
 
 @TRITON
@@ -24,7 +24,7 @@ def test_triton(case):
 @pytest.mark.parametrize("design", ["ordered", "atomic"])
 @pytest.mark.parametrize("case", (CASES | EXTRAS).values(), ids=CASES | EXTRAS)
 def test_triton_in_five_products(case, design, monkeypatch):
-    monkeypatch.setattr(tiles, "backward_design", lambda *_: design)
+    monkeypatch.setattr(designs, "backward_design", lambda *_: design)
     check(case, FP32, "triton")
 
 
@@ -43,7 +43,7 @@ SPECIALIZED = {
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 def test_triton_loads_through_descriptors(case, design, monkeypatch):
     """Where the width is a power of two: the others keep the tiles that they have."""
-    monkeypatch.setattr(tiles, "backward_design", lambda *_: design)
+    monkeypatch.setattr(designs, "backward_design", lambda *_: design)
     with tuned.use(SPECIALIZED):
         check(case, FP32, "triton")
 
@@ -52,26 +52,28 @@ def test_triton_loads_through_descriptors(case, design, monkeypatch):
 @pytest.mark.parametrize("seed", range(200, 210))
 def test_triton_takes_turns_whatever_the_masks_are(seed, monkeypatch):
     """In the interpreter a turn that is out of order makes dq NaN."""
-    monkeypatch.setattr(tiles, "backward_design", lambda *_: "ordered")
+    monkeypatch.setattr(designs, "backward_design", lambda *_: "ordered")
     case = random_case(seed, 80)
     print(case)
     check(case, FP32, "triton", seed)
 
 
 def test_the_designs_of_the_backward():
-    assert tiles.backward_design(True, 128, "") == "split"
-    assert tiles.backward_design(False, 128, "") == "atomic"
+    assert designs.backward_design(True, 128, "") == "split"
+    assert designs.backward_design(False, 128, "") == "atomic"
     with tuned.use({"flash_attention backward 128": {"design": "ordered"}}):
         assert (
-            tiles.backward_design(True, 128, "") == tiles.backward_design(True, 72, "") == "ordered"
+            designs.backward_design(True, 128, "")
+            == designs.backward_design(True, 72, "")
+            == "ordered"
         )
-        assert tiles.backward_design(True, 64, "") == "split"
+        assert designs.backward_design(True, 64, "") == "split"
 
 
 @INTERPRETED
 @pytest.mark.parametrize("design", ["ordered", "atomic"])
 def test_triton_makes_dq_as_its_transpose(design, monkeypatch):
-    monkeypatch.setattr(tiles, "backward_design", lambda *_: design)
+    monkeypatch.setattr(designs, "backward_design", lambda *_: design)
     monkeypatch.setattr(tiles, "turns_dq", lambda *_: True)
     check(CASES["odd length, padded width, group 3"], FP32, "triton")
 
@@ -104,7 +106,7 @@ def test_groups_are_split_where_programs_are_few():
 @pytest.mark.parametrize("seed", [301, 305, 312, 337])  # groups of 12 and of 3, several of them
 def test_triton_on_chips_of_other_sizes(seed, design, num_sms, cache_bytes, monkeypatch):
     """All heads together and no group split; one group at a time and every group split."""
-    monkeypatch.setattr(tiles, "backward_design", lambda *_: design)
+    monkeypatch.setattr(designs, "backward_design", lambda *_: design)
     monkeypatch.setattr(tiles, "chip", lambda device: tiles.Chip(num_sms, cache_bytes))
     case = random_case(seed, 80)
     print(case)
@@ -191,7 +193,7 @@ def _counts_two(counter_ptr, INTERPRETED: tl.constexpr):
 
 @INTERPRETED
 def test_a_turn_out_of_order_is_seen(monkeypatch):
-    monkeypatch.setattr(tiles, "backward_design", lambda *_: "ordered")
+    monkeypatch.setattr(designs, "backward_design", lambda *_: "ordered")
     module = sys.modules["stellarator_kernels.attention.backward"]
     monkeypatch.setattr(module, "count_one", _counts_two)
     with pytest.raises(AssertionError, match="dq"):

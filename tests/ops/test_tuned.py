@@ -12,7 +12,7 @@ import torch
 from grid import INTERPRETED
 
 from stellarator_kernels import flash_attention, tuned, tuning
-from stellarator_kernels.attention import backward, forward, tiles
+from stellarator_kernels.attention import backward, designs, forward, gluon_forward, tiles
 from stellarator_kernels.attention.tiles import Tiles, tile_sizes
 
 TABLE = {
@@ -53,9 +53,9 @@ def test_an_entry_is_for_its_gpu_and_width_only(folder):
     assert tile_sizes(*wide, gpu="GPU One") == tile_sizes(*wide)
     fp32 = ("forward", 128, torch.float32, (9, 0))
     assert tile_sizes(*fp32, gpu="GPU One") == tile_sizes(*fp32)
-    assert tiles.backward_design(True, 128, "GPU One") == "ordered"
-    assert tiles.backward_design(True, 128, "GPU Two") == "split"
-    assert tiles.backward_design(False, 128, "GPU One") == "atomic"
+    assert designs.backward_design(True, 128, "GPU One") == "ordered"
+    assert designs.backward_design(True, 128, "GPU Two") == "split"
+    assert designs.backward_design(False, 128, "GPU One") == "atomic"
     with tuned.use({}):
         assert tile_sizes(*args, gpu="GPU One") == tile_sizes(*args)
 
@@ -64,7 +64,47 @@ def test_shipped_tables_can_be_read():
     for path in tuned.FOLDER.glob("*.json"):
         for name, entry in tuned.read(path)["entries"].items():
             assert re.fullmatch(r"flash_attention [a-z ]+ (64|128|256)", name)
-            assert set(entry) == {"design"} or Tiles(**entry)
+            design = entry.pop("design", None)
+            assert not entry if design in ("triton", "split", "ordered", "atomic") else True
+            assert gluon_forward.Plan(**entry) if design == "gluon" else design or Tiles(**entry)
+
+
+def test_gluon_runs_where_a_table_says_so_and_it_can():
+    """A GPU that it is not written for, and calls that it does not serve, get the portable one."""
+    gluon = {"design": "gluon", "step": 128, "stages": 2, "turns": 1}
+    bf16, call = torch.bfloat16, (128, torch.bfloat16, (9, 0), False, False, "")
+    assert designs.forward_plan(*call) is None
+    with tuned.use({"flash_attention forward design 128": {"design": "triton"}}):
+        assert designs.forward_plan(*call) is None
+    with tuned.use({"flash_attention forward design 128": gluon}):
+        assert designs.forward_plan(*call) == gluon_forward.Plan(128, 2, True)
+        for other in (
+            (128, bf16, (8, 0), False, False, ""),
+            (128, bf16, (10, 0), False, False, ""),
+            (128, bf16, None, False, False, ""),
+            (128, torch.float32, (9, 0), False, False, ""),
+            (128, bf16, (9, 0), True, False, ""),
+            (128, bf16, (9, 0), False, True, ""),
+            (120, bf16, (9, 0), False, False, ""),
+            (64, bf16, (9, 0), False, False, ""),
+        ):
+            assert designs.forward_plan(*other) is None, other
+
+
+@INTERPRETED
+def test_the_op_runs_the_forward_that_was_chosen(monkeypatch):
+    plan, seen = gluon_forward.Plan(64, 2, True), []
+    monkeypatch.setattr(designs, "forward_plan", lambda *_: plan)
+
+    def fake(*args, plan):
+        seen.append(plan)
+        return forward.forward(*args)
+
+    monkeypatch.setattr(gluon_forward, "forward", fake)
+    q = torch.randn(1, 20, 2, 16)
+    out = flash_attention(q, q, q, impl="triton")
+    assert seen == [plan]
+    torch.testing.assert_close(out, flash_attention(q, q, q, impl="reference"))
 
 
 @pytest.mark.parametrize(
@@ -139,6 +179,7 @@ def test_the_race_keeps_the_fastest_that_is_right(monkeypatch, tmp_path):
     assert results["flash_attention dqdkdv 64"][0] in options
     assert results["flash_attention backward 64"][0] == {"design": "ordered"}
     assert results["flash_attention backward in any order 64"][0] == {"design": "ordered"}
+    assert results["flash_attention forward design 64"][0] == {"design": "triton"}
     entries = {name: entry for name, (entry, _) in results.items() if entry}
     path = tuning.write(tmp_path / "new", entries, "NVIDIA H200", "stellarator tune")
     assert path.name == "nvidia_h200.json" and tuned.read(path)["entries"] == entries
@@ -159,6 +200,14 @@ def test_candidates_are_what_the_kernels_take():
             assert tma or not any(t.tma for t in found)
             for tiles_of_one in found:  # Triton leaves 8 warps as they are
                 assert not tiles_of_one.specialize or tiles_of_one.num_warps == 4
+
+
+def test_the_forward_in_gluon_is_raced_where_it_runs():
+    assert tuning.forward_designs(False) == [{"design": "triton"}]
+    first, *plans = tuning.forward_designs(True)
+    assert first == {"design": "triton"} and len(plans) == 12
+    for plan in plans:
+        assert plan.pop("design") == "gluon" and gluon_forward.Plan(**plan)
 
 
 @INTERPRETED

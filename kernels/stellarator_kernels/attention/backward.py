@@ -356,7 +356,7 @@ def backward(
         if design == "split":
             dq, turn = torch.empty((B, T, H, D), dtype=q.dtype, device=q.device), lse  # not read
             dq_tiles = tiles_of("dq")
-            _dq_kernel[shared.row_grid(q, k, dq_tiles)](
+            _dq_kernel[shared.row_grid(q, k, dq_tiles.own)](
                 q, k, v, dout, lse, delta, dq, bounds, *strides, *dout_strides, *sizes,
                 **flags, **shared.constants(D, q.dtype, dq_tiles),
             )  # fmt: skip

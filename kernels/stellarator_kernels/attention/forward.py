@@ -134,7 +134,7 @@ def forward(
     # Without documents the kernel does not read `bounds`: any tensor will do.
     bounds = q if cu_seqlens is None else shared.document_bounds(cu_seqlens, T)
     with torch.cuda.device_of(q):
-        _forward_kernel[shared.row_grid(q, k, tiles)](
+        _forward_kernel[shared.row_grid(q, k, tiles.own)](
             q, k, v, out, lse, bounds,
             *strides_in_units(q), *strides_in_units(k), *strides_in_units(v),
             T, S, H, H // G, window or 0, scale,

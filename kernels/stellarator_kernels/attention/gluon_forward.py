@@ -39,7 +39,6 @@ from stellarator_kernels._gluon import (
     warpgroup_mma,
     warpgroup_mma_wait,
 )
-from stellarator_kernels._triton import triton
 from stellarator_kernels.attention import tiles as shared
 from stellarator_kernels.layout import aligned_rows
 
@@ -188,10 +187,11 @@ def _gluon_forward_kernel(
     D: gl.constexpr, OWN: gl.constexpr, STEP: gl.constexpr, STAGES: gl.constexpr,
     TURNS: gl.constexpr,
 ):  # fmt: skip
-    """Grid (tiles of 2 OWN rows, H, B). The last tiles see most keys when causal, so go first."""
-    tile = gl.num_programs(0) - 1 - gl.program_id(0)
-    head = gl.program_id(1)
-    batch = gl.program_id(2)
+    """Grid of `row_grid`, tiles of 2 OWN rows. The last see most keys when causal, so go first."""
+    tile = gl.num_programs(1) - 1 - gl.program_id(1)
+    together = gl.num_programs(0)
+    head = gl.program_id(2) % (H // together) * together + gl.program_id(0)
+    batch = gl.program_id(2) // (H // together)
     row = tile * (2 * OWN)
     row_layout: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
     rows = row + gl.arange(0, 2 * OWN, layout=row_layout)
@@ -312,7 +312,7 @@ def forward(q, k, v, cu_seqlens, causal, window, scale, plan: Plan | None = None
     # Without documents the kernel does not read `bounds`: any tensor will do.
     bounds = lse if cu_seqlens is None else shared.document_bounds(cu_seqlens, T)
     with torch.cuda.device_of(q):
-        _gluon_forward_kernel[(triton.cdiv(T, 2 * _OWN), H, B)](
+        _gluon_forward_kernel[shared.row_grid(q, k, 2 * _OWN)](
             _descriptor(q, _OWN), _descriptor(k, plan.step), _descriptor(v, plan.step),
             _descriptor(out, _OWN), lse, bounds, T, S, H, H // G, window or 0, scale,
             CAUSAL=causal, WINDOW=window is not None, PACKED=cu_seqlens is not None,

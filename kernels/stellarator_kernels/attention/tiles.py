@@ -7,7 +7,7 @@ are masked. Each kernel is one loop with that branch in it. Separate loops for t
 inside, the usual form, make copies of the body and spill registers: 470 bytes for dk and dv of bf16
 heads of 128 on sm_90, where this form spills none.
 
-defines: Tiles, tile_sizes, turns_dq, backward_design, Chip, chip, heads_together, row_grid,
+defines: Tiles, tile_sizes, turns_dq, Chip, chip, heads_together, row_grid,
     group_splits, with_scratch, document_bounds, constants, extras, key_interval, query_interval,
     walk, head_and_batch, head_of, rows_of, load_tile, scores_of, slope_of, mask_scores, dot
 """
@@ -106,17 +106,6 @@ def turns_dq(step: int, capability: tuple[int, int] | None) -> bool:
     return capability is not None and capability[0] == 9 and step < 64
 
 
-def backward_design(deterministic: bool, D: int, gpu: str) -> str:
-    """Which backward runs (see backward.py).
-
-    No GPU has raced "split" and "ordered" so far: where no table knows better, the simpler one.
-    """
-    phase = "backward" if deterministic else "backward in any order"
-    width = max(64, triton.next_power_of_2(D))
-    default = {"design": "split" if deterministic else "atomic"}
-    return (tuned.lookup(gpu, f"flash_attention {phase} {width}") or default)["design"]
-
-
 @dataclass(frozen=True)
 class Chip:
     """What the order and the number of programs depend on."""
@@ -144,12 +133,12 @@ def heads_together(G: int, group: int, S: int, D: int, itemsize: int, cache_byte
     return group * max(n for n in range(1, G + 1) if G % n == 0 and (n == 1 or n <= fitting))
 
 
-def row_grid(q: torch.Tensor, k: torch.Tensor, tiles: Tiles) -> tuple[int, int, int]:
+def row_grid(q: torch.Tensor, k: torch.Tensor, own: int) -> tuple[int, int, int]:
     """The grid of a kernel whose programs own rows of a query head; see `head_and_batch`."""
     (B, T, H, D), (S, G) = q.shape, k.shape[1:3]
     cache_bytes = chip(q.device).cache_bytes
     together = heads_together(G, H // G, S, D, q.element_size(), cache_bytes)
-    return together, triton.cdiv(T, tiles.own), B * (H // together)
+    return together, triton.cdiv(T, own), B * (H // together)
 
 
 def group_splits(programs: int, group: int, num_sms: int) -> int:
