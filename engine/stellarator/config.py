@@ -1,8 +1,8 @@
 """Configuration: frozen dataclasses, one per section of a run.
 
-defines: ModelConfig, FimConfig, DataConfig, OptimConfig, TrainConfig, CheckpointConfig,
-MetricsConfig, RunConfig. Values only: no torch, no file access at import. `None` means off.
-Reading TOML, overrides and all error messages live in `stellarator.settings`.
+defines: ModelConfig, FimConfig, DataConfig, OptimConfig, TrainConfig, ParallelConfig,
+CheckpointConfig, MetricsConfig, RunConfig. Values only: no torch, no file access at import. `None`
+means off. Reading TOML, overrides and all error messages live in `stellarator.settings`.
 """
 
 from dataclasses import dataclass, field
@@ -104,6 +104,19 @@ class TrainConfig:
     eval_interval: int | None = None
     eval_batches: int = 8
     on_nonfinite: str = "stop"  # or "skip": leave out the update of a step that is not finite
+
+
+@dataclass(frozen=True)
+class ParallelConfig:
+    """How processes share a run. The data-parallel size is what the other axes leave of them."""
+
+    tp: int = 1  # tensor: heads, MLP columns and vocabulary
+    sp: bool = False  # between these products the tensor ranks share out the tokens
+    pp: int = 1  # pipeline: ranks that hold consecutive layers
+    stages_per_rank: int = 1  # v: model chunks of a rank, for interleaved and V-shaped schedules
+    schedule: str = "1f1b"  # see stellarator.parallel.pipeline.schedules
+    cp: int = 1  # context: tokens of a row
+    zero: int = 0  # 1: states, 2: and gradients, 3: and parameters are shared out over dp
 
 
 @dataclass(frozen=True)

@@ -1,1 +1,4 @@
-"""Parallelism over torch.distributed. Modules: mesh (who is where)."""
+"""Parallelism over torch.distributed.
+
+Modules: layout (ranks and axes, without torch), mesh (this process among all).
+"""
