@@ -103,7 +103,7 @@ from stellarator.train.loop import Trainer
 class Stopped(Trainer):
     def _one_step(self):
         done = super()._one_step()
-        if done.step == 3 and self.mesh.dp_rank == 1:
+        if done.step == 3 and self.mesh.dp.rank == 1:
             os.kill(os.getpid(), signal.SIGTERM)
             time.sleep(0.01)
         return done
@@ -169,7 +169,7 @@ from stellarator.train.loop import Trainer
 class Fails(Trainer):
     def _open_data(self):
         super()._open_data()
-        if self.mesh.dp_rank == 1:
+        if self.mesh.dp.rank == 1:
             raise RuntimeError("this machine lacks the shard")
 
 import stellarator.train.loop

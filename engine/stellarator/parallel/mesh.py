@@ -1,8 +1,9 @@
 """Who this process is among all processes, as one explicit object.
 
-defines: Mesh, start, stop
+defines: Axis, Mesh, start, stop
 
-Only the data-parallel axis exists so far: every rank holds the whole model.
+A mesh has an axis for each kind of parallelism and one, `world`, for all processes. There is no
+other record of process groups: who needs one is given it.
 """
 
 import contextlib
@@ -20,35 +21,74 @@ import torch.distributed as dist
 # alive beyond `stop`; one that still holds a tensor when Python ends aborts the process.
 import torch.distributed.nn.functional  # noqa: F401
 
+from stellarator.config import ParallelConfig
+from stellarator.parallel.layout import AXES, Layout, layout_of
+
+
+@dataclass(frozen=True)
+class Axis:
+    """Ranks that share one kind of work: this one is `rank` of `size`. Of one rank: all no-ops."""
+
+    name: str
+    rank: int = 0
+    size: int = 1
+    group: dist.ProcessGroup | None = None
+
+    def sum_(self, x: torch.Tensor) -> torch.Tensor:
+        """Sum over the ranks, in place; the same bits on every rank."""
+        if self.size > 1:
+            dist.all_reduce(x, group=self.group)
+        return x
+
+    def max_(self, x: torch.Tensor) -> torch.Tensor:
+        """Maximum over the ranks, in place."""
+        if self.size > 1:
+            dist.all_reduce(x, op=dist.ReduceOp.MAX, group=self.group)
+        return x
+
+    def gather(self, x: torch.Tensor) -> torch.Tensor:
+        """The x of all ranks, one behind the other along the first dimension."""
+        if self.size == 1:
+            return x
+        found = x.new_empty((self.size * x.shape[0], *x.shape[1:]))
+        dist.all_gather_into_tensor(found, x.contiguous(), group=self.group)
+        return found
+
+    def scatter_sum(self, x: torch.Tensor) -> torch.Tensor:
+        """This rank's part of the sum over the ranks, cut along the first dimension."""
+        if self.size == 1:
+            return x
+        found = x.new_empty((x.shape[0] // self.size, *x.shape[1:]))
+        dist.reduce_scatter_tensor(found, x.contiguous(), group=self.group)
+        return found
+
 
 @dataclass(frozen=True)
 class Mesh:
-    """This process's place: `dp_rank` of `dp_size`, and its device."""
+    """This process's place on every axis, and its device."""
 
-    dp_rank: int
-    dp_size: int
     device: torch.device
+    layout: Layout = Layout()
+    world: Axis = Axis("world")
+    tp: Axis = Axis("tp")
+    cp: Axis = Axis("cp")
+    dp: Axis = Axis("dp")
+    pp: Axis = Axis("pp")
 
-    def sum_(self, tensor: torch.Tensor) -> torch.Tensor:
-        """Sum over the data-parallel ranks, in place."""
-        if self.dp_size > 1:
-            dist.all_reduce(tensor)
-        return tensor
-
-    def max_(self, tensor: torch.Tensor) -> torch.Tensor:
-        """Maximum over the data-parallel ranks, in place."""
-        if self.dp_size > 1:
-            dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
-        return tensor
+    @property
+    def main(self) -> bool:
+        """Whether this is the process that writes files and speaks."""
+        return self.world.rank == 0
 
     def barrier(self) -> None:
         """Wait until every rank is here."""
         # Reading the result makes the host wait too; on a GPU the collective alone does not.
-        self.sum_(torch.zeros(1, device=self.device)).item()
+        self.world.sum_(torch.zeros(1, device=self.device)).item()
 
     def agrees_on(self, value: int) -> bool:
         """Whether every rank passed the same number, below 2**62; all ranks get the same answer."""
-        both = self.max_(torch.tensor([value, -value], dtype=torch.int64, device=self.device))
+        both = torch.tensor([value, -value], dtype=torch.int64, device=self.device)
+        self.world.max_(both)
         return int(both[0]) == -int(both[1])
 
     @contextlib.contextmanager
@@ -69,22 +109,29 @@ class Mesh:
         text = "" if error is None else f"{type(error).__name__}: {error}"
         alike = self.agrees_on(int.from_bytes(hashlib.sha256(text.encode()).digest()[:7]))
         if error is not None:
-            error.told = alike and self.dp_rank > 0
+            error.told = alike and not self.main
             raise error
         if not alike:
-            raise RuntimeError(f"rank {self.dp_rank} stops, as another rank failed.")
+            raise RuntimeError(f"rank {self.world.rank} stops, as another rank failed.")
 
 
-def start(device: str = "auto", timeout_seconds: float = 600.0) -> Mesh:
+def start(
+    device: str = "auto",
+    timeout_seconds: float = 600.0,
+    parallel: ParallelConfig = ParallelConfig(),  # noqa: B008, it is frozen
+) -> Mesh:
     """The mesh of this process; joins the process group when torchrun started more than one.
 
     Args:
         device: "cpu", "cuda", or "auto": cuda where there is one.
         timeout_seconds: of every collective.
+        parallel: sizes of the axes.
     Raises:
+        ValueError: the axes do not divide the processes; before any process group is there.
         RuntimeError: cuda was asked for and there is none.
     """
     rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    layout = layout_of(parallel, size)
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cuda" and not torch.cuda.is_available():
@@ -102,7 +149,20 @@ def start(device: str = "auto", timeout_seconds: float = 600.0) -> Mesh:
     if size > 1 and not dist.is_initialized():
         backend = "nccl" if device == "cuda" else "gloo"
         dist.init_process_group(backend, timeout=timedelta(seconds=timeout_seconds))
-    return Mesh(rank, size, place)
+    axes = {name: _axis(name, layout, rank) for name in AXES}
+    return Mesh(place, layout, Axis("world", rank, size), **axes)
+
+
+def _axis(name: str, layout: Layout, rank: int) -> Axis:
+    """One axis; every process makes the groups of all, in one order, as torch asks for."""
+    size = getattr(layout, name)
+    if size == 1:
+        return Axis(name)
+    mine = None
+    for ranks in layout.groups(name):
+        group = dist.new_group(ranks) if size < layout.size else dist.group.WORLD
+        mine = group if rank in ranks else mine
+    return Axis(name, layout.place(rank)[name], size, mine)
 
 
 def stop() -> None:

@@ -75,7 +75,7 @@ class Trainer:
         self.mesh = meshes.start(self.config.train.device)
         try:
             with StopRequest() as self.stop:
-                if self.mesh.dp_rank > 0:
+                if not self.mesh.main:
                     summary = self._run()
                 else:
                     with folder_lock(self.folder):
@@ -101,7 +101,7 @@ class Trainer:
             raise
 
     def _run(self) -> dict:
-        config, main = self.config, self.mesh.dp_rank == 0
+        config, main = self.config, self.mesh.main
         with RunLog(self.folder, main, config.metrics.tensorboard) as self.log:
             self._build()
             self.stop.check()
@@ -180,7 +180,7 @@ class Trainer:
             )
         check_tokenizer((*config.data.train, *config.data.validation), self.tokenizer.sha256)
         self.batches = self._batches(config.data.train)
-        self.batches.num_micro_batches(self.mesh.dp_size)  # said now, not after the model is made
+        self.batches.num_micro_batches(self.mesh.dp.size)  # said now, not after the model is made
         self.validation = None
         if config.data.validation:
             self.validation = self._batches(config.data.validation, validation=True)
@@ -194,14 +194,14 @@ class Trainer:
             self.tokenizer,
             validation=validation,
             fim=not validation,
-            keep_segments=self.mesh.dp_rank == 0,
+            keep_segments=self.mesh.main,
         )
         return Batches(dataset, config.train.global_batch_size, config.train.micro_batch_size)
 
     def _find_checkpoint(self) -> None:
         """`self.found`: the checkpoint to go on from, as `checkpoint.resume` says, or None."""
         self.fingerprint = resume.fingerprint(self.config.data.train, self.tokenizer.sha256)
-        if self.mesh.dp_rank == 0:
+        if self.mesh.main:
             checkpoint.take_back(self.folder / "checkpoints")
         self.mesh.barrier()
         found = self.found = resume.find(self.config, self.log.warn)
@@ -209,7 +209,7 @@ class Trainer:
         if not self.mesh.agrees_on(int.from_bytes(seal[:7])):
             raise TrainingError(
                 f"{self.folder}: expected the same newest checkpoint on every rank, got different "
-                f"ones (rank {self.mesh.dp_rank}: {found and found.folder}). Put `folder` on a "
+                f"ones (rank {self.mesh.world.rank}: {found and found.folder}). Put `folder` on a "
                 "file system that all machines share."
             )
         if found is not None:
@@ -246,7 +246,7 @@ class Trainer:
             folder = self.folder / "checkpoints"
             if found.folder.resolve().parent == folder.resolve():
                 self._saved_step = self.step
-                if self.mesh.dp_rank == 0:
+                if self.mesh.main:
                     checkpoint.set_aside_newer(folder, self.step)
         self.zscore = ZScore(self.progress.recent_losses)
         self.log.rewind(self.step if found is not None else -1)
@@ -258,7 +258,7 @@ class Trainer:
         """
         folder = self.folder / "checkpoints"
         failed: checkpoint.CheckpointError | None = None
-        if self.mesh.dp_rank == 0 and self.step != self._saved_step:
+        if self.mesh.main and self.step != self._saved_step:
             self.progress.recent_losses = list(self.zscore.values)
             state = {
                 "config": dataclasses.asdict(self.config),
@@ -273,7 +273,9 @@ class Trainer:
             except checkpoint.CheckpointError as error:
                 failed = error
         told = torch.tensor([int(failed is not None)], device=self.mesh.device)
-        if not self.mesh.max_(told).item():  # a barrier too: nobody goes on before rank 0 is done
+        if not self.mesh.world.max_(
+            told
+        ).item():  # a barrier too: nobody goes on before rank 0 is done
             return
         if required:
             raise failed or TrainingError("rank 0 could not save the last checkpoint.")
@@ -284,7 +286,7 @@ class Trainer:
     def _loop(self, started: float) -> float:
         """Steps until the end or a signal; the loss of the last one."""
         config, first, loss = self.config, self.step, float("nan")
-        rank, size = self.mesh.dp_rank, self.mesh.dp_size
+        rank, size = self.mesh.dp.rank, self.mesh.dp.size
         if self.validation and self.step == 0:
             self.evaluate()
         with self.batches.steps(self.step, rank, size) as self.source:
@@ -306,7 +308,7 @@ class Trainer:
     def _stop_requested(self) -> bool:
         """Whether any rank was asked to stop; all ranks agree."""
         asked = torch.tensor([int(self.stop.received or 0)], device=self.mesh.device)
-        number = int(self.mesh.max_(asked).item())
+        number = int(self.mesh.world.max_(asked).item())
         if number:
             self.stop.received = signal.Signals(number)
         return bool(number)
@@ -332,7 +334,7 @@ class Trainer:
             totals[0] += loss.detach()
             clock.mark("backward")
         for tensor in (totals, *optimizer.flat_grads):
-            mesh.sum_(tensor)
+            mesh.dp.sum_(tensor)
         clock.mark("reduce")
         loss_sum, num_targets, model_flops = totals.tolist()
         divisor = max(1, int(num_targets))
@@ -357,7 +359,7 @@ class Trainer:
             tokens=int(num_targets),
             tokens_total=self.progress.tokens_total,
             tokens_per_second=num_targets / seconds,
-            mfu=model_flops / seconds / (self.peak * mesh.dp_size),
+            mfu=model_flops / seconds / (self.peak * mesh.world.size),
             data_wait=waited / seconds,
             time_ms=split,
             memory_bytes=metrics.peak_memory_bytes(mesh.device),
@@ -409,11 +411,11 @@ class Trainer:
         totals = torch.zeros(2, dtype=torch.float64, device=mesh.device)
         rows = config.train.eval_batches * config.train.global_batch_size
         self.model.eval()
-        for batch in self.validation.evaluation(rows, mesh.dp_rank, mesh.dp_size):
+        for batch in self.validation.evaluation(rows, mesh.dp.rank, mesh.dp.size):
             totals[0] += self._loss_sum(batch.to(mesh.device))
             totals[1] += batch.num_targets
         self.model.train()
-        loss_sum, count = mesh.sum_(totals).tolist()
+        loss_sum, count = mesh.dp.sum_(totals).tolist()
         loss = self.progress.last_eval = loss_sum / max(1.0, count)
         self.log.record("eval", {"step": self.step, "loss": loss, "tokens": int(count)})
         self.log.say(f"eval at step {self.step}: loss {loss:.4f} over {int(count):,} tokens")
@@ -436,7 +438,7 @@ class Trainer:
             f"V {model.vocab_size} T {config.data.seq_length}",
             f"data: {data.num_tokens:,} tokens, {data.rows_per_epoch:,} rows an epoch; "
             f"{train.global_batch_size} rows a step, {train.steps:,} steps, {epochs:.2f} epochs",
-            f"machine: {mesh.dp_size} x {flops.device_name(mesh.device)}, {train.precision}, "
+            f"machine: {mesh.world.size} x {flops.device_name(mesh.device)}, {train.precision}, "
             f"{torch.get_num_threads()} threads",
         ):
             self.log.say(line)
