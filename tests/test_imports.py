@@ -32,17 +32,21 @@ ALLOWED = {
     "stellarator.config": ([], []),
     "stellarator.files": ([], []),  # so that data, model and train may all import it
     "stellarator.recipes": (["stellarator.config"], []),
-    "stellarator.settings": (["stellarator.config", "stellarator.recipes"], []),
+    "stellarator.settings": (
+        ["stellarator.config", "stellarator.recipes", "stellarator.parallel.layout"],
+        [],
+    ),
+    "stellarator.parallel.layout": (["stellarator.config"], []),
     "stellarator.train.schedule": (["stellarator.config"], []),
     "stellarator.train.checkpoint": (
-        ["stellarator.config", "stellarator.files", "stellarator.parallel.mesh"],
+        [f"stellarator.{name}" for name in ("config", "files", "parallel.mesh", "parallel.shard")],
         ["torch", "safetensors", "numpy"],
     ),
 }
 TORCH_IN_DATA = {"stellarator.data.batches"}
 WITHOUT_TORCH = ["stellarator", "stellarator.config", "stellarator.cli", "stellarator.recipes"]
 WITHOUT_TORCH += ["stellarator.settings", "stellarator.train.schedule", "stellarator.doctor"]
-WITHOUT_TORCH += ["stellarator.files"]
+WITHOUT_TORCH += ["stellarator.files", "stellarator.parallel.layout"]
 
 
 def python_files():

@@ -16,7 +16,8 @@ import types
 import typing
 from pathlib import Path
 
-from stellarator.config import ModelConfig, RunConfig
+from stellarator.config import ModelConfig, ParallelConfig, RunConfig
+from stellarator.parallel import layout
 
 
 class ConfigError(ValueError):
@@ -405,6 +406,25 @@ def check_inputs(config: RunConfig) -> list[str]:
     if config.train.eval_interval and not config.data.validation:
         problems.append("data.validation: expected shards, as train.eval_interval is set, got none")
     return problems
+
+
+def check_layout(config: RunConfig, world_size: int) -> list[str]:
+    """Why so many processes cannot share the run as `parallel` says."""
+    parallel, built = config.parallel, ParallelConfig()
+    problems = [
+        f"parallel.{name}: expected {getattr(built, name)!r}, got {getattr(parallel, name)!r}: "
+        f"this version trains with tp, sp and data parallelism. Leave parallel.{name} out"
+        for name in ("pp", "stages_per_rank", "schedule", "cp", "zero")
+        if getattr(parallel, name) != getattr(built, name)
+    ]
+    return problems or layout.problems(
+        config.model,
+        parallel,
+        world_size,
+        seq_length=config.data.seq_length,
+        global_batch_size=config.train.global_batch_size,
+        micro_batch_size=config.train.micro_batch_size,
+    )
 
 
 def to_toml(config) -> str:

@@ -5,45 +5,13 @@ The reference is the unbroken run of one process: its losses and its weights. No
 
 import dataclasses
 import json
-import os
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
-import torch
-from safetensors.torch import load_file
+from runs import assert_same_state, losses, torchrun
 
-from stellarator import settings
 from stellarator.train.loop import Trainer
-
-
-def losses(folder) -> list[float]:
-    records = map(json.loads, Path(folder, "metrics.jsonl").read_text().splitlines())
-    return [r["loss"] for r in records if r["kind"] in ("train", "eval")]
-
-
-def assert_same_state(one, other, step: int) -> None:
-    """Weights and moments of a step, whose gradients were summed in another order."""
-    name = Path("checkpoints", f"step_{step:08d}", "tensors.safetensors")
-    a, b = load_file(Path(one, name)), load_file(Path(other, name))
-    assert a.keys() == b.keys() and {t.dtype for t in b.values()} == {torch.float64}
-    for key in a:
-        torch.testing.assert_close(b[key], a[key], rtol=1e-10, atol=1e-14)
-
-
-def torchrun(
-    config, tmp_path, processes: int, program=("-m", "stellarator.train"), traceback: bool = True
-) -> subprocess.CompletedProcess:
-    path = tmp_path / f"run{processes}.toml"
-    path.write_text(settings.to_toml(config))
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command += ["--nproc-per-node", str(processes), *program, "--config", str(path)]
-    environment = os.environ | {
-        "OMP_NUM_THREADS": "1",
-        "STELLARATOR_TRACEBACK": str(int(traceback)),
-    }
-    return subprocess.run(command, capture_output=True, text=True, timeout=200, env=environment)
 
 
 @pytest.fixture
@@ -132,10 +100,11 @@ def test_a_batch_that_two_ranks_cannot_share_is_refused(tiny_config, tmp_path):
     config = dataclasses.replace(tiny_config, train=train)
     done = torchrun(config, tmp_path, 2, traceback=False)
     assert done.returncode != 0
-    assert errors(done) == [
-        "error: batches: expected micro-batches that 2 ranks can share equally, got 3 "
-        "(train.global_batch_size=3 by train.micro_batch_size=1). Pass train.global_batch_size=4."
-    ]
+    assert errors(done) == ["error: configuration: 1 problem"]
+    assert (
+        "train.global_batch_size: expected a multiple of micro_batch_size * dp = 1 * 2, got 3. "
+        "Pass 4." in done.stderr
+    )
 
 
 def errors(done: subprocess.CompletedProcess) -> list[str]:

@@ -310,11 +310,11 @@ def test_unreadable_checkpoints_do_not_start_the_run_again(tiny_config):
 def test_training_goes_on_when_the_disk_is_full(tiny_config, tmp_path, capfd, monkeypatch):
     save, failures = checkpoint.save, []
 
-    def full(folder, step, tensors, state):
+    def full(folder, step, *rest):
         if step == 4:
             failures.append(step)
             raise CheckpointError(f"{folder}: cannot be saved: No space left on device.")
-        return save(folder, step, tensors, state)
+        return save(folder, step, *rest)
 
     class FullDisk(Trainer):
         def _build(self):

@@ -13,7 +13,9 @@ import torch
 
 from stellarator.config import ModelConfig
 from stellarator.model.cache import KVCache
-from stellarator.model.layers import LayerNorm, Linear, fusible
+from stellarator.model.layers import LayerNorm, Linear, RowLinear, fusible
+from stellarator.parallel.layout import kv_heads_of
+from stellarator.parallel.tensor import ALONE, TensorParallel
 from stellarator_kernels import decode_attention, flash_attention, projected_attention, rope
 
 
@@ -33,13 +35,19 @@ class Attention(torch.nn.Module):
     The projection is [Q of all heads | K | V], (B, T, (H + 2G) * D).
     """
 
-    def __init__(self, config: ModelConfig, kernels: str, *, device, dtype):
+    def __init__(
+        self, config: ModelConfig, kernels: str, tp: TensorParallel = ALONE, *, device, dtype
+    ):
         super().__init__()
-        self.config, self.kernels = config, kernels
+        self.config, self.kernels, self.tp = config, kernels, tp
         C, H, G, D = config.width, config.num_heads, config.num_kv_heads, config.head_width
-        self.widths = [H * D, G * D, G * D]
-        self.qkv = Linear(C, sum(self.widths), device=device, dtype=dtype)
-        self.out = Linear(H * D, C, device=device, dtype=dtype)
+        to = {"device": device, "dtype": dtype}
+        # Heads of this rank: the query heads of its key/value heads.
+        self.heads = H // tp.axis.size
+        self.kv_heads = len(kv_heads_of(G, tp.axis.size, tp.axis.rank))
+        self.widths = [self.heads * D, self.kv_heads * D, self.kv_heads * D]
+        self.qkv = Linear(tp.projection(H, G, D, C), tp.projection(H, G, D), **to)
+        self.out = RowLinear(H * D, C, tp, **to)
 
     def forward(
         self, norm: LayerNorm, branch, residual, context: Context, layer: int
@@ -48,21 +56,21 @@ class Attention(torch.nn.Module):
             qkv, residual = norm.into(self.qkv.weight, self.qkv.bias, branch, residual)
         else:
             y, residual = norm(branch, residual)
-            qkv = self.qkv(y)
+            qkv = self.qkv(self.tp.enter(y, context.positions.shape))
         config, shape = self.config, qkv.shape[:2]
         if context.cache is not None:
             y = self._attend_cached(qkv, context, layer)
         else:
             y = projected_attention(
                 qkv,
-                config.num_heads,
-                config.num_kv_heads,
+                self.heads,
+                self.kv_heads,
                 context.rotation,
                 window=config.window,
                 cu_seqlens=context.cu_seqlens,
                 impl=self.kernels,
             )
-        return self.out(y.reshape(*shape, config.num_heads * config.head_width)), residual
+        return self.out(y.reshape(*shape, self.widths[0])), residual
 
     def _attend_cached(self, qkv, context: Context, layer: int):
         """Attention to everything in the cache, which takes the new keys and values first."""

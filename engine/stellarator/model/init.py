@@ -17,6 +17,7 @@ the rule is that of the public StarCoder training scripts.
 """
 
 import hashlib
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
@@ -25,6 +26,8 @@ import torch
 
 from stellarator.config import ModelConfig
 from stellarator.model.transformer import Transformer
+from stellarator.parallel.shard import Shard, shards_of
+from stellarator.parallel.tensor import ALONE, TensorParallel
 
 _BLOCK = 1 << 15  # elements drawn at a time: 256 KiB of float64, which stays in the L2 cache
 _LOW = 0.02425  # below this probability, and above 1 - it, the tail formula holds
@@ -54,6 +57,7 @@ def build_model(
     seed: int = 1234,
     kernels: str = "auto",
     recompute: str = "none",
+    tp: TensorParallel = ALONE,
 ) -> Transformer:
     """A model with fresh weights.
 
@@ -62,13 +66,14 @@ def build_model(
         device: where; on "meta" there are shapes and no values.
         dtype: of the parameters; None: float32. Weights are drawn in float32 and rounded once.
         seed: of the weights.
-        kernels, recompute: see `Transformer`.
+        kernels, recompute, tp: see `Transformer`.
     Raises:
         ValueError: the configuration contradicts itself.
     Cost: 14 ns a weight on one core (measured), so 40 s for three billion.
         Memory of the model and of one parameter in float32.
     """
-    model = Transformer(config, kernels, recompute, device=device, dtype=dtype or torch.float32)
+    to = {"device": device, "dtype": dtype or torch.float32}
+    model = Transformer(config, kernels, recompute, tp, **to)
     if torch.device(device).type != "meta":
         initialize(model, seed)
     return model
@@ -77,6 +82,7 @@ def build_model(
 @torch.no_grad()
 def initialize(model: Transformer, seed: int) -> None:
     """Set every parameter by the rule of this module."""
+    shards = shards_of(model)
     with ThreadPoolExecutor(torch.get_num_threads()) as pool:
         for name, parameter in model.named_parameters():
             std = _std(name, model.config)
@@ -84,17 +90,17 @@ def initialize(model: Transformer, seed: int) -> None:
                 parameter.fill_(1.0 if name.endswith("weight") else 0.0)
                 continue
             # numpy lets go of the interpreter inside its loops, so threads do help.
-            counts = _shares(parameter.numel(), 32 * _BLOCK)
-            parts = pool.map(partial(normal, name, seed, std), *zip(*counts, strict=True))
-            at, flat = 0, parameter.view(-1)
-            for part in parts:
+            draw, at, flat = partial(normal, name, seed, std), 0, parameter.view(-1)
+            for part in pool.map(draw, *zip(*_pieces(shards[name]), strict=True)):
                 flat[at : at + len(part)] = torch.from_numpy(part)
                 at += len(part)
 
 
-def _shares(total: int, size: int) -> list[tuple[int, int]]:
-    """(start, count) of pieces of at most `size` that make up `total`."""
-    return [(start, min(size, total - start)) for start in range(0, total, size)]
+def _pieces(shard: Shard) -> Iterator[tuple[int, int]]:
+    """(start, count) of pieces of the whole parameter that make up this rank's part, in order."""
+    for first, total in shard.runs():
+        for start in range(first, first + total, 32 * _BLOCK):
+            yield start, min(32 * _BLOCK, first + total - start)
 
 
 def _std(name: str, config: ModelConfig) -> float | None:

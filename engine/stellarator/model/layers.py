@@ -1,6 +1,6 @@
 """Parameters without a rule for their initial values, and the two layers made of nothing else.
 
-defines: parameter, fusible, Linear, LayerNorm
+defines: parameter, fusible, Linear, RowLinear, LayerNorm
 
 Values come from `init.initialize` or from a file, so nothing is drawn here: torch's own layers draw
 random weights when they are made, which costs minutes for a large model and moves its random state.
@@ -8,21 +8,24 @@ random weights when they are made, which costs minutes for a large model and mov
 
 import torch
 
+from stellarator.parallel.shard import Shard
+from stellarator.parallel.tensor import ALONE, TensorParallel
 from stellarator_kernels import layer_norm, layer_norm_linear, linear
 
 
-def parameter(*shape: int, device, dtype) -> torch.nn.Parameter:
-    """A parameter whose values are not set yet."""
-    return torch.nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
+def parameter(shard: Shard, *, device, dtype) -> torch.nn.Parameter:
+    """This rank's part of a parameter, whose values are not set yet."""
+    return torch.nn.Parameter(torch.empty(shard.local_shape, device=device, dtype=dtype))
 
 
 def fusible(*modules: torch.nn.Module) -> bool:
     """Whether ops that span these modules may run in place of their `forward`.
 
-    Not if one is of another class (an adapter, a sharded layer) or somebody watches it by hooks.
+    Not if one is of another class (an adapter), somebody watches it by hooks, or ranks share it.
     """
     return all(
-        type(module) in (Linear, LayerNorm)
+        type(module) in (Linear, RowLinear, LayerNorm)
+        and getattr(module, "tp", ALONE).alone
         and not module._forward_hooks
         and not module._forward_pre_hooks
         and not module._backward_hooks
@@ -32,25 +35,45 @@ def fusible(*modules: torch.nn.Module) -> bool:
 
 
 class Linear(torch.nn.Module):
-    """y = x @ weight^T + bias; weight (out, in), bias (out,)."""
+    """y = x @ weight^T + bias; weight (out, in), bias (out,): the outputs that this rank makes."""
 
-    def __init__(self, in_width: int, out_width: int, *, device, dtype):
+    def __init__(self, weight: Shard, bias: Shard, *, device, dtype):
         super().__init__()
-        self.weight = parameter(out_width, in_width, device=device, dtype=dtype)
-        self.bias = parameter(out_width, device=device, dtype=dtype)
+        self.shards = {"weight": weight, "bias": bias}
+        self.weight = parameter(weight, device=device, dtype=dtype)
+        self.bias = parameter(bias, device=device, dtype=dtype)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return linear(x, self.weight, self.bias)
 
 
+class RowLinear(torch.nn.Module):
+    """y = x @ weight^T + bias of the inputs that this rank has, summed over the tensor ranks."""
+
+    def __init__(self, in_width: int, out_width: int, tp: TensorParallel, *, device, dtype):
+        super().__init__()
+        self.tp = tp
+        self.shards = {"weight": tp.by_rows(out_width, in_width), "bias": tp.whole(out_width)}
+        self.weight = parameter(self.shards["weight"], device=device, dtype=dtype)
+        self.bias = parameter(self.shards["bias"], device=device, dtype=dtype)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.tp.alone:
+            return linear(x, self.weight, self.bias)
+        return self.tp.leave(linear(x, self.weight)) + self.bias
+
+
 class LayerNorm(torch.nn.Module):
     """LayerNorm with bias over the last dimension, with the residual addition in front of it."""
 
-    def __init__(self, width: int, eps: float, kernels: str, *, device, dtype):
+    def __init__(
+        self, width: int, eps: float, kernels: str, tp: TensorParallel = ALONE, *, device, dtype
+    ):
         super().__init__()
-        self.eps, self.kernels = eps, kernels
-        self.weight = parameter(width, device=device, dtype=dtype)
-        self.bias = parameter(width, device=device, dtype=dtype)
+        self.eps, self.kernels, self.tp = eps, kernels, tp
+        self.shards = {"weight": tp.whole(width), "bias": tp.whole(width)}
+        self.weight = parameter(tp.whole(width), device=device, dtype=dtype)
+        self.bias = parameter(tp.whole(width), device=device, dtype=dtype)
 
     def forward(
         self, branch: torch.Tensor | None, residual: torch.Tensor

@@ -8,26 +8,32 @@ defines: Mlp
 import torch
 
 from stellarator.config import ModelConfig
-from stellarator.model.layers import LayerNorm, Linear, fusible
+from stellarator.model.layers import LayerNorm, Linear, RowLinear, fusible
+from stellarator.parallel.tensor import ALONE, TensorParallel
 from stellarator_kernels import bias_gelu, bias_gelu_linear
 
 _APPROXIMATE = {"gelu_tanh": "tanh", "gelu_erf": "none"}
 
 
 class Mlp(torch.nn.Module):
-    """(branch, residual) -> (branch, residual), each (B, T, C)."""
+    """(branch, residual) -> (branch, residual), each (B, T, C); shape: (B, T)."""
 
-    def __init__(self, config: ModelConfig, kernels: str, *, device, dtype):
+    def __init__(
+        self, config: ModelConfig, kernels: str, tp: TensorParallel = ALONE, *, device, dtype
+    ):
         super().__init__()
-        self.approximate, self.kernels = _APPROXIMATE[config.activation], kernels
-        self.up = Linear(config.width, config.ffn_width, device=device, dtype=dtype)
-        self.down = Linear(config.ffn_width, config.width, device=device, dtype=dtype)
+        self.approximate, self.kernels, self.tp = _APPROXIMATE[config.activation], kernels, tp
+        C, F, to = config.width, config.ffn_width, {"device": device, "dtype": dtype}
+        self.up = Linear(tp.by_columns(F, C), tp.by_columns(F), **to)
+        self.down = RowLinear(F, C, tp, **to)
 
-    def forward(self, norm: LayerNorm, branch, residual) -> tuple[torch.Tensor, torch.Tensor]:
+    def forward(
+        self, norm: LayerNorm, branch, residual, shape: torch.Size
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         up, down = self.up, self.down
         options = {"approximate": self.approximate, "impl": self.kernels}
         if fusible(norm, up, down):
             h, residual = norm.into(up.weight, None, branch, residual)
             return bias_gelu_linear(h, up.bias, down.weight, down.bias, **options), residual
         y, residual = norm(branch, residual)
-        return down(bias_gelu(up(y), None, **options)), residual
+        return down(bias_gelu(up(self.tp.enter(y, shape)), None, **options)), residual

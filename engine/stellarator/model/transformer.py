@@ -28,6 +28,9 @@ from stellarator.model.attention import Attention, Context
 from stellarator.model.cache import KVCache
 from stellarator.model.layers import LayerNorm, parameter
 from stellarator.model.mlp import Mlp
+from stellarator.parallel.loss import vocabulary_cross_entropy
+from stellarator.parallel.shard import Shard
+from stellarator.parallel.tensor import ALONE, TensorParallel
 from stellarator_kernels import embedding, linear_cross_entropy
 from stellarator_kernels.checks import expect, expect_dtype, expect_shape
 from stellarator_kernels.rope import rope_table
@@ -48,38 +51,46 @@ def _selective_policy(context, op, *args, **kwargs) -> CheckpointPolicy:
 class Layer(torch.nn.Module):
     """(branch, residual) -> (branch, residual), each (B, T, C)."""
 
-    def __init__(self, config: ModelConfig, kernels: str, *, device, dtype):
+    def __init__(self, config: ModelConfig, kernels: str, tp: TensorParallel, *, device, dtype):
         super().__init__()
         to = {"device": device, "dtype": dtype}
-        self.attention_norm = LayerNorm(config.width, config.norm_eps, kernels, **to)
-        self.attention = Attention(config, kernels, **to)
-        self.mlp_norm = LayerNorm(config.width, config.norm_eps, kernels, **to)
-        self.mlp = Mlp(config, kernels, **to)
+        self.attention_norm = LayerNorm(config.width, config.norm_eps, kernels, tp, **to)
+        self.attention = Attention(config, kernels, tp, **to)
+        self.mlp_norm = LayerNorm(config.width, config.norm_eps, kernels, tp, **to)
+        self.mlp = Mlp(config, kernels, tp, **to)
 
     def forward(self, branch, residual, context: Context, index: int):
         branch, residual = self.attention(self.attention_norm, branch, residual, context, index)
-        return self.mlp(self.mlp_norm, branch, residual)
+        return self.mlp(self.mlp_norm, branch, residual, context.positions.shape)
 
 
 class Embedding(torch.nn.Module):
-    """ids -> rows of weight (rows, C)."""
+    """ids -> rows of weight, of which this rank may hold a part."""
 
-    def __init__(self, rows: int, width: int, kernels: str, *, device, dtype):
+    def __init__(self, weight: Shard, kernels: str, *, device, dtype):
         super().__init__()
         # Other ops have implementations that this one lacks.
         self.kernels = "reference" if kernels == "reference" else "auto"
-        self.weight = parameter(rows, width, device=device, dtype=dtype)
+        self.shards = {"weight": weight}
+        self.weight = parameter(weight, device=device, dtype=dtype)
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
-        return embedding(ids, self.weight, impl=self.kernels)
+        rows, (part,) = self.shards["weight"].shape[0], self.shards["weight"].pieces
+        if part.length == rows:
+            return embedding(ids, self.weight, impl=self.kernels)
+        local = ids - part.start
+        here = (local >= 0) & (local < part.length)
+        found = embedding(torch.where(here, local, 0), self.weight, impl=self.kernels)
+        return torch.where(here[..., None], found, 0.0)  # the other ranks add theirs
 
 
 class Head(torch.nn.Module):
     """The output matrix (V, C) of a model that does not share it with the embedding."""
 
-    def __init__(self, rows: int, width: int, *, device, dtype):
+    def __init__(self, weight: Shard, *, device, dtype):
         super().__init__()
-        self.weight = parameter(rows, width, device=device, dtype=dtype)
+        self.shards = {"weight": weight}
+        self.weight = parameter(weight, device=device, dtype=dtype)
 
 
 class Transformer(torch.nn.Module):
@@ -91,6 +102,7 @@ class Transformer(torch.nn.Module):
         recompute: what the backward pass computes again instead of keeping, beside norms and
             gelu. "none"; "selective": RoPE and the MLP's first product, whose result is the widest
             tensor; "full": whole layers. The gradients are the same to the bit.
+        tp: the ranks that share every layer.
         device, dtype: of the parameters.
     Raises:
         ValueError: the configuration contradicts itself.
@@ -101,27 +113,30 @@ class Transformer(torch.nn.Module):
         config: ModelConfig,
         kernels: str = "auto",
         recompute: str = "none",
+        tp: TensorParallel = ALONE,
         *,
         device=None,
         dtype=None,
     ):
         super().__init__()
         _check_config(config, recompute)
-        self.config, self.kernels, self.recompute = config, kernels, recompute
-        to = {"device": device, "dtype": dtype}
-        self.embedding = Embedding(config.vocab_size, config.width, kernels, **to)
+        self.config, self.kernels, self.recompute, self.tp = config, kernels, recompute, tp
+        to, C = {"device": device, "dtype": dtype}, config.width
+        vocabulary = tp.by_columns(config.vocab_size, C)
+        (self.vocabulary,) = vocabulary.pieces
+        self.embedding = Embedding(vocabulary, kernels, **to)
         if config.positions == "learned":
-            self.position_embedding = Embedding(config.max_positions, config.width, kernels, **to)
+            self.position_embedding = Embedding(tp.whole(config.max_positions, C), kernels, **to)
         self.layers = torch.nn.ModuleList(
-            Layer(config, kernels, **to) for _ in range(config.num_layers)
+            Layer(config, kernels, tp, **to) for _ in range(config.num_layers)
         )
-        self.final_norm = LayerNorm(config.width, config.norm_eps, kernels, **to)
+        self.final_norm = LayerNorm(C, config.norm_eps, kernels, tp, **to)
         if not config.tie_embeddings:
-            self.head = Head(config.vocab_size, config.width, **to)
+            self.head = Head(vocabulary, **to)
 
     @property
     def head_weight(self) -> torch.Tensor:
-        """(V, C): the output matrix, which is the embedding in a tied model."""
+        """(V_tp, C): the output matrix, which is the embedding in a tied model."""
         return self.embedding.weight if self.config.tie_embeddings else self.head.weight
 
     def forward(
@@ -161,14 +176,21 @@ class Transformer(torch.nn.Module):
         expect(cache is None, "model", "no cache with targets", "both",
                "Compute the loss in one pass")  # fmt: skip
         states = self.hidden(tokens, positions=positions, cu_seqlens=cu_seqlens)
-        loss = linear_cross_entropy(
-            states.flatten(0, 1),
-            self.head_weight,
-            targets.flatten(),
-            reduction=reduction,
-            impl=self.kernels,
-        )
+        loss = self._loss(states.flatten(0, 1), targets.flatten(), reduction)
         return loss.view(tokens.shape) if reduction == "none" else loss
+
+    def _loss(self, states: torch.Tensor, targets: torch.Tensor, reduction: str) -> torch.Tensor:
+        """Of states (N, C) and targets (N,)."""
+        weight = self.head_weight
+        if self.tp.alone:
+            options = {"reduction": reduction, "impl": self.kernels}
+            return linear_cross_entropy(states, weight, targets, **options)
+        first = self.vocabulary.start
+        losses = vocabulary_cross_entropy(states, weight, targets, first, self.tp.axis)
+        if reduction == "none":
+            return losses
+        total = losses.sum()
+        return total if reduction == "sum" else total / (targets != -100).sum().clamp(min=1)
 
     def hidden(
         self,
@@ -180,10 +202,10 @@ class Transformer(torch.nn.Module):
     ) -> torch.Tensor:
         """The states (B, T, C) after the final norm; arguments as in `forward`."""
         positions = self._check_inputs(tokens, positions, cu_seqlens, cache)
-        x = self.embedding(tokens)
+        x = self.tp.leave(self.embedding(tokens))
         rotation = None
         if self.config.positions == "learned":
-            x = x + self.position_embedding(positions)
+            x = x + self.position_embedding(self.tp.own_tokens(positions))
         else:
             rotation = rope_table(positions, self.config.head_width, self.config.rope_theta)
         context = Context(positions, rotation, cu_seqlens, cache)
@@ -192,12 +214,17 @@ class Transformer(torch.nn.Module):
             branch, residual = self._run_layer(layer, branch, residual, context, index)
         if cache is not None:
             cache.advance(tokens.shape[1])
-        return self.final_norm(branch, residual)[0]
+        return self.tp.enter(self.final_norm(branch, residual)[0], tokens.shape)
 
     def logits(self, states: torch.Tensor) -> torch.Tensor:
-        """(..., C) -> (..., V) in fp32, or fp64 for float64 states."""
+        """(..., C) -> (..., V) in fp32, or fp64 for float64 states; all of V on every rank."""
         logits = linear(states, self.head_weight)
-        return logits if logits.dtype == torch.float64 else logits.float()
+        logits = logits if logits.dtype == torch.float64 else logits.float()
+        if self.tp.alone:
+            return logits
+        part = self.vocabulary
+        behind = self.config.vocab_size - part.start - part.length
+        return self.tp.sum(torch.nn.functional.pad(logits, (part.start, behind)))
 
     def _run_layer(self, layer, branch, residual, context, index):
         """One layer, with its recomputation in the backward pass if asked for."""
@@ -225,6 +252,8 @@ class Transformer(torch.nn.Module):
             T_all = T if cache is None else T + cache.longest
             expect(T_all <= limit, op, f"at most {limit} learned positions", T_all, "Cut the rows")
         if cache is not None:
+            expect(self.tp.alone, op, "no cache with tensor parallelism", "both",
+                   "Generate on one rank")  # fmt: skip
             expect(cu_seqlens is None, op, "no cu_seqlens with a cache", "both",
                    "Give every document its own row")  # fmt: skip
             expect(len(cache.lengths) == B, op, f"a cache of {B} rows", len(cache.lengths),

@@ -25,6 +25,7 @@ import torch
 from safetensors import safe_open
 
 from stellarator.files import replace_text, sync, write_text
+from stellarator.parallel.shard import Shard
 
 FORMAT_VERSION = 1
 _TENSORS, _MANIFEST = "tensors.safetensors", "manifest.json"
@@ -50,8 +51,15 @@ class Checkpoint:
     folder: Path
     manifest: dict
 
-    def load_into(self, tensors: dict[str, torch.Tensor], partly: bool = False) -> None:
+    def load_into(
+        self,
+        tensors: dict[str, torch.Tensor],
+        partly: bool = False,
+        shards: dict[str, Shard] | None = None,
+    ) -> None:
         """Fill `tensors` in place; with `partly` the checkpoint may hold more than these.
+
+        shards: what part of the stored one each tensor is, by its name; None: the whole.
 
         Raises:
             CheckpointError: names, shapes or dtypes differ; the first few are listed.
@@ -62,7 +70,8 @@ class Checkpoint:
             if not partly:
                 wrong += [f"{name} is not in the model" for name in stored if name not in tensors]
             for name in tensors.keys() & stored.keys():
-                here = [_DTYPES[tensors[name].dtype], list(tensors[name].shape)]
+                shape = tensors[name].shape if shards is None else shards[name].shape
+                here = [_DTYPES[tensors[name].dtype], list(shape)]
                 there = [stored[name]["dtype"], stored[name]["shape"]]
                 if here != there:
                     wrong.append(f"{name}: expected {here}, got {there}")
@@ -72,10 +81,19 @@ class Checkpoint:
                     + (f"; and {len(wrong) - 4} more" if len(wrong) > 4 else "")
                 )
             for name, tensor in tensors.items():
-                tensor.copy_(file.get_tensor(name))
+                if shards is None:
+                    tensor.copy_(file.get_tensor(name))
+                else:
+                    shards[name].take_(tensor, file.get_tensor(name))
 
 
-def save(folder: Path, step: int, tensors: dict[str, torch.Tensor], state: dict) -> Path:
+def save(
+    folder: Path,
+    step: int,
+    tensors: dict[str, torch.Tensor],
+    state: dict,
+    read: Callable[[str], torch.Tensor] | None = None,
+) -> Path:
     """Write `folder/step_XXXXXXXX` and point `latest` at it.
 
     Args:
@@ -83,6 +101,8 @@ def save(folder: Path, step: int, tensors: dict[str, torch.Tensor], state: dict)
         step: updates done.
         tensors: logical name -> tensor, any device.
         state: JSON values: everything else that a resumed run needs.
+        read: gives each tensor when it is written, in their order; `tensors` may then be without
+            values ("meta"). None: they are what `tensors` holds.
     Returns:
         the committed folder.
     Raises:
@@ -94,7 +114,7 @@ def save(folder: Path, step: int, tensors: dict[str, torch.Tensor], state: dict)
     aside = folder / f".tmp-{step:08d}-{uuid.uuid4().hex[:8]}"
     try:
         aside.mkdir(parents=True)
-        described, size, digest = _write_tensors(aside / _TENSORS, tensors)
+        described, size, digest = _write_tensors(aside / _TENSORS, tensors, read)
         manifest = {
             "format_version": FORMAT_VERSION,
             "step": step,
@@ -125,7 +145,9 @@ def save(folder: Path, step: int, tensors: dict[str, torch.Tensor], state: dict)
     return final
 
 
-def _write_tensors(path: Path, tensors: dict[str, torch.Tensor]) -> tuple[dict, int, str]:
+def _write_tensors(
+    path: Path, tensors: dict[str, torch.Tensor], read: Callable[[str], torch.Tensor] | None
+) -> tuple[dict, int, str]:
     """One safetensors file; hashes are taken of the bytes on their way to the disk."""
     header, described, start = {"__metadata__": {"format": "pt"}}, {}, 0
     for name, tensor in tensors.items():
@@ -147,7 +169,7 @@ def _write_tensors(path: Path, tensors: dict[str, torch.Tensor]) -> tuple[dict, 
         write(text)
         for name, tensor in tensors.items():
             one = hashlib.sha256()
-            for part in _bytes_of(tensor):
+            for part in _bytes_of(tensor if read is None else read(name)):
                 write(part)
                 one.update(part)
             described[name] = described[name] | {"sha256": one.hexdigest()}

@@ -13,6 +13,7 @@ import dataclasses
 import hashlib
 import json
 import math
+import os
 import signal
 import sys
 import time
@@ -29,6 +30,9 @@ from stellarator.data.tokenizer import Tokenizer
 from stellarator.files import replace_text
 from stellarator.model import Transformer, build_model, load_pretrained
 from stellarator.parallel import mesh as meshes
+from stellarator.parallel.gather import Wholes
+from stellarator.parallel.shard import shards_of
+from stellarator.parallel.tensor import TensorParallel
 from stellarator.progress import show
 from stellarator.train import checkpoint, flops, kernels, memory, metrics, resume
 from stellarator.train.metrics import RunLog, StepMetrics, ZScore, step_line, write_status
@@ -51,7 +55,10 @@ class Trainer:
     """
 
     def __init__(self, config: RunConfig):
-        if problems := settings.check(config) + settings.check_inputs(config):
+        problems = settings.check(config) + settings.check_inputs(config)
+        # Layouts are compared only for values that are right in themselves.
+        size = int(os.environ.get("WORLD_SIZE", 1))
+        if problems := problems or settings.check_layout(config, size):
             raise settings.ConfigError(problems)
         self.config = config
         self.folder = Path(config.folder)
@@ -72,7 +79,9 @@ class Trainer:
         Raises:
             TrainingError, CheckpointError, ShardError, ...: with one line that says what to do.
         """
-        self.mesh = meshes.start(self.config.train.device)
+        parallel = self.config.parallel
+        self.mesh = meshes.start(self.config.train.device, parallel=parallel)
+        self.tp = TensorParallel(self.mesh.tp, parallel.sp)
         try:
             with StopRequest() as self.stop:
                 if not self.mesh.main:
@@ -156,10 +165,13 @@ class Trainer:
             shapes = Transformer(config.model, device="meta").parameters()
             num_parameters = sum(p.numel() for p in shapes)
             self._print_header(num_parameters)
-            memory.check(num_parameters, config.train.precision, device)
+            held = Transformer(config.model, tp=self.tp, device="meta").parameters()
+            memory.check(sum(p.numel() for p in held), config.train.precision, device)
         self._find_checkpoint()
         self.model = self._make_model()
-        self.optimizer = FlatOptimizer(self.model, config.optim, config.train.kernels, self.dtype)
+        self.optimizer = FlatOptimizer(
+            self.model, config.optim, config.train.kernels, self.dtype, self.tp
+        )
         self.clock = Stopwatch(device)
         self.peak, self.peak_source = flops.peak_flops(
             device, self.dtype, config.metrics.peak_tflops
@@ -227,19 +239,28 @@ class Trainer:
             "recompute": config.train.recompute,
         }
         if self.found is not None:
-            return Transformer(config.model, **options)
+            return Transformer(config.model, tp=self.tp, **options)
         if start is None:
-            return build_model(config.model, seed=config.train.seed, **options)
+            return build_model(config.model, seed=config.train.seed, tp=self.tp, **options)
         model = load_pretrained(start, **options)
         if wrong := resume.model_difference(start, model.config, config.model):
             raise RefusedError(wrong)
-        return model
+        return model if self.tp.alone else self._part_of(model, options)
+
+    @torch.no_grad()
+    def _part_of(self, model: Transformer, options: dict) -> Transformer:
+        """What this rank holds of a whole model."""
+        found = Transformer(self.config.model, tp=self.tp, **options)
+        wholes, shards = dict(model.named_parameters()), shards_of(found)
+        for name, parameter in found.named_parameters():
+            shards[name].take_(parameter, wholes[name])
+        return found
 
     def _resume(self) -> None:
         """Take over the state of the checkpoint that was found."""
         found, self._saved_step = self.found, None
         if found is not None:
-            found.load_into(self.optimizer.state())
+            found.load_into(self.optimizer.state(), shards=self.optimizer.shards())
             self.optimizer.after_load()
             self.progress = resume.Progress(**found.manifest["state"]["progress"])
             self.log.say(f"resumed {found.folder} at step {self.step}")
@@ -252,13 +273,15 @@ class Trainer:
         self.log.rewind(self.step if found is not None else -1)
 
     def _save(self, required: bool = True, keep_older: bool = False) -> None:
-        """Write a checkpoint (rank 0), unless this step has one.
+        """Write a checkpoint (rank 0, with its tensor ranks), unless this step has one.
 
         A failure is raised if `required`, else told.
         """
         folder = self.folder / "checkpoints"
         failed: checkpoint.CheckpointError | None = None
-        if self.mesh.main and self.step != self._saved_step:
+        optimizer, due = self.optimizer, self.step != self._saved_step
+        wholes = Wholes(optimizer.state(), optimizer.shards(), self.mesh.tp)
+        if self.mesh.main and due:
             self.progress.recent_losses = list(self.zscore.values)
             state = {
                 "config": dataclasses.asdict(self.config),
@@ -267,11 +290,12 @@ class Trainer:
                 "torch": torch.__version__,
             }
             try:
-                checkpoint.save(folder, self.step, self.optimizer.state(), state)
+                checkpoint.save(folder, self.step, wholes.described(), state, wholes.read)
                 checkpoint.rotate(folder, None if keep_older else self.config.checkpoint.keep)
-                self._saved_step = self.step
             except checkpoint.CheckpointError as error:
                 failed = error
+        if due and self.mesh.dp.rank == 0:
+            wholes.rest()
         told = torch.tensor([int(failed is not None)], device=self.mesh.device)
         if not self.mesh.world.max_(
             told
@@ -333,6 +357,7 @@ class Trainer:
             loss.backward()
             totals[0] += loss.detach()
             clock.mark("backward")
+        optimizer.complete_grads()
         for tensor in (totals, *optimizer.flat_grads):
             mesh.dp.sum_(tensor)
         clock.mark("reduce")

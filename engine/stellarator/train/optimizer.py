@@ -13,6 +13,9 @@ from collections.abc import Iterator
 import torch
 
 from stellarator.config import OptimConfig
+from stellarator.parallel.gradients import SharedGradients, counted_spans
+from stellarator.parallel.shard import Shard, shards_of
+from stellarator.parallel.tensor import ALONE, TensorParallel
 from stellarator_kernels import adamw_, grad_norm
 
 # Added to the norm before dividing, as Megatron-LM and torch's clip_grad_norm_ do.
@@ -22,8 +25,15 @@ _CLIP_EPS = 1e-6
 class _Group:
     """The flat buffers of the parameters that share one weight decay."""
 
-    def __init__(self, named: list[tuple[str, torch.nn.Parameter]], weight_decay: float, dtype):
+    def __init__(
+        self,
+        named: list[tuple[str, torch.nn.Parameter]],
+        shards: dict[str, Shard],
+        weight_decay: float,
+        dtype: torch.dtype,
+    ):
         self.weight_decay = weight_decay
+        self.shards = {name: shards[name] for name, _ in named}
         self.spans: dict[str, tuple[int, int, torch.Size]] = {}
         first = named[0][1]
         total = sum(p.numel() for _, p in named)
@@ -43,6 +53,11 @@ class _Group:
             parameter.data = self.params[start:end].view(parameter.shape)
             start = end
 
+    def counted_grads(self) -> list[torch.Tensor]:
+        """The gradients that count here, where several ranks hold a parameter."""
+        spans = counted_spans(list(self.shards.values()))
+        return [self.grads[start:end] for start, end in spans]
+
     def view(self, flat: torch.Tensor, name: str) -> torch.Tensor:
         """The part of a flat buffer that belongs to one parameter, in its shape."""
         start, end, shape = self.spans[name]
@@ -61,6 +76,7 @@ class FlatOptimizer:
             the masters keep all its digits.
         config: betas, eps, weight_decay (for tensors of two or more dimensions), clip_norm.
         kernels: `impl` of the ops.
+        tp: the ranks that share the parameters.
     Cost: memory 18 bytes a parameter (bf16) or 16 (fp32).
     """
 
@@ -70,14 +86,18 @@ class FlatOptimizer:
         config: OptimConfig,
         kernels: str = "auto",
         dtype: torch.dtype | None = None,
+        tp: TensorParallel = ALONE,
     ):
-        self.config, self.kernels = config, kernels
-        named = list(model.named_parameters())
+        self.config, self.kernels, self.tp = config, kernels, tp
+        named, shards = list(model.named_parameters()), shards_of(model)
         dtype = dtype or named[0][1].dtype
         self.groups = [
-            _Group([(n, p) for n, p in named if p.dim() >= 2], config.weight_decay, dtype),
-            _Group([(n, p) for n, p in named if p.dim() < 2], 0.0, dtype),
+            _Group([(n, p) for n, p in named if p.dim() >= 2], shards, config.weight_decay, dtype),
+            _Group([(n, p) for n, p in named if p.dim() < 2], shards, 0.0, dtype),
         ]
+        self._counted = [x for group in self.groups for x in group.counted_grads()]
+        grads = {n: g.view(g.grads, n) for g in self.groups for n in g.spans}
+        self._shared = SharedGradients(grads, {n: shards[n] for n in grads}, tp)
         self._hooks = [h for group in self.groups for h in self._attach(group, dict(named))]
 
     def _attach(self, group: _Group, parameters: dict[str, torch.nn.Parameter]) -> Iterator:
@@ -104,9 +124,16 @@ class FlatOptimizer:
         for grads in self.flat_grads:
             grads.zero_()
 
+    def complete_grads(self) -> None:
+        """Make gradients whole of which each tensor rank has a share; after the last backward."""
+        self._shared.sum_()
+
     def norm(self, num_targets: int) -> torch.Tensor:
         """L2 norm of the gradient of the mean loss: 0-d on the device, fp32 (fp64 for fp64)."""
-        return grad_norm(self.flat_grads, impl=self.kernels) / num_targets
+        norm = grad_norm(self._counted, impl=self.kernels)
+        if not self.tp.alone:
+            norm = self.tp.axis.sum_(norm.square()).sqrt()
+        return norm / num_targets
 
     def step(self, step: int, lr: float, num_targets: int, norm: torch.Tensor) -> None:
         """One AdamW update.
@@ -147,6 +174,11 @@ class FlatOptimizer:
             for kind, flat in buffers.items():
                 found |= {f"{kind}.{name}": group.view(flat, name) for name in group.spans}
         return found
+
+    def shards(self) -> dict[str, Shard]:
+        """What part each tensor of `state` is, of which whole."""
+        kinds = ("master", "exp_avg", "exp_avg_sq")
+        return {f"{k}.{n}": s for g in self.groups for k in kinds for n, s in g.shards.items()}
 
     def after_load(self) -> None:
         """Make the parameters follow the masters that `state()` was filled with."""

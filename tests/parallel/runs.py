@@ -1,0 +1,43 @@
+"""Runs of several processes, and how they are compared with one process.
+
+defines: losses, assert_same_state, torchrun
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+
+from stellarator import settings
+
+
+def losses(folder) -> list[float]:
+    records = map(json.loads, Path(folder, "metrics.jsonl").read_text().splitlines())
+    return [r["loss"] for r in records if r["kind"] in ("train", "eval")]
+
+
+def assert_same_state(one, other, step: int) -> None:
+    """Weights and moments of a step, whose gradients were summed in another order."""
+    name = Path("checkpoints", f"step_{step:08d}", "tensors.safetensors")
+    a, b = load_file(Path(one, name)), load_file(Path(other, name))
+    assert a.keys() == b.keys() and {t.dtype for t in b.values()} == {torch.float64}
+    for key in a:
+        torch.testing.assert_close(b[key], a[key], rtol=1e-10, atol=1e-14)
+
+
+def torchrun(
+    config, tmp_path, processes: int, program=("-m", "stellarator.train"), traceback: bool = True
+) -> subprocess.CompletedProcess:
+    path = tmp_path / f"run{processes}.toml"
+    path.write_text(settings.to_toml(config))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command += ["--nproc-per-node", str(processes), *program, "--config", str(path)]
+    environment = os.environ | {
+        "OMP_NUM_THREADS": "1",
+        "STELLARATOR_TRACEBACK": str(int(traceback)),
+    }
+    return subprocess.run(command, capture_output=True, text=True, timeout=200, env=environment)

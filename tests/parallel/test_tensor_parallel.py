@@ -1,0 +1,138 @@
+"""Tensor and sequence parallelism train the same model: gloo processes, float64, through the loop.
+
+The reference is the run of one process: its losses, weights and moments, and the weights of step 0
+to the bit. Not covered: NCCL; pipelines and context parallelism, which the loop refuses.
+"""
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+import torch
+from runs import assert_same_state, losses, torchrun
+
+from stellarator import settings
+from stellarator.config import ParallelConfig
+from stellarator.model import build_model
+from stellarator.parallel.layout import kv_heads_of
+from stellarator.parallel.mesh import Axis
+from stellarator.parallel.shard import shards_of
+from stellarator.parallel.tensor import TensorParallel
+from stellarator.train.loop import Trainer
+
+STARCODER = {
+    "family": "gpt_bigcode", "positions": "learned", "num_kv_heads": 1, "window": None,
+}  # fmt: skip
+# model, layout, processes, why
+CASES = {
+    "tokens shared, two replicas": ({}, {"tp": 2, "sp": True}, 4),
+    "a key/value head on two ranks, untied": (
+        {"tie_embeddings": False, "vocab_size": 421}, {"tp": 4, "sp": True}, 4,
+    ),
+    "one key/value head, learned positions": (STARCODER, {"tp": 2}, 2),
+}  # fmt: skip
+
+
+def changed(config, **sections):
+    """The configuration with some fields of some sections changed."""
+    new = {n: dataclasses.replace(getattr(config, n), **f) for n, f in sections.items()}
+    return dataclasses.replace(config, **new)
+
+
+@pytest.fixture
+def small(tiny_config, tmp_path):
+    """Four steps in float64, in two micro-batches a rank at most."""
+    config = changed(
+        tiny_config,
+        train={"precision": "fp64", "steps": 4, "micro_batch_size": 2, "global_batch_size": 4},
+        checkpoint={"interval": 2},
+        metrics={"report": False},
+    )
+    return dataclasses.replace(config, folder=str(tmp_path / "one"))
+
+
+@pytest.mark.parametrize("model,layout,processes", CASES.values(), ids=CASES)
+def test_ranks_follow_one_process(model, layout, processes, small, tmp_path):
+    one = changed(small, model=model)
+    Trainer(one).run()
+    many = dataclasses.replace(
+        one, parallel=ParallelConfig(**layout), folder=str(tmp_path / "many")
+    )
+    done = torchrun(many, tmp_path, processes)
+    assert done.returncode == 0, done.stderr[-6000:]
+    expected, got = losses(one.folder), losses(many.folder)
+    assert len(expected) == len(got) == 6  # 4 steps and 2 evaluations
+    assert got == pytest.approx(expected, rel=1e-12, abs=0)
+    assert_same_state(one.folder, many.folder, 4)
+
+
+def test_a_checkpoint_goes_from_one_layout_to_another(small, tmp_path):
+    """Two steps of one process, then two of four; and the other way round."""
+    Trainer(small).run()
+    for first, then in ((1, 4), (4, 1)):
+        folder = str(tmp_path / f"from {first} to {then}")
+        for processes, steps in ((first, 2), (then, 4)):
+            layout = ParallelConfig(tp=2, sp=True) if processes == 4 else ParallelConfig()
+            # The last step decides the learning rates, so the run is stopped, not shortened.
+            config = dataclasses.replace(small, parallel=layout, folder=folder)
+            done = torchrun(config, tmp_path, processes, (str(stopping(tmp_path, steps)),))
+            assert done.returncode == 0, done.stderr[-6000:]
+        assert losses(folder) == pytest.approx(losses(small.folder), rel=1e-12, abs=0)
+        assert_same_state(small.folder, folder, 4)
+
+
+def stopping(tmp_path, steps) -> Path:
+    """A program that trains, and is asked to stop after so many steps."""
+    program = tmp_path / f"until_{steps}.py"
+    program.write_text(
+        f"""
+import signal, sys
+from stellarator import settings
+from stellarator.config import RunConfig
+from stellarator.train.loop import Trainer
+
+class Stopping(Trainer):
+    def _one_step(self):
+        done = super()._one_step()
+        if done.step == {steps}:
+            self.stop.received = signal.SIGTERM
+        return done
+
+if __name__ == "__main__":
+    Stopping(settings.resolve(RunConfig(), sys.argv[sys.argv.index("--config") + 1])).run()
+"""
+    )
+    return program
+
+
+@pytest.mark.parametrize("tp", [2, 3, 4])
+@pytest.mark.parametrize("model", [{}, {"num_kv_heads": 1}, {"tie_embeddings": False}], ids=str)
+def test_first_weights_are_those_of_one_process(tp, model, tiny_config):
+    """To the bit, without the whole model; what counts makes up each parameter once."""
+    heads = {"num_heads": 12, "num_kv_heads": 6 if tp == 3 else 4, "width": 96, "ffn_width": 72}
+    config = dataclasses.replace(tiny_config.model, **(heads | model))
+    whole = dict(build_model(config, seed=5).named_parameters())
+    counted = {name: torch.zeros_like(p) for name, p in whole.items()}
+    for rank in range(tp):
+        part = build_model(config, seed=5, tp=TensorParallel(Axis("tp", rank, tp)))
+        shards = shards_of(part)
+        for name, parameter in part.named_parameters():
+            expected = torch.empty_like(parameter)
+            assert torch.equal(parameter, shards[name].take_(expected, whole[name].detach())), name
+            ones = torch.zeros_like(counted[name])
+            counted[name] += shards[name].counted_into_(ones, torch.ones_like(parameter.detach()))
+    for name, times in counted.items():
+        assert (times == 1).all(), name
+    assert len(kv_heads_of(config.num_kv_heads, tp, 0)) >= 1
+
+
+def test_layouts_that_cannot_work_are_refused(tiny_config, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "6")
+    with pytest.raises(settings.ConfigError) as refused:
+        Trainer(dataclasses.replace(tiny_config, parallel=ParallelConfig(tp=3)))
+    text = "\n".join(refused.value.problems)
+    assert "expected a divisor of num_heads = 4, got 3" in text and "ffn_width = 64, got 3" in text
+    assert "micro_batch_size * dp" not in text or "dp = " in text
+    with pytest.raises(settings.ConfigError) as refused:
+        Trainer(dataclasses.replace(tiny_config, parallel=ParallelConfig(pp=2, zero=1)))
+    assert [p.split(":")[0] for p in refused.value.problems] == ["parallel.pp", "parallel.zero"]
