@@ -1,7 +1,7 @@
 """The decoder: StarCoder (learned positions, one key/value head) and StarCoder2 (RoPE, grouped
 heads, window) by configuration alone.
 
-defines: Transformer, RECOMPUTE
+defines: Transformer, Layers, RECOMPUTE
 
     x = embedding[token] (+ position_embedding[position])
     per layer:  x += attention(norm(x));  x += mlp(norm(x))
@@ -13,6 +13,8 @@ passes on both: `branch` (its last product) and `residual` (everything before).
 Letters: B rows, T tokens, N = B*T, C width, V vocabulary, D head width.
 """
 
+from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -28,6 +30,7 @@ from stellarator.model.attention import Attention, Context
 from stellarator.model.cache import KVCache
 from stellarator.model.layers import LayerNorm, parameter
 from stellarator.model.mlp import Mlp
+from stellarator.parallel.layout import Part
 from stellarator.parallel.loss import vocabulary_cross_entropy
 from stellarator.parallel.shard import Shard
 from stellarator.parallel.tensor import ALONE, TensorParallel
@@ -93,6 +96,33 @@ class Head(torch.nn.Module):
         self.weight = parameter(weight, device=device, dtype=dtype)
 
 
+class Layers(torch.nn.Module):
+    """Layers under their numbers in the whole model, all of them or some."""
+
+    def __init__(self, layers: dict[int, Layer]):
+        super().__init__()
+        for index, layer in layers.items():
+            self.add_module(str(index), layer)
+
+    def __getitem__(self, index: int) -> Layer:
+        return self._modules[str(index)]
+
+    def __len__(self) -> int:
+        return len(self._modules)
+
+    def __iter__(self) -> Iterator[Layer]:
+        return iter(self._modules.values())
+
+    def items(self) -> Iterator[tuple[int, Layer]]:
+        """(number, layer) in their order."""
+        return ((int(index), layer) for index, layer in self._modules.items())
+
+
+def _second(shard: Shard) -> Shard:
+    """Of a parameter that the first stage holds, too: here it does not count."""
+    return replace(shard, pieces=tuple(replace(p, copies=2, copy=1) for p in shard.pieces))
+
+
 class Transformer(torch.nn.Module):
     """A decoder whose weights are not set yet: `build_model` and `load_pretrained` set them.
 
@@ -103,6 +133,7 @@ class Transformer(torch.nn.Module):
             gelu. "none"; "selective": RoPE and the MLP's first product, whose result is the widest
             tensor; "full": whole layers. The gradients are the same to the bit.
         tp: the ranks that share every layer.
+        part: what of the layers is here, on a rank of a pipeline; None: all.
         device, dtype: of the parameters.
     Raises:
         ValueError: the configuration contradicts itself.
@@ -114,6 +145,7 @@ class Transformer(torch.nn.Module):
         kernels: str = "auto",
         recompute: str = "none",
         tp: TensorParallel = ALONE,
+        part: Part | None = None,
         *,
         device=None,
         dtype=None,
@@ -124,15 +156,18 @@ class Transformer(torch.nn.Module):
         to, C = {"device": device, "dtype": dtype}, config.width
         vocabulary = tp.by_columns(config.vocab_size, C)
         (self.vocabulary,) = vocabulary.pieces
-        self.embedding = Embedding(vocabulary, kernels, **to)
-        if config.positions == "learned":
+        self.part = part = part or Part(tuple(range(config.num_layers)))
+        if part.first:
+            self.embedding = Embedding(vocabulary, kernels, **to)
+        elif part.last and config.tie_embeddings:
+            self.embedding = Embedding(_second(vocabulary), kernels, **to)
+        if part.first and config.positions == "learned":
             self.position_embedding = Embedding(tp.whole(config.max_positions, C), kernels, **to)
-        self.layers = torch.nn.ModuleList(
-            Layer(config, kernels, tp, **to) for _ in range(config.num_layers)
-        )
-        self.final_norm = LayerNorm(C, config.norm_eps, kernels, tp, **to)
-        if not config.tie_embeddings:
-            self.head = Head(vocabulary, **to)
+        self.layers = Layers({i: Layer(config, kernels, tp, **to) for i in part.layers})
+        if part.last:
+            self.final_norm = LayerNorm(C, config.norm_eps, kernels, tp, **to)
+            if not config.tie_embeddings:
+                self.head = Head(vocabulary, **to)
 
     @property
     def head_weight(self) -> torch.Tensor:
@@ -202,19 +237,56 @@ class Transformer(torch.nn.Module):
     ) -> torch.Tensor:
         """The states (B, T, C) after the final norm; arguments as in `forward`."""
         positions = self._check_inputs(tokens, positions, cu_seqlens, cache)
-        x = self.tp.leave(self.embedding(tokens))
-        rotation = None
-        if self.config.positions == "learned":
-            x = x + self.position_embedding(self.tp.own_tokens(positions))
-        else:
-            rotation = rope_table(positions, self.config.head_width, self.config.rope_theta)
-        context = Context(positions, rotation, cu_seqlens, cache)
-        branch, residual = None, x
-        for index, layer in enumerate(self.layers):
+        context = self._context(positions, cu_seqlens, cache)
+        branch, residual = None, self._embed(tokens, positions)
+        for index, layer in self.layers.items():
             branch, residual = self._run_layer(layer, branch, residual, context, index)
         if cache is not None:
             cache.advance(tokens.shape[1])
         return self.tp.enter(self.final_norm(branch, residual)[0], tokens.shape)
+
+    def stage(
+        self,
+        layers: range,
+        x: torch.Tensor | None,
+        tokens: torch.Tensor,
+        targets: torch.Tensor,
+        *,
+        positions: torch.Tensor | None = None,
+        cu_seqlens: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Some layers, with the embedding before the first and the loss behind the last.
+
+        Args:
+            layers: of this rank, one behind the other.
+            x: the residual stream before them, (B, T, C) or with sp (1, N_sp, C); None: the first.
+            tokens, targets, positions, cu_seqlens: as in `forward`.
+        Returns:
+            the residual stream behind them, or behind the last layer the sum of the losses.
+        """
+        positions = self._check_inputs(tokens, positions, cu_seqlens, None)
+        context = self._context(positions, cu_seqlens, None)
+        branch, residual = None, self._embed(tokens, positions) if x is None else x
+        for index in layers:
+            branch, residual = self._run_layer(self.layers[index], branch, residual, context, index)
+        if layers.stop < self.config.num_layers:
+            return residual if branch is None else branch + residual
+        states = self.tp.enter(self.final_norm(branch, residual)[0], tokens.shape)
+        return self._loss(states.flatten(0, 1), targets.flatten(), "sum")
+
+    def _embed(self, tokens: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        """The residual stream before the first layer."""
+        x = self.tp.leave(self.embedding(tokens))
+        if self.config.positions == "learned":
+            x = x + self.position_embedding(self.tp.own_tokens(positions))
+        return x
+
+    def _context(self, positions, cu_seqlens, cache) -> Context:
+        """What all layers share."""
+        rotation = None
+        if self.config.positions == "rope":
+            rotation = rope_table(positions, self.config.head_width, self.config.rope_theta)
+        return Context(positions, rotation, cu_seqlens, cache)
 
     def logits(self, states: torch.Tensor) -> torch.Tensor:
         """(..., C) -> (..., V) in fp32, or fp64 for float64 states; all of V on every rank."""
