@@ -33,9 +33,13 @@ ALLOWED = {
     "stellarator.files": ([], []),  # so that data, model and train may all import it
     "stellarator.recipes": (["stellarator.config"], []),
     "stellarator.settings": (
-        ["stellarator.config", "stellarator.recipes", "stellarator.parallel.layout"],
+        [
+            *("stellarator.config", "stellarator.recipes", "stellarator.parallel.layout"),
+            *("stellarator.parallel.pipeline.schedules",),
+        ],
         [],
     ),
+    "stellarator.parallel.pipeline.schedules": ([], []),
     "stellarator.parallel.layout": (["stellarator.config"], []),
     "stellarator.train.schedule": (["stellarator.config"], []),
     "stellarator.train.checkpoint": (

@@ -18,6 +18,7 @@ from pathlib import Path
 
 from stellarator.config import ModelConfig, ParallelConfig, RunConfig
 from stellarator.parallel import layout
+from stellarator.parallel.pipeline import schedules
 
 
 class ConfigError(ValueError):
@@ -413,18 +414,21 @@ def check_layout(config: RunConfig, world_size: int) -> list[str]:
     parallel, built = config.parallel, ParallelConfig()
     problems = [
         f"parallel.{name}: expected {getattr(built, name)!r}, got {getattr(parallel, name)!r}: "
-        f"this version trains with tp, sp and data parallelism. Leave parallel.{name} out"
-        for name in ("pp", "stages_per_rank", "schedule", "cp", "zero")
+        f"this version trains with tp, sp, pp and data parallelism. Leave parallel.{name} out"
+        for name in ("cp", "zero")
         if getattr(parallel, name) != getattr(built, name)
     ]
-    return problems or layout.problems(
-        config.model,
-        parallel,
-        world_size,
-        seq_length=config.data.seq_length,
-        global_batch_size=config.train.global_batch_size,
-        micro_batch_size=config.train.micro_batch_size,
+    train = config.train
+    sizes = {name: getattr(train, name) for name in ("global_batch_size", "micro_batch_size")}
+    problems += layout.problems(
+        config.model, parallel, world_size, seq_length=config.data.seq_length, **sizes
     )
+    if not problems:
+        dp = layout.layout_of(parallel, world_size).dp
+        count = train.global_batch_size // (train.micro_batch_size * dp)
+        given = parallel.schedule, parallel.pp, count, parallel.stages_per_rank
+        problems += schedules.problems(*given)
+    return problems
 
 
 def to_toml(config) -> str:

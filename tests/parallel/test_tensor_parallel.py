@@ -5,11 +5,10 @@ to the bit. Not covered: NCCL; pipelines and context parallelism, which the loop
 """
 
 import dataclasses
-from pathlib import Path
 
 import pytest
 import torch
-from runs import assert_same_state, losses, torchrun
+from runs import assert_same_state, changed, losses, stopping, torchrun
 
 from stellarator import settings
 from stellarator.config import ParallelConfig
@@ -31,24 +30,6 @@ CASES = {
     ),
     "one key/value head, learned positions": (STARCODER, {"tp": 2}, 2),
 }  # fmt: skip
-
-
-def changed(config, **sections):
-    """The configuration with some fields of some sections changed."""
-    new = {n: dataclasses.replace(getattr(config, n), **f) for n, f in sections.items()}
-    return dataclasses.replace(config, **new)
-
-
-@pytest.fixture
-def small(tiny_config, tmp_path):
-    """Four steps in float64, in two micro-batches a rank at most."""
-    config = changed(
-        tiny_config,
-        train={"precision": "fp64", "steps": 4, "micro_batch_size": 2, "global_batch_size": 4},
-        checkpoint={"interval": 2},
-        metrics={"report": False},
-    )
-    return dataclasses.replace(config, folder=str(tmp_path / "one"))
 
 
 @pytest.mark.parametrize("model,layout,processes", CASES.values(), ids=CASES)
@@ -81,30 +62,6 @@ def test_a_checkpoint_goes_from_one_layout_to_another(small, tmp_path):
         assert_same_state(small.folder, folder, 4)
 
 
-def stopping(tmp_path, steps) -> Path:
-    """A program that trains, and is asked to stop after so many steps."""
-    program = tmp_path / f"until_{steps}.py"
-    program.write_text(
-        f"""
-import signal, sys
-from stellarator import settings
-from stellarator.config import RunConfig
-from stellarator.train.loop import Trainer
-
-class Stopping(Trainer):
-    def _one_step(self):
-        done = super()._one_step()
-        if done.step == {steps}:
-            self.stop.received = signal.SIGTERM
-        return done
-
-if __name__ == "__main__":
-    Stopping(settings.resolve(RunConfig(), sys.argv[sys.argv.index("--config") + 1])).run()
-"""
-    )
-    return program
-
-
 @pytest.mark.parametrize("tp", [2, 3, 4])
 @pytest.mark.parametrize("model", [{}, {"num_kv_heads": 1}, {"tie_embeddings": False}], ids=str)
 def test_first_weights_are_those_of_one_process(tp, model, tiny_config):
@@ -133,6 +90,7 @@ def test_layouts_that_cannot_work_are_refused(tiny_config, monkeypatch):
     text = "\n".join(refused.value.problems)
     assert "expected a divisor of num_heads = 4, got 3" in text and "ffn_width = 64, got 3" in text
     assert "micro_batch_size * dp" not in text or "dp = " in text
+    monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(settings.ConfigError) as refused:
-        Trainer(dataclasses.replace(tiny_config, parallel=ParallelConfig(pp=2, zero=1)))
-    assert [p.split(":")[0] for p in refused.value.problems] == ["parallel.pp", "parallel.zero"]
+        Trainer(dataclasses.replace(tiny_config, parallel=ParallelConfig(cp=2, zero=1)))
+    assert [p.split(":")[0] for p in refused.value.problems] == ["parallel.cp", "parallel.zero"]

@@ -1,4 +1,4 @@
-"""Whole tensors out of the parts that tensor ranks hold, one after the other.
+"""Whole tensors out of the parts that ranks hold, one after the other.
 
 defines: Wholes
 """
@@ -10,35 +10,43 @@ from stellarator.parallel.shard import Shard
 
 
 class Wholes:
-    """Gives each tensor of a state as a whole, in order; every rank of the axis takes part.
+    """Gives each tensor of a state as a whole, in order; every rank of the axes takes part.
 
     Who does not want them calls `rest`, and so does who stops in the middle: the others wait.
 
     Args:
-        parts: this rank's part of each tensor, by name, in the same order on every rank.
-        shards: what part that is.
-        axis: the ranks.
+        parts: of the tensors of which this rank holds something: that, by name.
+        shards: what part of the whole that is.
+        described: all tensors, without values ("meta"), in one order on every rank.
+        axes: over which the parts are spread.
+        device: where the wholes are put together.
     Cost: memory of one whole tensor; a sum over the ranks of each (zeros elsewhere: exact).
     """
 
-    def __init__(self, parts: dict[str, torch.Tensor], shards: dict[str, Shard], axis: Axis):
-        self._parts, self._shards, self._axis = parts, shards, axis
-        self._left = list(parts)
-
-    def described(self) -> dict[str, torch.Tensor]:
-        """Tensors without values, of the whole shapes."""
-        return {
-            name: torch.empty(self._shards[name].shape, dtype=part.dtype, device="meta")
-            for name, part in self._parts.items()
-        }
+    def __init__(
+        self,
+        parts: dict[str, torch.Tensor],
+        shards: dict[str, Shard],
+        described: dict[str, torch.Tensor],
+        axes: tuple[Axis, ...],
+        device: torch.device,
+    ):
+        self._parts, self._shards, self.described = parts, shards, described
+        self._axes, self._device = [axis for axis in axes if axis.size > 1], device
+        self._left = list(described)
 
     def read(self, name: str) -> torch.Tensor:
         """The next tensor; `name` must be its name."""
         assert self._left.pop(0) == name, "tensors are read in their order"
-        part, shard = self._parts[name], self._shards[name]
-        if self._axis.size == 1:
+        part = self._parts.get(name)
+        if not self._axes:
             return part
-        return self._axis.sum_(shard.counted_into_(part.new_zeros(shard.shape), part))
+        whole = torch.zeros_like(self.described[name], device=self._device)
+        if part is not None:
+            self._shards[name].counted_into_(whole, part)
+        for axis in self._axes:
+            axis.sum_(whole)
+        return whole
 
     def rest(self) -> None:
         """Take part in the sums that are left."""

@@ -36,7 +36,8 @@ from stellarator.parallel.tensor import TensorParallel
 from stellarator.progress import show
 from stellarator.train import checkpoint, flops, kernels, memory, metrics, resume
 from stellarator.train.metrics import RunLog, StepMetrics, ZScore, step_line, write_status
-from stellarator.train.optimizer import FlatOptimizer
+from stellarator.train.optimizer import KINDS, FlatOptimizer
+from stellarator.train.pipeline import Pipeline
 from stellarator.train.resume import RefusedError, TrainingError
 from stellarator.train.schedule import learning_rate
 from stellarator.train.signals import Stopped, StopRequest, folder_lock
@@ -82,6 +83,7 @@ class Trainer:
         parallel = self.config.parallel
         self.mesh = meshes.start(self.config.train.device, parallel=parallel)
         self.tp = TensorParallel(self.mesh.tp, parallel.sp)
+        self.pipeline = self.part = None
         try:
             with StopRequest() as self.stop:
                 if not self.mesh.main:
@@ -92,7 +94,7 @@ class Trainer:
         except Stopped:
             return self._summary(float("nan"), time.monotonic())
         # Not after an error: other ranks may be inside a collective that leaving would wait for.
-        meshes.stop()
+        self.mesh.stop()
         return summary
 
     def _run_and_tell(self) -> dict:
@@ -158,20 +160,25 @@ class Trainer:
         """Data, the checkpoint to go on from, model, optimizer."""
         config, device = self.config, self.mesh.device
         self.dtype = DTYPES[config.train.precision]
+        if self.mesh.pp.size * config.parallel.stages_per_rank > 1:
+            self.pipeline = Pipeline(config, self.mesh)
+            self.part = self.pipeline.part
         with self.mesh.together():
             kernels.check(config, device, self.dtype)
             self._open_data()
             # Of a model without values, so that one that is too large costs nothing.
-            shapes = Transformer(config.model, device="meta").parameters()
-            num_parameters = sum(p.numel() for p in shapes)
-            self._print_header(num_parameters)
-            held = Transformer(config.model, tp=self.tp, device="meta").parameters()
+            whole = Transformer(config.model, device="meta", dtype=self._state_dtype)
+            self.whole = dict(whole.named_parameters())
+            self._print_header(sum(p.numel() for p in self.whole.values()))
+            held = Transformer(config.model, tp=self.tp, part=self.part, device="meta").parameters()
             memory.check(sum(p.numel() for p in held), config.train.precision, device)
         self._find_checkpoint()
         self.model = self._make_model()
         self.optimizer = FlatOptimizer(
-            self.model, config.optim, config.train.kernels, self.dtype, self.tp
+            self.model, config.optim, config.train.kernels, self.dtype, self.tp, self.mesh.pp
         )
+        if self.pipeline is not None:
+            self.pipeline.attach(self.model)
         self.clock = Stopwatch(device)
         self.peak, self.peak_source = flops.peak_flops(
             device, self.dtype, config.metrics.peak_tflops
@@ -228,29 +235,36 @@ class Trainer:
             for line in resume.compare(found, self.config, self.fingerprint):
                 self.log.say(line)
 
+    @property
+    def _state_dtype(self) -> torch.dtype:
+        """Of masters and moments."""
+        return torch.float32 if self.dtype == torch.bfloat16 else self.dtype
+
     def _make_model(self) -> Transformer:
         """The model with its first weights; without any where a checkpoint holds them."""
         config, start = self.config, self.config.train.init_from
         options = {
             "device": self.mesh.device,
             # bf16 is rounded from masters that keep all digits of the initial or loaded weights.
-            "dtype": torch.float32 if self.dtype == torch.bfloat16 else self.dtype,
+            "dtype": self._state_dtype,
             "kernels": config.train.kernels,
             "recompute": config.train.recompute,
         }
+        held = {"tp": self.tp, "part": self.part}
         if self.found is not None:
-            return Transformer(config.model, tp=self.tp, **options)
+            return Transformer(config.model, **held, **options)
         if start is None:
-            return build_model(config.model, seed=config.train.seed, tp=self.tp, **options)
+            return build_model(config.model, seed=config.train.seed, **held, **options)
         model = load_pretrained(start, **options)
         if wrong := resume.model_difference(start, model.config, config.model):
             raise RefusedError(wrong)
-        return model if self.tp.alone else self._part_of(model, options)
+        if self.tp.alone and self.part is None:
+            return model
+        return self._part_of(model, Transformer(config.model, **held, **options))
 
     @torch.no_grad()
-    def _part_of(self, model: Transformer, options: dict) -> Transformer:
+    def _part_of(self, model: Transformer, found: Transformer) -> Transformer:
         """What this rank holds of a whole model."""
-        found = Transformer(self.config.model, tp=self.tp, **options)
         wholes, shards = dict(model.named_parameters()), shards_of(found)
         for name, parameter in found.named_parameters():
             shards[name].take_(parameter, wholes[name])
@@ -260,7 +274,8 @@ class Trainer:
         """Take over the state of the checkpoint that was found."""
         found, self._saved_step = self.found, None
         if found is not None:
-            found.load_into(self.optimizer.state(), shards=self.optimizer.shards())
+            shards, some = self.optimizer.shards(), self.part is not None
+            found.load_into(self.optimizer.state(), partly=some, shards=shards)
             self.optimizer.after_load()
             self.progress = resume.Progress(**found.manifest["state"]["progress"])
             self.log.say(f"resumed {found.folder} at step {self.step}")
@@ -280,7 +295,13 @@ class Trainer:
         folder = self.folder / "checkpoints"
         failed: checkpoint.CheckpointError | None = None
         optimizer, due = self.optimizer, self.step != self._saved_step
-        wholes = Wholes(optimizer.state(), optimizer.shards(), self.mesh.tp)
+        described = {
+            f"{kind}.{name}": p.detach() for kind in KINDS for name, p in self.whole.items()
+        }
+        wholes = Wholes(
+            optimizer.state(), optimizer.shards(), described,
+            (self.mesh.tp, self.mesh.pp), self.mesh.device,
+        )  # fmt: skip
         if self.mesh.main and due:
             self.progress.recent_losses = list(self.zscore.values)
             state = {
@@ -290,7 +311,7 @@ class Trainer:
                 "torch": torch.__version__,
             }
             try:
-                checkpoint.save(folder, self.step, wholes.described(), state, wholes.read)
+                checkpoint.save(folder, self.step, described, state, wholes.read)
                 checkpoint.rotate(folder, None if keep_older else self.config.checkpoint.keep)
             except checkpoint.CheckpointError as error:
                 failed = error
@@ -352,11 +373,19 @@ class Trainer:
         for batch in micro_batches:
             totals[1] += batch.num_targets
             totals[2] += flops.batch_flops(config.model, batch.cu_seqlens.diff().tolist())
-            loss = self._loss_sum(batch.to(mesh.device, non_blocking=True))
-            clock.mark("forward")
-            loss.backward()
-            totals[0] += loss.detach()
-            clock.mark("backward")
+        micro_batches = [batch.to(mesh.device, non_blocking=True) for batch in micro_batches]
+        if self.pipeline is not None:
+            totals[0] += self.pipeline.step(micro_batches)
+            mesh.pp.sum_(totals[:1])
+            self.pipeline.sum_tied_(optimizer.grad)
+            clock.mark("pipeline")
+        else:
+            for batch in micro_batches:
+                loss = self._loss_sum(batch)
+                clock.mark("forward")
+                loss.backward()
+                totals[0] += loss.detach()
+                clock.mark("backward")
         optimizer.complete_grads()
         for tensor in (totals, *optimizer.flat_grads):
             mesh.dp.sum_(tensor)
@@ -437,9 +466,14 @@ class Trainer:
         rows = config.train.eval_batches * config.train.global_batch_size
         self.model.eval()
         for batch in self.validation.evaluation(rows, mesh.dp.rank, mesh.dp.size):
-            totals[0] += self._loss_sum(batch.to(mesh.device))
+            batch = batch.to(mesh.device)
+            if self.pipeline is not None:
+                totals[0] += self.pipeline.evaluate(batch)
+            else:
+                totals[0] += self._loss_sum(batch)
             totals[1] += batch.num_targets
         self.model.train()
+        mesh.pp.sum_(totals[:1])
         loss_sum, count = mesh.dp.sum_(totals).tolist()
         loss = self.progress.last_eval = loss_sum / max(1.0, count)
         self.log.record("eval", {"step": self.step, "loss": loss, "tokens": int(count)})

@@ -1,6 +1,6 @@
 """Parameters, gradients and AdamW state in flat buffers, two groups: decayed and not.
 
-defines: FlatOptimizer
+defines: FlatOptimizer, KINDS
 
 The parameters of the model become views of one buffer per group, so that the norm is one pass and
 the update one launch. In bf16 the buffers are: bf16 parameters, fp32 masters, fp32 gradients
@@ -14,10 +14,12 @@ import torch
 
 from stellarator.config import OptimConfig
 from stellarator.parallel.gradients import SharedGradients, counted_spans
+from stellarator.parallel.mesh import Axis
 from stellarator.parallel.shard import Shard, shards_of
 from stellarator.parallel.tensor import ALONE, TensorParallel
 from stellarator_kernels import adamw_, grad_norm
 
+KINDS = ("master", "exp_avg", "exp_avg_sq")  # what a checkpoint holds of each parameter
 # Added to the norm before dividing, as Megatron-LM and torch's clip_grad_norm_ do.
 _CLIP_EPS = 1e-6
 
@@ -77,6 +79,7 @@ class FlatOptimizer:
         config: betas, eps, weight_decay (for tensors of two or more dimensions), clip_norm.
         kernels: `impl` of the ops.
         tp: the ranks that share the parameters.
+        pp: the ranks that hold the other layers.
     Cost: memory 18 bytes a parameter (bf16) or 16 (fp32).
     """
 
@@ -87,8 +90,10 @@ class FlatOptimizer:
         kernels: str = "auto",
         dtype: torch.dtype | None = None,
         tp: TensorParallel = ALONE,
+        pp: Axis = Axis("pp"),  # noqa: B008, it is frozen
     ):
-        self.config, self.kernels, self.tp = config, kernels, tp
+        self.config, self.kernels = config, kernels
+        self._axes = [axis for axis in (tp.axis, pp) if axis.size > 1]
         named, shards = list(model.named_parameters()), shards_of(model)
         dtype = dtype or named[0][1].dtype
         self.groups = [
@@ -104,6 +109,7 @@ class FlatOptimizer:
         """Make autograd add every gradient into the group's fp32 buffer."""
         for name in group.spans:
             parameter, total = parameters[name], group.view(group.grads, name)
+            parameter.main_grad = total  # for who makes gradients without autograd
             if parameter.dtype == total.dtype:
                 parameter.grad = total  # autograd adds in place to a gradient that is there
                 continue
@@ -113,6 +119,10 @@ class FlatOptimizer:
                 p.grad = None
 
             yield parameter.register_post_accumulate_grad_hook(add)
+
+    def grad(self, name: str) -> torch.Tensor:
+        """The gradient of one parameter, a view of its buffer."""
+        return next(g.view(g.grads, name) for g in self.groups if name in g.spans)
 
     @property
     def flat_grads(self) -> list[torch.Tensor]:
@@ -131,8 +141,11 @@ class FlatOptimizer:
     def norm(self, num_targets: int) -> torch.Tensor:
         """L2 norm of the gradient of the mean loss: 0-d on the device, fp32 (fp64 for fp64)."""
         norm = grad_norm(self._counted, impl=self.kernels)
-        if not self.tp.alone:
-            norm = self.tp.axis.sum_(norm.square()).sqrt()
+        if self._axes:
+            squares = norm.square()
+            for axis in self._axes:
+                axis.sum_(squares)
+            norm = squares.sqrt()
         return norm / num_targets
 
     def step(self, step: int, lr: float, num_targets: int, norm: torch.Tensor) -> None:
@@ -177,8 +190,7 @@ class FlatOptimizer:
 
     def shards(self) -> dict[str, Shard]:
         """What part each tensor of `state` is, of which whole."""
-        kinds = ("master", "exp_avg", "exp_avg_sq")
-        return {f"{k}.{n}": s for g in self.groups for k in kinds for n, s in g.shards.items()}
+        return {f"{k}.{n}": s for g in self.groups for k in KINDS for n, s in g.shards.items()}
 
     def after_load(self) -> None:
         """Make the parameters follow the masters that `state()` was filled with."""
