@@ -42,7 +42,10 @@ ALLOWED = {
 TORCH_IN_DATA = {"stellarator.data.batches"}
 WITHOUT_TORCH = ["stellarator", "stellarator.config", "stellarator.cli", "stellarator.recipes"]
 WITHOUT_TORCH += ["stellarator.settings", "stellarator.train.schedule", "stellarator.doctor"]
-WITHOUT_TORCH += ["stellarator.files"]
+WITHOUT_TORCH += ["stellarator.files", "stellarator.parallel.layout"]
+WITHOUT_TORCH += [
+    f"stellarator.parallel.pipeline.{name}" for name in ("schedules", "simulate", "split")
+]
 
 
 def python_files():
