@@ -30,6 +30,7 @@ FORBIDDEN = {
 # other packages.
 ALLOWED = {
     "stellarator.config": ([], []),
+    "stellarator.sizes": (["stellarator.config"], []),
     "stellarator.files": ([], []),  # so that data, model and train may all import it
     "stellarator.recipes": (["stellarator.config"], []),
     "stellarator.settings": (["stellarator.config", "stellarator.recipes"], []),
@@ -42,7 +43,7 @@ ALLOWED = {
 TORCH_IN_DATA = {"stellarator.data.batches"}
 WITHOUT_TORCH = ["stellarator", "stellarator.config", "stellarator.cli", "stellarator.recipes"]
 WITHOUT_TORCH += ["stellarator.settings", "stellarator.train.schedule", "stellarator.doctor"]
-WITHOUT_TORCH += ["stellarator.files", "stellarator.parallel.layout"]
+WITHOUT_TORCH += ["stellarator.files", "stellarator.sizes", "stellarator.parallel.layout"]
 WITHOUT_TORCH += [
     f"stellarator.parallel.pipeline.{name}" for name in ("schedules", "simulate", "split")
 ]

@@ -30,6 +30,7 @@ from stellarator.files import replace_text
 from stellarator.model import Transformer, build_model, load_pretrained
 from stellarator.parallel import mesh as meshes
 from stellarator.progress import show
+from stellarator.sizes import FORMULA
 from stellarator.train import checkpoint, flops, kernels, memory, metrics, resume
 from stellarator.train.metrics import RunLog, StepMetrics, ZScore, step_line, write_status
 from stellarator.train.optimizer import FlatOptimizer
@@ -165,8 +166,7 @@ class Trainer:
             device, self.dtype, config.metrics.peak_tflops
         )
         self.log.say(
-            f"mfu: {flops.FORMULA} over {self.peak / 1e12:.3g} TFLOP/s a device "
-            f"({self.peak_source})"
+            f"mfu: {FORMULA} over {self.peak / 1e12:.3g} TFLOP/s a device ({self.peak_source})"
         )
 
     def _open_data(self) -> None:
