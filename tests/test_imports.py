@@ -30,17 +30,18 @@ FORBIDDEN = {
 # other packages.
 ALLOWED = {
     "stellarator.config": ([], []),
+    "stellarator.sizes": (["stellarator.config"], []),
     "stellarator.files": ([], []),  # so that data, model and train may all import it
     "stellarator.recipes": (["stellarator.config"], []),
     "stellarator.settings": (
-        [
-            *("stellarator.config", "stellarator.recipes", "stellarator.parallel.layout"),
-            *("stellarator.parallel.pipeline.schedules",),
-        ],
+        ["stellarator.config", "stellarator.recipes", "stellarator.parallel.layout"],
         [],
     ),
     "stellarator.parallel.pipeline.schedules": ([], []),
-    "stellarator.parallel.layout": (["stellarator.config"], []),
+    "stellarator.parallel.layout": (
+        ["stellarator.config", "stellarator.parallel.pipeline.schedules"],
+        [],
+    ),
     "stellarator.train.schedule": (["stellarator.config"], []),
     "stellarator.train.checkpoint": (
         [f"stellarator.{name}" for name in ("config", "files", "parallel.mesh", "parallel.shard")],
@@ -50,7 +51,10 @@ ALLOWED = {
 TORCH_IN_DATA = {"stellarator.data.batches"}
 WITHOUT_TORCH = ["stellarator", "stellarator.config", "stellarator.cli", "stellarator.recipes"]
 WITHOUT_TORCH += ["stellarator.settings", "stellarator.train.schedule", "stellarator.doctor"]
-WITHOUT_TORCH += ["stellarator.files", "stellarator.parallel.layout"]
+WITHOUT_TORCH += ["stellarator.files", "stellarator.sizes", "stellarator.parallel.layout"]
+WITHOUT_TORCH += [
+    f"stellarator.parallel.pipeline.{name}" for name in ("schedules", "simulate", "split")
+]
 
 
 def python_files():

@@ -18,7 +18,6 @@ from pathlib import Path
 
 from stellarator.config import ModelConfig, ParallelConfig, RunConfig
 from stellarator.parallel import layout
-from stellarator.parallel.pipeline import schedules
 
 
 class ConfigError(ValueError):
@@ -420,15 +419,9 @@ def check_layout(config: RunConfig, world_size: int) -> list[str]:
     ]
     train = config.train
     sizes = {name: getattr(train, name) for name in ("global_batch_size", "micro_batch_size")}
-    problems += layout.problems(
+    return problems + layout.problems(
         config.model, parallel, world_size, seq_length=config.data.seq_length, **sizes
     )
-    if not problems:
-        dp = layout.layout_of(parallel, world_size).dp
-        count = train.global_batch_size // (train.micro_batch_size * dp)
-        given = parallel.schedule, parallel.pp, count, parallel.stages_per_rank
-        problems += schedules.problems(*given)
-    return problems
 
 
 def to_toml(config) -> str:

@@ -13,6 +13,7 @@ from stellarator import recipes
 from stellarator.cli import main
 from stellarator.config import OptimConfig
 from stellarator.model import build_model
+from stellarator.sizes import BYTES_PER_PARAMETER
 from stellarator.train import memory
 from stellarator.train.loop import DTYPES
 from stellarator.train.optimizer import FlatOptimizer
@@ -28,7 +29,7 @@ def test_bytes_are_those_of_the_buffers(precision):
     names = ("params", "grads", "exp_avg", "exp_avg_sq", "master")
     buffers = [getattr(group, name) for group in optimizer.groups for name in names]
     held = sum(b.numel() * b.element_size() for b in buffers if b is not None)
-    assert held == memory.BYTES_PER_PARAMETER[precision] * count
+    assert held == BYTES_PER_PARAMETER[precision] * count
 
 
 def test_too_large_is_one_line_after_the_header(tiny_corpus, tmp_path, capsys, monkeypatch):

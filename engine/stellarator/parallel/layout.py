@@ -9,6 +9,7 @@ closest. Sizes of axes have the names of ParallelConfig; dp is what the other ax
 from dataclasses import dataclass
 
 from stellarator.config import ModelConfig, ParallelConfig
+from stellarator.parallel.pipeline import schedules
 
 AXES = ("tp", "cp", "dp", "pp")  # fastest first
 
@@ -156,4 +157,5 @@ def problems(
         global_batch_size,
         f"Pass {-(-global_batch_size // (micro_batch_size * dp)) * micro_batch_size * dp}",
     )
-    return found
+    num_micro_batches = max(1, global_batch_size // (micro_batch_size * dp))
+    return found + schedules.problems(p.schedule, p.pp, num_micro_batches, p.stages_per_rank)

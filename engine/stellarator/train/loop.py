@@ -34,6 +34,7 @@ from stellarator.parallel.gather import Wholes
 from stellarator.parallel.shard import shards_of
 from stellarator.parallel.tensor import TensorParallel
 from stellarator.progress import show
+from stellarator.sizes import FORMULA
 from stellarator.train import checkpoint, flops, kernels, memory, metrics, resume
 from stellarator.train.metrics import RunLog, StepMetrics, ZScore, step_line, write_status
 from stellarator.train.optimizer import KINDS, FlatOptimizer
@@ -184,8 +185,7 @@ class Trainer:
             device, self.dtype, config.metrics.peak_tflops
         )
         self.log.say(
-            f"mfu: {flops.FORMULA} over {self.peak / 1e12:.3g} TFLOP/s a device "
-            f"({self.peak_source})"
+            f"mfu: {FORMULA} over {self.peak / 1e12:.3g} TFLOP/s a device ({self.peak_source})"
         )
 
     def _open_data(self) -> None:

@@ -1,6 +1,6 @@
 """Whether what a run certainly holds fits into the memory of its machine.
 
-defines: BYTES_PER_PARAMETER, check, available_bytes
+defines: check, available_bytes
 
 Weights, gradients and the two moments, and in bf16 the masters: see `FlatOptimizer`. Activations
 and buffers come on top, so a run that passes may still be too large; one that does not pass would
@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-BYTES_PER_PARAMETER = {"bf16": 18, "fp32": 16, "fp64": 32}
+from stellarator.sizes import BYTES_PER_PARAMETER
 
 
 def check(num_parameters: int, precision: str, device: torch.device) -> None:
