@@ -287,6 +287,12 @@ class Trainer:
         self.zscore = ZScore(self.progress.recent_losses)
         self.log.rewind(self.step if found is not None else -1)
 
+    def wholes(self) -> Wholes:
+        """The whole tensors of the training state, to be read in turn by rank 0's tp and pp."""
+        named = {f"{kind}.{n}": p.detach() for kind in KINDS for n, p in self.whole.items()}
+        parts, shards = self.optimizer.state(), self.optimizer.shards()
+        return Wholes(parts, shards, named, (self.mesh.tp, self.mesh.pp), self.mesh.device)
+
     def _save(self, required: bool = True, keep_older: bool = False) -> None:
         """Write a checkpoint (rank 0, with its tensor ranks), unless this step has one.
 
@@ -294,14 +300,8 @@ class Trainer:
         """
         folder = self.folder / "checkpoints"
         failed: checkpoint.CheckpointError | None = None
-        optimizer, due = self.optimizer, self.step != self._saved_step
-        described = {
-            f"{kind}.{name}": p.detach() for kind in KINDS for name, p in self.whole.items()
-        }
-        wholes = Wholes(
-            optimizer.state(), optimizer.shards(), described,
-            (self.mesh.tp, self.mesh.pp), self.mesh.device,
-        )  # fmt: skip
+        due = self.step != self._saved_step
+        wholes = self.wholes()
         if self.mesh.main and due:
             self.progress.recent_losses = list(self.zscore.values)
             state = {
@@ -311,7 +311,7 @@ class Trainer:
                 "torch": torch.__version__,
             }
             try:
-                checkpoint.save(folder, self.step, described, state, wholes.read)
+                checkpoint.save(folder, self.step, wholes.described, state, wholes.read)
                 checkpoint.rotate(folder, None if keep_older else self.config.checkpoint.keep)
             except checkpoint.CheckpointError as error:
                 failed = error

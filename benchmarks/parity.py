@@ -1,0 +1,261 @@
+"""`python -m benchmarks parity`: every layout trains the same model as one process.
+
+A few steps of a small model on real text, FIM and packed documents on, in float64 (and fp32): by
+one process, and by every layout of a list under torchrun on gloo. Compared are the weights before
+the first step (to the bit), the losses of all steps, and weights and moments after the last one.
+Time is not measured. What a layout is: `ParallelConfig`.
+"""
+
+import argparse
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from benchmarks import results
+from benchmarks.harness import environment
+from benchmarks.usage import one_of
+from stellarator import settings
+from stellarator.config import ModelConfig, ParallelConfig, RunConfig
+from stellarator.data.documents import Document
+from stellarator.data.formats import starcoder2_repository
+from stellarator.data.shards import ShardWriter
+from stellarator.data.tokenizer import Tokenizer
+from stellarator.progress import Progress
+
+STEPS = 5
+# Largest difference of a loss, relative; of weights and moments, beside the largest of a tensor.
+LIMITS = {"fp64": (1e-12, 1e-10), "fp32": (1e-5, 1e-3)}
+_BASE = ModelConfig(
+    vocab_size=419, num_layers=8, width=32, num_heads=4, num_kv_heads=2, ffn_width=64,
+    max_positions=256, window=24,
+)  # fmt: skip
+MODELS = {
+    "starcoder2": _BASE,
+    "starcoder2 untied": dataclasses.replace(_BASE, tie_embeddings=False),
+    "starcoder": dataclasses.replace(
+        _BASE, family="gpt_bigcode", positions="learned", num_kv_heads=1, window=None
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """A layout of a model; `dp` is what is left of the processes."""
+
+    model: str
+    parallel: ParallelConfig
+    dp: int = 1
+
+    @property
+    def processes(self) -> int:
+        """All ranks."""
+        return self.dp * self.parallel.tp * self.parallel.pp * self.parallel.cp
+
+    @property
+    def name(self) -> str:
+        """The axes that are not 1."""
+        p = self.parallel
+        words = [f"tp {p.tp}"] * (p.tp > 1) + ["sp"] * p.sp
+        if p.pp * p.stages_per_rank > 1:
+            words.append(f"pp {p.pp} {p.schedule}")
+        words += [f"cp {p.cp}"] * (p.cp > 1) + [f"dp {self.dp}"] * (self.dp > 1)
+        return " ".join(words + [f"zero {p.zero}"] * (p.zero > 0))
+
+
+def _cases() -> list[Case]:
+    """tp 1, 2, 4; sp; pp 1, 2, 4 by each schedule; dp 1, 2, 4; mixtures."""
+    found = []
+
+    def add(model: str, dp: int = 1, **parallel) -> None:
+        found.append(Case(model, ParallelConfig(**parallel), dp))
+
+    two, untied, one = MODELS
+    for dp in (2, 4):
+        add(two, dp)
+    for tp in (2, 4):
+        for sp in (False, True):
+            add(two, tp=tp, sp=sp)
+    for pp in (2, 4):
+        for schedule in ("gpipe", "1f1b", "zb_h1"):
+            add(two, pp=pp, schedule=schedule)
+        for schedule in ("interleaved", "zb_v"):
+            add(two, pp=pp, schedule=schedule, stages_per_rank=2)
+    add(two, 2, tp=2, sp=True)
+    add(two, 2, pp=2)
+    add(two, tp=2, sp=True, pp=2, schedule="zb_h1")
+    add(two, 2, tp=2, sp=True, pp=2)
+    add(two, 2, tp=2, pp=2, schedule="zb_v", stages_per_rank=2)
+    add(untied, tp=4, sp=True)
+    add(untied, pp=2, schedule="zb_v", stages_per_rank=2)
+    add(untied, 2, tp=2, pp=2, schedule="interleaved", stages_per_rank=2)
+    add(one, tp=2, sp=True)
+    add(one, tp=4)
+    add(one, pp=4)
+    add(one, 2, tp=2, sp=True, pp=2, schedule="zb_h1")
+    return found
+
+
+CASES = _cases()
+
+
+def corpus(folder: Path) -> None:
+    """A tokenizer and training shards of this project's own sources."""
+    root = Path(__file__).resolve().parents[1]
+    paths = sorted(root.glob("engine/**/*.py"))[:40]
+    texts = [path.read_text(encoding="utf-8")[:3000] for path in paths]
+    tokenizer = Tokenizer.train(texts, MODELS["starcoder2"].vocab_size - 7, "starcoder2")
+    tokenizer.save(folder / "tokenizer")
+    writer = ShardWriter(folder / "train", np.uint16)
+    for number in range(0, len(texts), 3):  # three files a repository
+        documents = [
+            Document(text, f"r{number}", f"f{i}.py", "Python", None)
+            for i, text in enumerate(texts[number : number + 3])
+        ]
+        pieces = starcoder2_repository(documents, np.random.default_rng(number))
+        writer.add_document([*tokenizer.encode_pieces(pieces), tokenizer.eod])
+    writer.close()
+
+
+def configuration(folder: Path, model: str, precision: str) -> RunConfig:
+    """Of the run of one process: 8 rows a step in micro-batches of one."""
+    base = RunConfig()
+    return dataclasses.replace(
+        base,
+        name="parity",
+        model=MODELS[model],
+        data=dataclasses.replace(
+            base.data,
+            train=(str(folder / "train"),),
+            tokenizer=str(folder / "tokenizer"),
+            seq_length=64,
+        ),
+        optim=dataclasses.replace(base.optim, lr=3e-3, min_lr=3e-4, warmup_steps=2),
+        train=dataclasses.replace(
+            base.train,
+            steps=STEPS,
+            global_batch_size=8,
+            micro_batch_size=1,
+            precision=precision,
+            device="cpu",
+        ),
+        metrics=dataclasses.replace(base.metrics, report=False, tensorboard=False, peak_tflops=1.0),
+    )
+
+
+def run(config: RunConfig, folder: Path, processes: int) -> Path:
+    """Train; the folder of the run.
+
+    Raises:
+        RuntimeError: it failed; with the end of what it said.
+    """
+    config = dataclasses.replace(config, folder=str(folder))
+    path = folder.with_suffix(".toml")
+    path.write_text(settings.to_toml(config))
+    command = [sys.executable, "-m"]
+    if processes > 1:
+        command += ["torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+        command += ["-m"]
+    command += ["benchmarks.parity_run", str(path)]
+    root = Path(__file__).resolve().parents[1]
+    paths = [str(root / part) for part in ("engine", "kernels", "")]
+    words = os.pathsep.join([*paths, os.environ.get("PYTHONPATH", "")])
+    variables = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": words}
+    done = subprocess.run(command, env=variables, capture_output=True, text=True, timeout=600)
+    if done.returncode != 0:
+        raise RuntimeError(done.stderr[-3000:])
+    return folder
+
+
+def read(folder: Path) -> tuple[dict, list[float], dict[str, np.ndarray]]:
+    """Hashes of the first weights, the losses, the last weights and moments."""
+    from safetensors.numpy import load_file
+
+    records = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
+    losses = [record["loss"] for record in records if record["kind"] == "train"]
+    last = folder / "checkpoints" / f"step_{STEPS:08d}" / "tensors.safetensors"
+    return json.loads((folder / "first.json").read_text()), losses, load_file(last)
+
+
+def differences(one: Path, many: Path) -> tuple[bool, float, float]:
+    """Same first weights; largest relative difference of a loss; and of a tensor."""
+    (first, losses, state), (first2, losses2, state2) = read(one), read(many)
+    assert len(losses) == len(losses2) == STEPS and state.keys() == state2.keys()
+    loss = max(abs(a - b) / abs(a) for a, b in zip(losses, losses2, strict=True))
+    tensor = max(
+        float(abs(state2[name] - x).max() / max(abs(x).max(), 1e-30)) for name, x in state.items()
+    )
+    return bool(first) and first == first2, loss, tensor
+
+
+def arguments(parser: argparse.ArgumentParser) -> None:
+    """Options of `parity`."""
+    text = "of the arithmetic, with commas between: fp64, fp32"
+    parser.add_argument("--precision", default="fp64,fp32", help=text)
+    parser.add_argument("--layout", default="", help="layouts that have these words in their name")
+    parser.add_argument("--output", metavar="FILE.md", help="the table as a Markdown page")
+
+
+def main(given: argparse.Namespace) -> int:
+    """Run all layouts; 1 if one of them trains another model."""
+    precisions = given.precision.split(",")
+    one_of("--precision", precisions, LIMITS)
+    words = given.layout.split()
+    cases = [case for case in CASES if all(w in f"{case.model} {case.name}".split() for w in words)]
+    one_of("--layout", [] if cases else [given.layout], [case.name for case in CASES])
+    rows, wrong, started = [], 0, time.monotonic()
+    with tempfile.TemporaryDirectory() as name, Progress("parity") as show:
+        folder = Path(name)
+        corpus(folder)
+        references: dict[tuple[str, str], Path] = {}
+        todo = [(precision, case) for precision in precisions for case in cases]
+        for number, (precision, case) in enumerate(todo):
+            show(number / len(todo), f"{precision} {case.model} {case.name}")
+            config = configuration(folder, case.model, precision)
+            key = precision, case.model
+            if key not in references:
+                references[key] = run(config, folder / f"{precision} {case.model}", 1)
+            config = dataclasses.replace(config, parallel=case.parallel)
+            many = folder / f"{number}"
+            try:
+                run(config, many, case.processes)
+                same, loss, state = differences(references[key], many)
+            except RuntimeError as error:
+                print(f"{case.model} {case.name}: {error}", file=sys.stderr)
+                same, loss, state = False, float("nan"), float("nan")
+            limits = LIMITS[precision]
+            right = same and loss <= limits[0] and state <= limits[1]
+            wrong += not right
+            verdict = "same" if right else "DIFFERENT"
+            rows.append([
+                precision, case.model, case.name, str(case.processes),
+                "equal" if same else "NOT EQUAL", f"{loss:.1e}", f"{state:.1e}", verdict,
+            ])  # fmt: skip
+    header = ["precision", "model", "layout", "processes", "first weights", "loss", "state", ""]
+    table = results.table(rows, header)
+    end = f"{len(rows) - wrong} of {len(rows)} layouts train the same model, "
+    end += f"in {time.monotonic() - started:.0f} s"
+    print(f"{table}\n\n{end}")
+    if given.output:
+        write_page(Path(given.output), table, end)
+    return 1 if wrong else 0
+
+
+def write_page(path: Path, table: str, end: str) -> None:
+    """The table with where and how it was made."""
+    where = environment()
+    limits = "; ".join(f"{name}: losses {a:g}, state {b:g}" for name, (a, b) in LIMITS.items())
+    path.write_text(
+        f"# Every layout trains the same model\n\n"
+        f"`python -m benchmarks parity`, commit {where['commit']}, torch {where['torch']}, "
+        f"{where['cpu']}, gloo on one machine.\n{STEPS} steps beside one process: largest "
+        f"relative difference of a loss, and of weights and moments beside the largest of their "
+        f"tensor. Limits: {limits}.\n\n{table}\n\n{end}.\n"
+    )
