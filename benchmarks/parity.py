@@ -1,19 +1,22 @@
 """`python -m benchmarks parity`: every layout trains the same model as one process.
 
 A few steps of a small model on real text, FIM and packed documents on, in float64 (and fp32): by
-one process, and by every layout of a list under torchrun on gloo. Compared are the weights before
+one process, and by every layout of a list in processes on gloo. Compared are the weights before
 the first step (to the bit), the losses of all steps, and weights and moments after the last one.
 Time is not measured. What a layout is: `ParallelConfig`.
 """
 
 import argparse
 import dataclasses
+import itertools
 import json
 import os
+import socket
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -31,6 +34,7 @@ from stellarator.data.tokenizer import Tokenizer
 from stellarator.progress import Progress
 
 STEPS = 5
+TIMEOUT_SECONDS = 120  # without any run being done
 # Largest difference of a loss, relative; of weights and moments, beside the largest of a tensor.
 LIMITS = {"fp64": (1e-12, 1e-10), "fp32": (1e-5, 1e-3)}
 _BASE = ModelConfig(
@@ -150,28 +154,57 @@ def configuration(folder: Path, model: str, precision: str) -> RunConfig:
     )
 
 
-def run(config: RunConfig, folder: Path, processes: int) -> Path:
-    """Train; the folder of the run.
+def run_all(runs: list[tuple[RunConfig, Path]], processes: int, show: Callable[[int], None]) -> str:
+    """Train one after the other, in so many processes.
 
-    Raises:
-        RuntimeError: it failed; with the end of what it said.
+    Args:
+        runs: configuration and folder of each.
+        processes: that share each run.
+        show: told how many are done, now and then.
+    Returns:
+        what the processes said of the first run that failed; those behind it were not begun. Empty
+        where all are done.
     """
-    config = dataclasses.replace(config, folder=str(folder))
-    path = folder.with_suffix(".toml")
-    path.write_text(settings.to_toml(config))
-    command = [sys.executable, "-m"]
-    if processes > 1:
-        command += ["torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-        command += ["-m"]
-    command += ["benchmarks.parity_run", str(path)]
+    words = []
+    for config, folder in runs:
+        path = folder.with_suffix(".toml")
+        path.write_text(settings.to_toml(dataclasses.replace(config, folder=str(folder))))
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            words.append(f"{free.getsockname()[1]}={path}")
     root = Path(__file__).resolve().parents[1]
-    paths = [str(root / part) for part in ("engine", "kernels", "")]
-    words = os.pathsep.join([*paths, os.environ.get("PYTHONPATH", "")])
-    variables = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": words}
-    done = subprocess.run(command, env=variables, capture_output=True, text=True, timeout=600)
-    if done.returncode != 0:
-        raise RuntimeError(done.stderr[-3000:])
-    return folder
+    paths = [*(str(root / part) for part in ("engine", "kernels", "")), *sys.path]
+    shared = {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(paths)}
+    shared |= {"WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1"}
+    folder = runs[0][1].parent
+    started, logs = [], [folder / f"log {processes} {rank}.txt" for rank in range(processes)]
+    try:
+        for rank, log in enumerate(logs):
+            with open(log, "w") as file:
+                started.append(subprocess.Popen(
+                    [sys.executable, "-m", "benchmarks.parity_run", *words],
+                    env=os.environ | shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+                    stdout=subprocess.DEVNULL, stderr=file,
+                ))  # fmt: skip
+        moved, done = time.monotonic(), 0
+        while any(process.poll() is None for process in started):
+            count = sum((folder / "checkpoints" / "latest").exists() for _, folder in runs)
+            if count > done:
+                moved, done = time.monotonic(), count
+                show(done)
+            failed = any(process.poll() not in (None, 0) for process in started)
+            if failed or time.monotonic() - moved > TIMEOUT_SECONDS:
+                break
+            time.sleep(0.2)
+    finally:
+        for process in started:
+            if process.poll() is None and any(p.poll() != 0 for p in started):
+                process.kill()
+            process.wait()
+    if all(process.returncode == 0 for process in started):
+        return ""
+    said = [line for log in logs for line in log.read_text().splitlines() if "Error" in line]
+    return "; ".join(said[:3]) or f"no run was done within {TIMEOUT_SECONDS} s"
 
 
 def read(folder: Path) -> tuple[dict, list[float], dict[str, np.ndarray]]:
@@ -214,29 +247,38 @@ def main(given: argparse.Namespace) -> int:
     with tempfile.TemporaryDirectory() as name, Progress("parity") as show:
         folder = Path(name)
         corpus(folder)
-        references: dict[tuple[str, str], Path] = {}
-        todo = [(precision, case) for precision in precisions for case in cases]
-        for number, (precision, case) in enumerate(todo):
-            show(number / len(todo), f"{precision} {case.model} {case.name}")
-            config = configuration(folder, case.model, precision)
-            key = precision, case.model
-            if key not in references:
-                references[key] = run(config, folder / f"{precision} {case.model}", 1)
+        todo: dict[int, list[tuple[RunConfig, Path]]] = {}
+        places = {}
+        for precision, case in itertools.product(precisions, cases):
+            config, key = configuration(folder, case.model, precision), (precision, case.model)
+            if key not in places:
+                places[key] = folder / " ".join(key)
+                todo.setdefault(1, []).append((config, places[key]))
+            places[precision, case] = folder / f"{precision} {len(places)}"
             config = dataclasses.replace(config, parallel=case.parallel)
-            many = folder / f"{number}"
-            try:
-                run(config, many, case.processes)
-                same, loss, state = differences(references[key], many)
-            except RuntimeError as error:
-                print(f"{case.model} {case.name}: {error}", file=sys.stderr)
-                same, loss, state = False, float("nan"), float("nan")
+            todo.setdefault(case.processes, []).append((config, places[precision, case]))
+        total, before = sum(map(len, todo.values())), 0
+        for processes, runs in sorted(todo.items()):
+
+            def tell(done: int, before: int = before, processes: int = processes) -> None:
+                show((before + done) / total, f"{processes} processes")
+
+            tell(0)
+            if said := run_all(runs, processes, tell):
+                print(f"{processes} processes: {said}", file=sys.stderr)
+            before += len(runs)
+        for precision, case in itertools.product(precisions, cases):
+            one, many = places[precision, case.model], places[precision, case]
+            same, loss, state = False, float("nan"), float("nan")
+            if (many / "checkpoints" / "latest").exists():
+                same, loss, state = differences(one, many)
             limits = LIMITS[precision]
             right = same and loss <= limits[0] and state <= limits[1]
             wrong += not right
-            verdict = "same" if right else "DIFFERENT"
             rows.append([
                 precision, case.model, case.name, str(case.processes),
-                "equal" if same else "NOT EQUAL", f"{loss:.1e}", f"{state:.1e}", verdict,
+                "equal" if same else "NOT EQUAL", f"{loss:.1e}", f"{state:.1e}",
+                "same" if right else "DIFFERENT",
             ])  # fmt: skip
     header = ["precision", "model", "layout", "processes", "first weights", "loss", "state", ""]
     table = results.table(rows, header)

@@ -1,11 +1,13 @@
-"""One run of `python -m benchmarks parity`: training that also hashes its first weights.
+"""Runs of `python -m benchmarks parity`: training that also hashes its first weights.
 
-python -m benchmarks.parity_run config.toml, alone or under torchrun; rank 0 writes first.json,
-{parameter: SHA-256 of its bytes}, into the run folder.
+python -m benchmarks.parity_run PORT=config.toml ..., one run after the other; as many processes as
+WORLD_SIZE says do this, each with its RANK. Rank 0 writes first.json, {parameter: SHA-256 of its
+bytes}, into each run folder. To start Python and import torch once saves most of the time.
 """
 
 import hashlib
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -31,4 +33,6 @@ class Recording(Trainer):
 
 
 if __name__ == "__main__":
-    Recording(settings.resolve(RunConfig(), sys.argv[1])).run()
+    for word in sys.argv[1:]:
+        os.environ["MASTER_PORT"], path = word.split("=", 1)  # a new port for each group
+        Recording(settings.resolve(RunConfig(), path)).run()
