@@ -35,6 +35,7 @@ _FP32 = {
     "mean_ptr", "rstd_ptr", "dweight_ptr", "dbias_ptr", "cos_ptr", "sin_ptr", "dloss_ptr",
     "loss_ptr", "lse_ptr", "dlse_ptr", "delta_ptr", "weight_ptr:adamw", "grad_ptr", "exp_avg_ptr",
     "exp_avg_sq_ptr", "clip_ptr", "factors_ptr", "norm_ptr", "part_ptr", "out_ptr:decode",
+    "largest_ptr", "total_ptr", "picked_ptr",
 }  # fmt: skip
 _OTHERS = {
     "targets_ptr": "*i64", "bounds_ptr": "*i32", "row_key_ptr": "*i32", "column_key_ptr": "*i32",
@@ -102,6 +103,9 @@ def builds(capability: tuple[int, int]) -> Iterator[Build]:
         yield Build("cross_entropy forward", case, losses._cross_entropy_fwd_kernel, values, launch)
     values = {"BLOCK": BLOCK}
     yield Build("cross_entropy backward", "", losses._cross_entropy_bwd_kernel, values, launch)
+    shard = _module("cross_entropy_shard")
+    values = values | {"IGNORED": shard.IGNORED, "NO_CLASS": shard.NO_CLASS}
+    yield Build("cross_entropy statistics", "", shard._statistics_kernel, values, launch)
     adamw, norm = _module("adamw"), _module("grad_norm")
     values = {"HAS_MASTER": True, "HAS_CLIP": True, "HAS_FACTORS": True, "BLOCK": adamw._BLOCK}
     yield Build("adamw_", "bf16, master, clip", adamw._adamw_kernel, values, {})

@@ -31,8 +31,10 @@ _OPS = {
     "layer_norm": ("triton", "cpu", "torch", "reference"),
     "bias_gelu": ("triton", "cpu", "torch", "reference"),
     "cross_entropy": ("triton", "cpu", "torch", "reference"),
+    "cross_entropy_statistics": ("triton", "torch", "reference"),
     "linear": ("cpu", "torch", "reference"),
     "linear_cross_entropy": ("triton", "cpu", "torch", "reference"),
+    "linear_cross_entropy_statistics": ("triton", "torch", "reference"),
     "adamw_": ("triton", "cpu", "torch", "reference"),
     "grad_norm": ("triton", "cpu", "torch", "reference"),
 }
@@ -45,8 +47,10 @@ _DECIDING = {
     "layer_norm": "x",
     "bias_gelu": "x",
     "cross_entropy": "logits",
+    "cross_entropy_statistics": "logits",
     "linear": "x",
     "linear_cross_entropy": "hidden",
+    "linear_cross_entropy_statistics": "hidden",
     "adamw_": "params",
     "grad_norm": "tensors",
 }

@@ -74,7 +74,7 @@ def counted(targets: torch.Tensor, ignore_index: int) -> tuple[torch.Tensor, int
     return kept, count
 
 
-def _add_product(total, product, dlogits, h, only, impl):
+def add_product(total, product, dlogits, h, only, impl):
     """total += dlogits^T @ h, in fp32 or more; returns it and a buffer for the next call.
 
     The only chunk needs no sum: its product already has the dtype of the result.
@@ -99,28 +99,25 @@ def _add_product(total, product, dlogits, h, only, impl):
     return product.to(dtype) if total is None else total.add_(product), product
 
 
-def _chunked(
-    hidden, weight, bias, targets, kept, dloss, ignore_index, z_loss, rows, need, chosen
-):  # fmt: skip
-    """Losses of all tokens and, unless `dloss` (N,) is None, the gradients that `need` asks for.
+def put_product(out, index, left, right):
+    """out[index] = left @ right, written once if index is a slice."""
+    if isinstance(index, slice):
+        torch.mm(left, right, out=out[index])
+    else:
+        out[index] = torch.mm(left, right)
 
-    kept: (K,) indices and how many of them count, from `counted`.  need: for hidden, weight, bias.
+
+def logits_in_chunks(hidden, weight, bias, kept, rows):
+    """(index, hidden[index], logits) of at most `rows` tokens at a time, by what `counted` gave.
+
+    The logits lie in memory that the next chunk overwrites.
     """
     kept, count = kept
     N, K, V = hidden.shape[0], kept.numel(), weight.shape[0]
-    all_count = count == N
-    dtype = reference.compute_dtype(hidden)
-    losses = hidden.new_zeros(N, dtype=dtype)
-    dhidden = dweight = product = dbias = None
-    if need[0]:
-        dhidden = empty_like(hidden)
-        if not all_count:
-            dhidden.zero_()
     buffer = empty_like(hidden, min(rows, K), V)
-    compute = {"triton": launch_forward, "cpu": forward_cpu, "torch": forward_torch}[chosen]
     for start in range(0, K, rows):
         stop = min(K, start + rows)
-        index = slice(start, stop) if all_count else kept[start:stop]
+        index = slice(start, stop) if count == N else kept[start:stop]
         h, logits = hidden[index], buffer[: stop - start]
         if stop > count:
             h[max(0, count - start) :] = 0  # a copy; ignored tokens may hold anything, also NaN
@@ -128,18 +125,36 @@ def _chunked(
             torch.mm(h, weight.t(), out=logits)
         else:
             torch.addmm(bias, h, weight.t(), out=logits)
+        yield index, h, logits
+
+
+def _chunked(
+    hidden, weight, bias, targets, kept, dloss, ignore_index, z_loss, rows, need, chosen
+):  # fmt: skip
+    """Losses of all tokens and, unless `dloss` (N,) is None, the gradients that `need` asks for.
+
+    kept: (K,) indices and how many of them count, from `counted`.  need: for hidden, weight, bias.
+    """
+    N, all_count = hidden.shape[0], kept[1] == hidden.shape[0]
+    dtype = reference.compute_dtype(hidden)
+    losses = hidden.new_zeros(N, dtype=dtype)
+    dhidden = dweight = product = dbias = None
+    if need[0]:
+        dhidden = empty_like(hidden)
+        if not all_count:
+            dhidden.zero_()
+    compute = {"triton": launch_forward, "cpu": forward_cpu, "torch": forward_torch}[chosen]
+    only = rows >= kept[0].numel()
+    for index, h, logits in logits_in_chunks(hidden, weight, bias, kept, rows):
         scale = None if dloss is None else dloss[index].contiguous()
         losses[index] = compute(logits, targets[index], scale, ignore_index, z_loss)[0]
         if dloss is None:
             continue
-        if need[0] and all_count:
-            torch.mm(logits, weight, out=dhidden[index])
-        elif need[0]:
-            dhidden[index] = torch.mm(logits, weight)
+        if need[0]:
+            put_product(dhidden, index, logits, weight)
         if need[1]:
-            only = start == 0 and stop == K
             impl = "torch" if chosen == "torch" else "auto"
-            dweight, product = _add_product(dweight, product, logits, h, only, impl)
+            dweight, product = add_product(dweight, product, logits, h, only, impl)
         if need[2]:
             partial = logits.sum(0).to(dtype)
             dbias = partial if dbias is None else dbias.add_(partial)
@@ -330,7 +345,10 @@ def linear_cross_entropy(
         ValueError: shapes, dtypes or devices disagree; on a CPU also a target that is no class.
     Cost: `cost.linear_cross_entropy`. On a GPU it waits once for the number of tokens that count.
     """
-    _check(hidden, weight, targets, bias, reduction, chunk_size)
+    op = "linear_cross_entropy"
+    check_arguments(op, hidden, weight, targets, bias, chunk_size)
+    if reduction not in _REDUCTIONS:
+        expect(False, op, f"reduction in {_REDUCTIONS}", repr(reduction), "Use one of them")
     (N, C), V = hidden.shape, weight.shape[0]
     rows = chunk_rows(N, C, V, hidden.element_size()) if chunk_size is None else chunk_size
     wanted = torch.is_grad_enabled() and reduction != "none"
@@ -340,9 +358,8 @@ def linear_cross_entropy(
     )[0]
 
 
-def _check(hidden, weight, targets, bias, reduction, chunk_size):
+def check_arguments(op, hidden, weight, targets, bias, chunk_size):
     """Raise ValueError for arguments that do not fit together."""
-    op = "linear_cross_entropy"
     if hidden.dim() != 2:
         expect(False, op, "hidden (N, C)", tuple(hidden.shape), "Flatten the tokens")
     if weight.dim() != 2 or weight.shape[1] != hidden.shape[1] or weight.shape[0] < 1:
@@ -356,7 +373,5 @@ def _check(hidden, weight, targets, bias, reduction, chunk_size):
         expect_shape(op, "bias", bias, "(V,)", weight.shape[:1], "Pass one value per class")
         expect_dtype(op, "bias", bias, (hidden.dtype,), "Cast it to the dtype of hidden")
     expect_same_device(op, hidden=hidden, weight=weight, targets=targets, bias=bias)
-    if reduction not in _REDUCTIONS:
-        expect(False, op, f"reduction in {_REDUCTIONS}", repr(reduction), "Use one of them")
     if chunk_size is not None and chunk_size < 1:
         expect(False, op, "chunk_size >= 1 or None", chunk_size, "Pass a number of tokens")
