@@ -34,7 +34,7 @@ _MODELS = ("starcoder2_3b", "starcoder2_7b", "starcoder2_15b")
 _FP32 = {
     "mean_ptr", "rstd_ptr", "dweight_ptr", "dbias_ptr", "cos_ptr", "sin_ptr", "dloss_ptr",
     "loss_ptr", "lse_ptr", "dlse_ptr", "delta_ptr", "weight_ptr:adamw", "grad_ptr", "exp_avg_ptr",
-    "exp_avg_sq_ptr", "clip_ptr", "factors_ptr", "norm_ptr", "part_ptr", "out_ptr:decode",
+    "exp_avg_sq_ptr", "clip_ptr", "factors_ptr", "part_ptr", "out_ptr:decode",
     "largest_ptr", "total_ptr", "picked_ptr", "exp_avg_scale_ptr", "exp_avg_sq_scale_ptr",
 }  # fmt: skip
 _OTHERS = {
@@ -110,7 +110,9 @@ def builds(capability: tuple[int, int]) -> Iterator[Build]:
     yield from _adamw(adamw)
     values = {"BLOCK": norm._BLOCK, "BLOCKS": norm._BLOCKS_PER_PROGRAM}
     yield Build("grad_norm squares", "fp32", norm._squares_kernel, values, {})
-    yield Build("grad_norm root", "", norm._root_kernel, {"BLOCK": norm._BLOCK}, {})
+    total = norm._total_kernel
+    types = {"total_ptr": "*fp64"}
+    yield Build("grad_norm total", "", total, {"BLOCK": norm._BLOCK}, {}, types)
 
 
 def _adamw(module) -> Iterator[Build]:

@@ -276,6 +276,7 @@ def adamw_ref(weight, grad, exp_avg, exp_avg_sq, factors, *, beta1, beta2, eps, 
     return w, m, v
 
 
-def grad_norm_ref(tensors):
-    """sqrt(sum x^2) over all elements of all tensors, in float64, 0-d."""
-    return torch.stack([x.double().square().sum() for x in tensors]).sum().sqrt()
+def sum_of_squares_ref(tensors, weights):
+    """sum weight * x^2 over all elements of all tensors, in float64, 0-d; the norm is its root."""
+    sums = [w * x.double().square().sum() for x, w in zip(tensors, weights, strict=True)]
+    return torch.stack(sums).sum()
