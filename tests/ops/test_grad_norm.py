@@ -160,6 +160,8 @@ def test_each_parameter_counts_once(impl):
         assert sum(parts).item() == pytest.approx(wanted, rel=1e-14)
     nothing = grad_norm([nan], weights=[0], impl=impl)
     assert nothing.item() == 0 and nothing.dtype == torch.float32
+    nothing = grad_norm([nan], weights=[0], squared=True, impl=impl)
+    assert nothing.item() == 0 and nothing.dtype == torch.float64
 
 
 @pytest.mark.parametrize("impl", [IMPLS[1], IMPLS[3]])
