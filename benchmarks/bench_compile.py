@@ -124,13 +124,15 @@ def _adamw(module) -> Iterator[Build]:
         ("bf16, master, clip", "HAS_MASTER", False),
         ("bf16, remainder, clip", "HAS_REMAINDER", False),
         ("bf16, stochastic, clip", "STOCHASTIC", False),
-        ("bf16, master, 8 bits, clip", "HAS_MASTER", True),
-        ("bf16, stochastic, 8 bits, clip", "STOCHASTIC", True),
+        ("bf16, master, clip", "HAS_MASTER", True),
+        ("bf16, remainder, clip", "HAS_REMAINDER", True),
+        ("bf16, stochastic, clip", "STOCHASTIC", True),
     ):
         values = given | {name: name == kind for name in kinds} | {"EIGHT_BITS": is_eight}
         types = ({} if kind == "HAS_MASTER" else bf16) | (eight if is_eight else {})
         launch = {"num_warps": module.warps(is_eight)}
-        yield Build("adamw_", case, module._adamw_kernel, values, launch, types)
+        name = "adamw_ 8 bits" if is_eight else "adamw_"
+        yield Build(name, case, module._adamw_kernel, values, launch, types)
 
 
 def _per_token(model: str, shape: shapes.Shape) -> Iterator[Build]:
