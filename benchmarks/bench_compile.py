@@ -34,12 +34,13 @@ _MODELS = ("starcoder2_3b", "starcoder2_7b", "starcoder2_15b")
 _FP32 = {
     "mean_ptr", "rstd_ptr", "dweight_ptr", "dbias_ptr", "cos_ptr", "sin_ptr", "dloss_ptr",
     "loss_ptr", "lse_ptr", "dlse_ptr", "delta_ptr", "weight_ptr:adamw", "grad_ptr", "exp_avg_ptr",
-    "exp_avg_sq_ptr", "clip_ptr", "factors_ptr", "norm_ptr", "part_ptr", "out_ptr:decode",
+    "exp_avg_sq_ptr", "clip_ptr", "factors_ptr", "part_ptr", "out_ptr:decode",
+    "largest_ptr", "total_ptr", "picked_ptr", "exp_avg_scale_ptr", "exp_avg_sq_scale_ptr",
 }  # fmt: skip
 _OTHERS = {
     "targets_ptr": "*i64", "bounds_ptr": "*i32", "row_key_ptr": "*i32", "column_key_ptr": "*i32",
     "turn_ptr": "*i32",
-    "lengths_ptr": "*i64",
+    "lengths_ptr": "*i64", "key_ptr": "*i64", "first_index": "i64", "remainder_ptr": "*i16",
     "sums_ptr": "*fp64", "x_ptr:norm": "*fp32",
 }  # fmt: skip
 _FLOAT_NUMBERS = {
@@ -102,12 +103,36 @@ def builds(capability: tuple[int, int]) -> Iterator[Build]:
         yield Build("cross_entropy forward", case, losses._cross_entropy_fwd_kernel, values, launch)
     values = {"BLOCK": BLOCK}
     yield Build("cross_entropy backward", "", losses._cross_entropy_bwd_kernel, values, launch)
+    shard = _module("cross_entropy_shard")
+    values = values | {"IGNORED": shard.IGNORED, "NO_CLASS": shard.NO_CLASS}
+    yield Build("cross_entropy statistics", "", shard._statistics_kernel, values, launch)
     adamw, norm = _module("adamw"), _module("grad_norm")
-    values = {"HAS_MASTER": True, "HAS_CLIP": True, "HAS_FACTORS": True, "BLOCK": adamw._BLOCK}
-    yield Build("adamw_", "bf16, master, clip", adamw._adamw_kernel, values, {})
+    yield from _adamw(adamw)
     values = {"BLOCK": norm._BLOCK, "BLOCKS": norm._BLOCKS_PER_PROGRAM}
     yield Build("grad_norm squares", "fp32", norm._squares_kernel, values, {})
-    yield Build("grad_norm root", "", norm._root_kernel, {"BLOCK": norm._BLOCK}, {})
+    total = norm._total_kernel
+    types = {"total_ptr": "*fp64"}
+    yield Build("grad_norm total", "", total, {"BLOCK": norm._BLOCK}, {}, types)
+
+
+def _adamw(module) -> Iterator[Build]:
+    """bf16 with each way to keep the rest of the weight, and with moments of 8 bits."""
+    given = {"HAS_CLIP": True, "HAS_FACTORS": True, "BLOCK": module._BLOCK, "GROUP": module.GROUP}
+    kinds = ("HAS_MASTER", "HAS_REMAINDER", "STOCHASTIC")
+    bf16, eight = {"weight_ptr": "*bf16"}, {"exp_avg_ptr": "*u8", "exp_avg_sq_ptr": "*u8"}
+    for case, kind, is_eight in (
+        ("bf16, master, clip", "HAS_MASTER", False),
+        ("bf16, remainder, clip", "HAS_REMAINDER", False),
+        ("bf16, stochastic, clip", "STOCHASTIC", False),
+        ("bf16, master, clip", "HAS_MASTER", True),
+        ("bf16, remainder, clip", "HAS_REMAINDER", True),
+        ("bf16, stochastic, clip", "STOCHASTIC", True),
+    ):
+        values = given | {name: name == kind for name in kinds} | {"EIGHT_BITS": is_eight}
+        types = ({} if kind == "HAS_MASTER" else bf16) | (eight if is_eight else {})
+        launch = {"num_warps": module.warps(is_eight)}
+        name = "adamw_ 8 bits" if is_eight else "adamw_"
+        yield Build(name, case, module._adamw_kernel, values, launch, types)
 
 
 def _per_token(model: str, shape: shapes.Shape) -> Iterator[Build]:

@@ -20,6 +20,7 @@ OPS = {
     "layer_norm_linear": "bench_layer_norm_linear",
     "bias_gelu_linear": "bench_bias_gelu_linear",
     "cross_entropy": "bench_cross_entropy",
+    "cross_entropy_statistics": "bench_cross_entropy_shard",
     "linear_cross_entropy": "bench_linear_cross_entropy",
     "adamw_": "bench_adamw",
     "grad_norm": "bench_grad_norm",

@@ -6,6 +6,8 @@ defines:
     layers       embedding, layer_norm, bias_gelu
     products     linear, layer_norm_linear, bias_gelu_linear
     losses       cross_entropy, linear_cross_entropy
+    of a shard   cross_entropy_statistics, cross_entropy_of_statistics, cross_entropy_gradient_,
+                 linear_cross_entropy_statistics, linear_cross_entropy_gradients
     optimizer    adamw_, grad_norm
     questions    explain, available
 
@@ -22,12 +24,21 @@ from stellarator_kernels.attention import (
 )
 from stellarator_kernels.bias_gelu import bias_gelu
 from stellarator_kernels.cross_entropy import cross_entropy
+from stellarator_kernels.cross_entropy_shard import (
+    cross_entropy_gradient_,
+    cross_entropy_of_statistics,
+    cross_entropy_statistics,
+)
 from stellarator_kernels.dispatch import available, explain
 from stellarator_kernels.embedding import embedding
 from stellarator_kernels.grad_norm import grad_norm
 from stellarator_kernels.layer_norm import layer_norm
 from stellarator_kernels.linear import bias_gelu_linear, layer_norm_linear, linear
 from stellarator_kernels.linear_cross_entropy import linear_cross_entropy
+from stellarator_kernels.linear_cross_entropy_shard import (
+    linear_cross_entropy_gradients,
+    linear_cross_entropy_statistics,
+)
 from stellarator_kernels.rope import rope
 
 __all__ = [
@@ -36,6 +47,9 @@ __all__ = [
     "bias_gelu",
     "bias_gelu_linear",
     "cross_entropy",
+    "cross_entropy_gradient_",
+    "cross_entropy_of_statistics",
+    "cross_entropy_statistics",
     "decode_attention",
     "embedding",
     "explain",
@@ -45,6 +59,8 @@ __all__ = [
     "layer_norm_linear",
     "linear",
     "linear_cross_entropy",
+    "linear_cross_entropy_gradients",
+    "linear_cross_entropy_statistics",
     "projected_attention",
     "rope",
 ]

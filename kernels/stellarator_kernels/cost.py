@@ -107,13 +107,24 @@ def linear_cross_entropy(N: int, C: int, V: int, itemsize: int, *, chunks: int =
     )
 
 
-def adamw(n: int, param_itemsize: int, grad_itemsize: int, *, master: bool) -> Cost:
+def adamw(
+    n: int,
+    param_itemsize: int,
+    grad_itemsize: int,
+    *,
+    master: bool,
+    remainder: bool = False,
+    eight_bits: bool = False,
+) -> Cost:
     """One AdamW step on n elements.
 
-    16 operations each; w, m and v are float32, read and written, the gradient is read; with a
-    master the parameter is written beside it.
+    16 operations each. Weights are read and written: a float32 master, beside which the parameter
+    is written, or the parameter alone or with its remainder of 2 bytes. Both moments are read and
+    written, 4 bytes each, or one and two scales for 256 elements. The gradient is read.
     """
-    return Cost(16 * n, 0, n * (24 + grad_itemsize + (param_itemsize if master else 0)), 0)
+    weight = 8 + param_itemsize if master else 2 * (param_itemsize + 2 * remainder)
+    moments = 4 * n + 16 * -(-n // 256) if eight_bits else 16 * n
+    return Cost(16 * n, 0, n * (weight + grad_itemsize) + moments, 0)
 
 
 def grad_norm(n: int, itemsize: int) -> Cost:

@@ -31,8 +31,10 @@ _OPS = {
     "layer_norm": ("triton", "cpu", "torch", "reference"),
     "bias_gelu": ("triton", "cpu", "torch", "reference"),
     "cross_entropy": ("triton", "cpu", "torch", "reference"),
+    "cross_entropy_statistics": ("triton", "torch", "reference"),
     "linear": ("cpu", "torch", "reference"),
     "linear_cross_entropy": ("triton", "cpu", "torch", "reference"),
+    "linear_cross_entropy_statistics": ("triton", "torch", "reference"),
     "adamw_": ("triton", "cpu", "torch", "reference"),
     "grad_norm": ("triton", "cpu", "torch", "reference"),
 }
@@ -45,8 +47,10 @@ _DECIDING = {
     "layer_norm": "x",
     "bias_gelu": "x",
     "cross_entropy": "logits",
+    "cross_entropy_statistics": "logits",
     "linear": "x",
     "linear_cross_entropy": "hidden",
+    "linear_cross_entropy_statistics": "hidden",
     "adamw_": "params",
     "grad_norm": "tensors",
 }
@@ -87,6 +91,15 @@ def _limits_of_linear(x: torch.Tensor, options: dict) -> dict[str, str]:
     return {} if fits else {"cpu": "the C++ weight gradient is for bfloat16 on AMX"}
 
 
+def _limits_of_adamw(x: torch.Tensor, options: dict) -> dict[str, str]:
+    """The C++ kernel knows fp32 states and masters only."""
+    narrow = [x for x in ("remainder", "exp_avg_scales", "seed") if options.get(x) is not None]
+    if not narrow and not options.get("narrow"):
+        return {}
+    reason = "remainders, stochastic rounding and moments of 8 bits are not in C++"
+    return {"cpu": reason}
+
+
 # Limits of an op's own kernels: from its deciding argument and its other ones to the
 # implementations that are refused, with the reason.
 _LIMITS = {
@@ -94,6 +107,7 @@ _LIMITS = {
     "decode_attention": _limits_of_attention,
     "layer_norm": _limits_of_layer_norm,
     "linear": _limits_of_linear,
+    "adamw_": _limits_of_adamw,
 }
 
 

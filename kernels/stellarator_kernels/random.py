@@ -1,6 +1,7 @@
 """Random bits as a function of a seed and of where an element is in the whole, and of nothing else.
 
-defines: element_keys, kept, kept_block, threshold
+defines: element_keys, kept, kept_block, threshold, counter_base, counter_key, counter_bits,
+counter_block
 
 A mask of dropout must not depend on how a run is laid out, nor be kept for the backward: both ask
 for the bits of single elements. An element of a matrix has the key of its row xor that of its
@@ -9,6 +10,9 @@ kernel loads the two and mixes their xor: five instructions an element, where Ph
 hundred. The keys of different rows are unrelated, so within a row, and within a column, the bits
 are as independent as those of the generator; two rows share them where two xors of 32 bits happen
 to meet.
+
+An element of a flat tensor has 64 bits of its own: number i of the SplitMix sequence that begins at
+a key, for global index i. (Mixing key + i, without the odd factor, pairs of bits agree too often.)
 
 Source: the 64-bit mixer of SplitMix (Steele, Lea, Flood 2014, with the constants of Stafford's
 variant 13); the 32-bit one from the hash-prospector project (C. Wellons, public domain).
@@ -77,3 +81,29 @@ def kept_block(row_keys, column_keys, least):
     x = (x ^ (x >> 16)) * 0x21F0AAAD
     x = (x ^ (x >> 15)) * 0x735A2D97
     return (x >> 1).to(tl.int32) >= least
+
+
+def counter_base(seed: torch.Tensor, stream: int) -> torch.Tensor:
+    """() int64 from a seed () int64 and a number that tells uses of it apart."""
+    return _mix(_mix(seed) + stream)
+
+
+def counter_key(base: torch.Tensor, count: torch.Tensor) -> torch.Tensor:
+    """() int64 from `counter_base` and a counter () int64, such as a step."""
+    return _mix(base + count)
+
+
+def counter_bits(key: torch.Tensor, start: int, size: int) -> torch.Tensor:
+    """(size,) int64: the bits of the elements start, start + 1, ... of a flat tensor."""
+    index = torch.arange(start, start + size, device=key.device)
+    return _mix(key + index * _signed(_GOLDEN))
+
+
+@triton.jit
+def counter_block(key, index):
+    """`counter_bits` of any indices (int64), as uint64."""
+    x = key.to(tl.uint64, bitcast=True) + 0x9E3779B97F4A7C15
+    x += index.to(tl.uint64, bitcast=True) * 0x9E3779B97F4A7C15
+    x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9
+    x = (x ^ (x >> 27)) * 0x94D049BB133111EB
+    return x ^ (x >> 31)

@@ -223,6 +223,24 @@ def cross_entropy_backward_ref(dloss, logits, targets, lse, ignore_index=-100, z
     return torch.where(valid, gradient * dloss.to(lse.dtype)[:, None], 0.0).to(logits.dtype)
 
 
+def cross_entropy_statistics_ref(logits, targets, ignored=None):
+    """(3, N) of one shard of the classes: largest logit, sum exp(logit - largest), target's logit.
+
+    targets: (N,) as classes of the shard; others are no class of it, their logit counts as 0. A
+    token that is `ignored` (N,) has 0, 1, 0.
+    """
+    x = logits.to(compute_dtype(logits))
+    largest = x.amax(-1)
+    shift = torch.where(largest == -math.inf, 0.0, largest)
+    inside = (targets >= 0) & (targets < x.shape[1])
+    picked = x.gather(1, torch.where(inside, targets, 0)[:, None])[:, 0]
+    total = (x - shift[:, None]).exp().sum(-1)
+    found = torch.stack([largest, total, torch.where(inside, picked, 0.0)])
+    if ignored is None:
+        return found
+    return torch.where(ignored, found.new_tensor([0.0, 1.0, 0.0])[:, None], found)
+
+
 def linear_cross_entropy_ref(hidden, weight, targets, bias=None, ignore_index=-100, z_loss=0.0):
     """Cross entropy of logits = hidden @ weight^T + bias; returns losses, lse and the logits."""
     dtype = compute_dtype(hidden)
@@ -258,6 +276,7 @@ def adamw_ref(weight, grad, exp_avg, exp_avg_sq, factors, *, beta1, beta2, eps, 
     return w, m, v
 
 
-def grad_norm_ref(tensors):
-    """sqrt(sum x^2) over all elements of all tensors, in float64, 0-d."""
-    return torch.stack([x.double().square().sum() for x in tensors]).sum().sqrt()
+def sum_of_squares_ref(tensors, weights):
+    """sum weight * x^2 over all elements of all tensors, in float64, 0-d; the norm is its root."""
+    sums = [w * x.double().square().sum() for x, w in zip(tensors, weights, strict=True)]
+    return torch.stack(sums).sum()

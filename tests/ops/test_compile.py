@@ -25,7 +25,7 @@ TEXTS = ("ttir", "ptx")
 SCALAR_LOAD = re.compile(r"tt\.load .* : !tt\.ptr<bf16>")
 FP32_POINTERS = {
     "mean_ptr", "rstd_ptr", "dweight_ptr", "dbias_ptr", "cos_ptr", "sin_ptr",
-    "dloss_ptr", "loss_ptr", "lse_ptr",
+    "dloss_ptr", "loss_ptr", "lse_ptr", "largest_ptr", "total_ptr", "picked_ptr",
 }  # fmt: skip
 
 
@@ -72,13 +72,16 @@ def rope_cases():
 
 
 def cross_entropy_cases():
-    """Forward, forward with the gradient in place (linear_cross_entropy), backward."""
+    """Forward, forward with the gradient in place (linear_cross_entropy), backward, a shard's."""
     module = sys.modules["stellarator_kernels.cross_entropy"]
     BLOCK, num_warps = module.tiles(49152)
     for gradient in (False, True):
         values = {"GRADIENT": gradient, "BLOCK": BLOCK}
         yield f"forward {gradient}", module._cross_entropy_fwd_kernel, values, num_warps
     yield "backward", module._cross_entropy_bwd_kernel, {"BLOCK": BLOCK}, num_warps
+    shard = sys.modules["stellarator_kernels.cross_entropy_shard"]
+    values = {"IGNORED": shard.IGNORED, "NO_CLASS": shard.NO_CLASS, "BLOCK": BLOCK}
+    yield "statistics", shard._statistics_kernel, values, num_warps
 
 
 OPS = {

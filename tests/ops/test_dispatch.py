@@ -129,6 +129,8 @@ def arguments(dtype, width=16):
         "cross_entropy": ((x, ids), {"z_loss": 0.1}),
         "linear": ((x, x), {"bias": x[:, 0]}),
         "linear_cross_entropy": ((x, x, ids, None), {"reduction": "sum"}),
+        "cross_entropy_statistics": ((x, ids), {"vocab_start": 0, "vocab_size": width}),
+        "linear_cross_entropy_statistics": ((x, x, ids), {"vocab_start": 0, "vocab_size": 2}),
         "adamw_": (
             ([flat], *states),
             factors | ({"master": [flat.to(wide)]} if dtype == BF16 else {}),
