@@ -3,8 +3,8 @@
 defines:
     attention    flash_attention, decode_attention, projected_attention
     positions    rope
-    layers       embedding, layer_norm, bias_gelu
-    products     linear, layer_norm_linear, bias_gelu_linear
+    layers       embedding, layer_norm, bias_gelu, swiglu
+    products     linear, layer_norm_linear, bias_gelu_linear, mlp, add_weight_gradient_
     losses       cross_entropy, linear_cross_entropy
     optimizer    adamw_, grad_norm
     questions    explain, available
@@ -28,10 +28,14 @@ from stellarator_kernels.grad_norm import grad_norm
 from stellarator_kernels.layer_norm import layer_norm
 from stellarator_kernels.linear import bias_gelu_linear, layer_norm_linear, linear
 from stellarator_kernels.linear_cross_entropy import linear_cross_entropy
+from stellarator_kernels.mlp import mlp
 from stellarator_kernels.rope import rope
+from stellarator_kernels.swiglu import swiglu
+from stellarator_kernels.weight_gradient import add_weight_gradient_
 
 __all__ = [
     "adamw_",
+    "add_weight_gradient_",
     "available",
     "bias_gelu",
     "bias_gelu_linear",
@@ -45,6 +49,8 @@ __all__ = [
     "layer_norm_linear",
     "linear",
     "linear_cross_entropy",
+    "mlp",
     "projected_attention",
     "rope",
+    "swiglu",
 ]

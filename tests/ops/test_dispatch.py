@@ -128,6 +128,9 @@ def arguments(dtype, width=16):
         "bias_gelu": ((), {"x": x, "bias": x[0]}),
         "cross_entropy": ((x, ids), {"z_loss": 0.1}),
         "linear": ((x, x), {"bias": x[:, 0]}),
+        "mlp": ((x, x, None), {"down_weight": x.t(), "down_bias": None}),
+        "add_weight_gradient_": ((x.t().to(wide) @ x.to(wide), x), {"x": x}),
+        "swiglu": ((x,), {"activation": "gelu_tanh"}),
         "linear_cross_entropy": ((x, x, ids, None), {"reduction": "sum"}),
         "adamw_": (
             ([flat], *states),
