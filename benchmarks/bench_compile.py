@@ -12,7 +12,7 @@ import pkgutil
 import re
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from benchmarks import results, shapes
 from benchmarks.harness import environment
@@ -47,7 +47,7 @@ _FLOAT_NUMBERS = {
     "eps", "z_loss", "scale", "decay", "step_size", "root_correction", "beta1_rest", "beta2",
     "beta2_rest", "softcap", "keep_scale", "scale_log2",
 }  # fmt: skip
-_SIZES = {"N", "T", "S", "C", "V", "n"}
+_SIZES = {"N", "T", "S", "C", "V", "F", "n", "C_units", "F_units", "M_units", "K_units"}
 
 
 @dataclass(frozen=True)
@@ -92,6 +92,7 @@ def builds(capability: tuple[int, int]) -> Iterator[Build]:
     yield from _attention(capability)
     if capability == (9, 0):
         yield from _hopper_attention()
+    yield from _products(capability)
     yield from _delta()
     yield from _decode()
     losses = _module("cross_entropy")
@@ -136,7 +137,7 @@ def _adamw(module) -> Iterator[Build]:
 
 
 def _per_token(model: str, shape: shapes.Shape) -> Iterator[Build]:
-    """layer_norm, bias_gelu and rope at the widths of a model, with everything switched on."""
+    """layer_norm, bias_gelu, swiglu, rope at the widths of a model, with everything switched on."""
     norm, gelu, rope = _module("layer_norm"), _module("bias_gelu"), _module("rope")
     BLOCK, num_warps = norm.tiles(shape.C)
     values, launch = {"C": shape.C, "HAS_BIAS": True, "BLOCK": BLOCK}, {"num_warps": num_warps}
@@ -149,6 +150,10 @@ def _per_token(model: str, shape: shapes.Shape) -> Iterator[Build]:
     launch = {"num_warps": num_warps}
     yield Build("bias_gelu forward", model, gelu._bias_gelu_fwd_kernel, values, launch)
     yield Build("bias_gelu backward", model, gelu._bias_gelu_bwd_kernel, values, launch)
+    gated = _module("swiglu")
+    values = {"ACTIVATION": 0, "BLOCK_N": BLOCK_N, "BLOCK_F": BLOCK_C}
+    yield Build("swiglu forward", model, gated._swiglu_fwd_kernel, values, launch)
+    yield Build("swiglu backward", model, gated._swiglu_bwd_kernel, values, launch)
     BLOCK_H, BLOCK_D, num_warps = rope.tiles(shape.H, shape.D)
     values = {"D": shape.D, "CONJUGATE": True, "BLOCK_H": BLOCK_H, "BLOCK_D": BLOCK_D}
     yield Build("rope", model, rope._rope_kernel, values, {"num_warps": num_warps})
@@ -190,6 +195,37 @@ def _attention(capability: tuple[int, int]) -> Iterator[Build]:
             case = ", ".join([f"head {D}, window", *(name for name, on in options if on)])
             types = {"dq_ptr": "*fp32"} if phase.startswith("dqdkdv") else {}
             yield Build(f"flash_attention {phase}", case, kernel, values, launch, types)
+
+
+def _products(capability: tuple[int, int]) -> Iterator[Build]:
+    """The products of the MLP; by descriptors too where there is a copy engine.
+
+    Of widths only the multiples matter: those of all models have no rest.
+    """
+    import torch
+
+    matmul, mlp = _module("matmul"), _module("mlp")
+    kernels = {
+        "up": ("mlp up", mlp._up_kernel),
+        "down gradient": ("mlp down gradient", mlp._down_gradient_kernel),
+        "weight gradient": ("weight gradient", _module("weight_gradient")._weight_gradient_kernel),
+    }
+    for phase, (name, kernel) in kernels.items():
+        tiles = matmul.tile_sizes(phase, torch.bfloat16, capability)
+        for design in ("pointers", "descriptors, persistent"):
+            if design != "pointers":
+                if capability < (9, 0):
+                    continue
+                tiles = replace(tiles, tma=1, persistent=1)
+            for form in ("",) if phase == "weight gradient" else ("tanh", "erf"):
+                values = matmul.constants(torch.bfloat16, tiles.depth, tiles)
+                launch = {option: values.pop(option) for option in ("num_warps", "num_stages")}
+                if phase != "weight gradient":
+                    values |= {"HAS_BIAS": True, "TANH": form == "tanh", "STORE_Y": True}
+                if phase == "up":
+                    values["STORE_PRE"] = True
+                case = ", ".join(filter(None, (form, design)))
+                yield Build(name, case, kernel, values, launch)
 
 
 def _hopper_attention() -> Iterator[Build]:

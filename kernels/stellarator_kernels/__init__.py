@@ -3,8 +3,8 @@
 defines:
     attention    flash_attention, decode_attention, projected_attention
     positions    rope
-    layers       embedding, layer_norm, bias_gelu
-    products     linear, layer_norm_linear, bias_gelu_linear
+    layers       embedding, layer_norm, bias_gelu, swiglu
+    products     linear, layer_norm_linear, bias_gelu_linear, mlp, add_weight_gradient_
     losses       cross_entropy, linear_cross_entropy
     of a shard   cross_entropy_statistics, cross_entropy_of_statistics, cross_entropy_gradient_,
                  linear_cross_entropy_statistics, linear_cross_entropy_gradients
@@ -39,10 +39,14 @@ from stellarator_kernels.linear_cross_entropy_shard import (
     linear_cross_entropy_gradients,
     linear_cross_entropy_statistics,
 )
+from stellarator_kernels.mlp import mlp
 from stellarator_kernels.rope import rope
+from stellarator_kernels.swiglu import swiglu
+from stellarator_kernels.weight_gradient import add_weight_gradient_
 
 __all__ = [
     "adamw_",
+    "add_weight_gradient_",
     "available",
     "bias_gelu",
     "bias_gelu_linear",
@@ -61,6 +65,8 @@ __all__ = [
     "linear_cross_entropy",
     "linear_cross_entropy_gradients",
     "linear_cross_entropy_statistics",
+    "mlp",
     "projected_attention",
     "rope",
+    "swiglu",
 ]

@@ -4,7 +4,7 @@ Docstrings, benchmarks and the MFU figure of a run all use these functions.
 A multiply-add counts as two operations. Bytes are what must cross memory once; caches are ignored.
 
 defines: Cost, visible_pairs, flash_attention, embedding, rope, layer_norm, bias_gelu,
-    linear, cross_entropy, linear_cross_entropy, adamw, grad_norm
+    linear, mlp, add_weight_gradient, swiglu, cross_entropy, linear_cross_entropy, adamw, grad_norm
 """
 
 from dataclasses import astuple, dataclass
@@ -83,6 +83,34 @@ def bias_gelu(N: int, F: int, itemsize: int) -> Cost:
     """N rows of F: x to y; back dy and x to dx. A sigmoid or erf counts as one operation."""
     tensor = N * F * itemsize
     return Cost(8 * N * F, 15 * N * F, 2 * tensor, 3 * tensor)
+
+
+def mlp(N: int, C: int, F: int, itemsize: int, *, recompute: bool = False) -> Cost:
+    """The two products of an MLP, N rows: 2 forward, 4 back, and one more where pre is not kept.
+
+    Each product reads its operands and writes its result once. Beside the products the forward
+    writes pre, and the backward reads it and writes y; gelu and its slope count as in `bias_gelu`.
+    """
+    one, inner = 2 * N * C * F, N * F * itemsize
+    once = (N * C + C * F) * itemsize + inner
+    more = 1 if recompute else 0
+    return Cost(
+        2 * one + 8 * N * F,
+        (4 + more) * one + 15 * N * F,
+        2 * once + (1 - more) * inner,
+        (4 + more) * once + 2 * inner,
+    )
+
+
+def add_weight_gradient(N: int, M: int, K: int, itemsize: int) -> Cost:
+    """total (M, K) fp32 += dy^T @ x: both are read once, total is read and written."""
+    return Cost(2 * N * M * K, 0, N * (M + K) * itemsize + 8 * M * K, 0)
+
+
+def swiglu(N: int, F: int, itemsize: int) -> Cost:
+    """N rows of F: gate and up to y; back dy, gate and up to dgate and dup."""
+    tensor = N * F * itemsize
+    return Cost(6 * N * F, 10 * N * F, 3 * tensor, 5 * tensor)
 
 
 def cross_entropy(N: int, V: int, itemsize: int) -> Cost:

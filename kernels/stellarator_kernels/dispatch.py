@@ -19,6 +19,7 @@ from dataclasses import dataclass
 import torch
 
 from stellarator_kernels import _triton, extension
+from stellarator_kernels.layout import UNIT
 
 IMPLEMENTATIONS = ("triton", "cpu", "torch", "reference")
 
@@ -33,6 +34,9 @@ _OPS = {
     "cross_entropy": ("triton", "cpu", "torch", "reference"),
     "cross_entropy_statistics": ("triton", "torch", "reference"),
     "linear": ("cpu", "torch", "reference"),
+    "mlp": ("triton", "cpu", "torch", "reference"),
+    "add_weight_gradient_": ("triton", "cpu", "torch", "reference"),
+    "swiglu": ("triton", "torch", "reference"),
     "linear_cross_entropy": ("triton", "cpu", "torch", "reference"),
     "linear_cross_entropy_statistics": ("triton", "torch", "reference"),
     "adamw_": ("triton", "cpu", "torch", "reference"),
@@ -49,6 +53,9 @@ _DECIDING = {
     "cross_entropy": "logits",
     "cross_entropy_statistics": "logits",
     "linear": "x",
+    "mlp": "x",
+    "add_weight_gradient_": "dy",
+    "swiglu": "gate",
     "linear_cross_entropy": "hidden",
     "linear_cross_entropy_statistics": "hidden",
     "adamw_": "params",
@@ -100,6 +107,24 @@ def _limits_of_adamw(x: torch.Tensor, options: dict) -> dict[str, str]:
     return {"cpu": reason}
 
 
+def _limits_of_mlp(x: torch.Tensor, options: dict) -> dict[str, str]:
+    """Rows that the products in Triton can load whole."""
+    up = options.get("up_weight")
+    return _whole_rows(x, None if up is None else up.t())
+
+
+def _limits_of_weight_gradient(dy: torch.Tensor, options: dict) -> dict[str, str]:
+    """The same, and where the C++ is taken."""
+    return _limits_of_linear(dy, {}) | _whole_rows(dy, options.get("x"))
+
+
+def _whole_rows(*tensors: torch.Tensor | None) -> dict[str, str]:
+    """The limit of kernels that load the rows of these tensors in UNITs."""
+    widths = [t.shape[-1] if t.dim() else 0 for t in tensors if t is not None]
+    wrong = [width for width in widths if width == 0 or width % UNIT]
+    return {"triton": f"the widths are multiples of {UNIT}, not {wrong[0]}"} if wrong else {}
+
+
 # Limits of an op's own kernels: from its deciding argument and its other ones to the
 # implementations that are refused, with the reason.
 _LIMITS = {
@@ -108,6 +133,8 @@ _LIMITS = {
     "layer_norm": _limits_of_layer_norm,
     "linear": _limits_of_linear,
     "adamw_": _limits_of_adamw,
+    "mlp": _limits_of_mlp,
+    "add_weight_gradient_": _limits_of_weight_gradient,
 }
 
 

@@ -14,11 +14,11 @@ def dense_rows(x: torch.Tensor | None) -> torch.Tensor | None:
 
 
 def aligned_rows(x: torch.Tensor) -> torch.Tensor:
-    """`x` (B, T, H, D), copied if it is dense otherwise than in rows that loads can take whole.
+    """`x` (..., D), copied if it is dense otherwise than in rows that loads can take whole.
 
     Slices of one (B, T, (H + 2G) * D) projection need no copy where D is a multiple of UNIT.
     """
-    strides = [s for s, size in zip(x.stride()[:3], x.shape[:3], strict=True) if size > 1]
+    strides = [s for s, size in zip(x.stride()[:-1], x.shape[:-1], strict=True) if size > 1]
     whole = all(s % UNIT == 0 for s in strides)
     return x if x.stride(-1) == 1 and whole and x.data_ptr() % 16 == 0 else x.contiguous()
 

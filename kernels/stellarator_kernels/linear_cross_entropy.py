@@ -36,7 +36,6 @@ from stellarator_kernels.cross_entropy import (
     launch_forward,
 )
 from stellarator_kernels.dispatch import choose
-from stellarator_kernels.linear import add_weight_gradient
 from stellarator_kernels.memory import empty_like
 
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -79,15 +78,16 @@ def add_product(total, product, dlogits, h, only, impl):
     """total += dlogits^T @ h, in fp32 or more; returns it and a buffer for the next call.
 
     The only chunk needs no sum: its product already has the dtype of the result.
-    impl: of `linear`.
+    impl: of `linear` and `add_weight_gradient_`.
     """
     dtype = reference.compute_dtype(h)
     if total is None and (only or h.dtype == dtype):
         return torch.ops.stellarator.weight_gradient(dlogits, h, impl), None
-    if choose("linear", impl, dlogits) == "cpu":
+    chosen = choose("add_weight_gradient_", impl, dlogits, x=h)
+    if chosen in ("triton", "cpu"):
         if total is None:
             total = empty_like(h, dlogits.shape[1], h.shape[1], dtype=dtype).zero_()
-        add_weight_gradient(total, dlogits, h)
+        torch.ops.stellarator.add_weight_gradient_(total, dlogits, h, chosen)
         return total, None
     left, right = dlogits.t(), h
     if left.dtype == dtype:

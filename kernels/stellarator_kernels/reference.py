@@ -1,9 +1,9 @@
 """The specification: every op in plain torch, forward and backward, in any float dtype.
 
-Sections, in the order of a model: attention, embedding, rope, layer_norm, linear, bias_gelu,
-cross_entropy, linear_cross_entropy, adamw, grad_norm. Each computes in float32, or in float64 for
-float64 input, and returns the dtype of its input. No Triton, no cleverness: this file is meant to
-be read.
+Sections, in the order of a model: attention, embedding, rope, layer_norm, linear, bias_gelu, mlp,
+swiglu, cross_entropy, linear_cross_entropy, adamw, grad_norm. Each computes in float32, or in
+float64 for float64 input, and returns the dtype of its input. No Triton, no cleverness: this file
+is meant to be read.
 """
 
 import math
@@ -200,6 +200,56 @@ def bias_gelu_backward_ref(dy, x, bias, approximate="tanh"):
         slope = 0.5 * (1 + t) + 0.5 * u * (1 - t * t) * a * (1 + 3 * b * u * u)
     dx = dy.to(dtype) * slope
     return dx.to(x.dtype), None if bias is None else dx.sum(0).to(bias.dtype)
+
+
+def mlp_up_ref(x, weight, bias, approximate="tanh"):
+    """y = gelu(pre) and pre = x @ weight^T + bias, which is rounded before its gelu."""
+    pre = product_ref(x, weight.t(), bias)
+    return bias_gelu_ref(pre, None, approximate), pre
+
+
+def mlp_down_gradient_ref(dout, weight, pre, approximate="tanh"):
+    """dpre = (dout @ weight) * gelu'(pre), dbias = sum(dpre) before dpre is rounded, y = gelu(pre).
+
+    dout (N, C), weight (C, F), pre (N, F).
+    """
+    dtype = compute_dtype(pre)
+    dy = dout.to(dtype) @ weight.to(dtype)
+    dpre, _ = bias_gelu_backward_ref(dy, pre.to(dtype), None, approximate)
+    y = bias_gelu_ref(pre, None, approximate)
+    return dpre.to(pre.dtype), dpre.sum(0).to(pre.dtype), y
+
+
+def add_weight_gradient_ref(total, dy, x):
+    """total + dy^T @ x, of (M, K), (N, M) and (N, K), in the dtype of total."""
+    return total + dy.to(total.dtype).t() @ x.to(total.dtype)
+
+
+def _activation(gate, activation):
+    """The value and the slope of silu or gelu."""
+    if activation != "silu":
+        approximate = {"gelu_tanh": "tanh", "gelu_erf": "none"}[activation]
+        slope, _ = bias_gelu_backward_ref(torch.ones_like(gate), gate, None, approximate)
+        return bias_gelu_ref(gate, None, approximate), slope
+    sigmoid = torch.sigmoid(gate)
+    return gate * sigmoid, sigmoid * (1 + gate * (1 - sigmoid))
+
+
+def swiglu_ref(gate, up, activation="silu"):
+    """activation(gate) * up."""
+    dtype = compute_dtype(gate)
+    return (_activation(gate.to(dtype), activation)[0] * up.to(dtype)).to(gate.dtype)
+
+
+def swiglu_backward_ref(dy, gate, up, activation="silu"):
+    """dgate = dy * up * activation'(gate), dup = dy * activation(gate).
+
+    silu(x) = x s, s = sigmoid(x): silu' = s (1 + x (1 - s)).
+    """
+    dtype = compute_dtype(gate)
+    value, slope = _activation(gate.to(dtype), activation)
+    dy = dy.to(dtype)
+    return (dy * up.to(dtype) * slope).to(gate.dtype), (dy * value).to(gate.dtype)
 
 
 def cross_entropy_ref(logits, targets, ignore_index=-100, z_loss=0.0):

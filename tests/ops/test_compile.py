@@ -1,4 +1,4 @@
-"""The kernels of the five elementwise and loss ops compile for GPUs that are not here.
+"""The kernels of the elementwise and loss ops compile for GPUs that are not here.
 
 One process with TRITON_INTERPRET=0 compiles every kernel for sm_80 and sm_90, in bf16, at the
 widths of StarCoder2 (3072, 4608, 6144), and reports what ptxas says. Gates: no register is spilled,
@@ -62,6 +62,16 @@ def bias_gelu_cases():
         yield f"backward {tanh}", module._bias_gelu_bwd_kernel, values, num_warps
 
 
+def swiglu_cases():
+    """Its three activations; the tiles are those of bias_gelu."""
+    module = sys.modules["stellarator_kernels.swiglu"]
+    BLOCK_N, BLOCK_F, num_warps = module.tiles(4 * WIDTHS[0])
+    for number, activation in enumerate(module._ACTIVATIONS):
+        values = {"ACTIVATION": number, "BLOCK_N": BLOCK_N, "BLOCK_F": BLOCK_F}
+        yield f"forward {activation}", module._swiglu_fwd_kernel, values, num_warps
+        yield f"backward {activation}", module._swiglu_bwd_kernel, values, num_warps
+
+
 def rope_cases():
     """Heads of 128 at each size, and one of 80, whose half is no power of two."""
     module = sys.modules["stellarator_kernels.rope"]
@@ -87,6 +97,7 @@ def cross_entropy_cases():
 OPS = {
     "layer_norm": layer_norm_cases,
     "bias_gelu": bias_gelu_cases,
+    "swiglu": swiglu_cases,
     "rope": rope_cases,
     "cross_entropy": cross_entropy_cases,
 }
