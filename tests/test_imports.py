@@ -14,7 +14,10 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 CONTAINERS = {"stellarator": ROOT / "engine", "stellarator_kernels": ROOT / "kernels"}
 # Read from the path of a byte: nothing above imports these.
-TOP = [f"stellarator.{name}" for name in ("cli", "demo", "doctor", "train.loop", "train.__main__")]
+TOP = [
+    f"stellarator.{name}"
+    for name in ("cli", "demo", "doctor", "plan", "train.loop", "train.__main__")
+]
 TOP += [f"stellarator.{name}" for name in ("serve", "evaluate", "finetune")]
 TRAINING = ["stellarator.train.optimizer", "stellarator.train.checkpoint"]
 # Module or package -> what it must not import, wherever in the file the import stands.
@@ -55,6 +58,7 @@ WITHOUT_TORCH += ["stellarator.files", "stellarator.sizes", "stellarator.paralle
 WITHOUT_TORCH += [
     f"stellarator.parallel.pipeline.{name}" for name in ("schedules", "simulate", "split")
 ]
+WITHOUT_TORCH += ["stellarator.plan", "stellarator.plan.command"]
 
 
 def python_files():

@@ -15,9 +15,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from stellarator import recipes, sizes
-from stellarator.config import ModelConfig
+from stellarator.config import ModelConfig, ParallelConfig
 from stellarator.model import Transformer, build_model
 from stellarator.model.transformer import RECOMPUTE
+from stellarator.plan import make_case
+from stellarator.plan.memory import stage_activation_bytes
 from stellarator.train import flops
 from stellarator.train.loop import DTYPES
 
@@ -71,6 +73,30 @@ def test_activations_of_a_layer_are_what_is_kept(model, recompute, precision):
     itemsize = sizes.ITEMSIZE[precision]
     assert itemsize == dtype.itemsize
     assert three - two == sizes.layer_activation_bytes(model, N, recompute, itemsize)
+
+
+@pytest.mark.parametrize("recompute", RECOMPUTE)
+@pytest.mark.parametrize("model", [ROPE, LEARNED], ids=["rope", "learned"])
+def test_activations_of_a_whole_model(model, recompute):
+    """What a plan counts for a stage that has everything, gradients of the loss included.
+
+    It leaves out the RoPE table, the loss, and up to two vectors of ids or positions.
+    """
+    N, config = 256, recipes.get("tiny")
+    model = dataclasses.replace(model, num_layers=4)
+    config = dataclasses.replace(
+        config,
+        model=model,
+        data=dataclasses.replace(config.data, seq_length=N),
+        train=dataclasses.replace(
+            config.train, micro_batch_size=1, recompute=recompute, precision="bf16"
+        ),
+    )
+    case = make_case(config, ParallelConfig(), 1)
+    counted = stage_activation_bytes(case, case.stages[0])
+    table = 4 * N * model.head_width if model.positions == "rope" else 0
+    rest = kept_bytes(model, N, recompute, torch.bfloat16) - counted - table - 4
+    assert rest in (8 * N, 2 * 8 * N)
 
 
 def test_activations_of_a_tensor_rank():
