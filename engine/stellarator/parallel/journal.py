@@ -110,8 +110,12 @@ class Record:
 
     def members(self, channel: str) -> tuple[int, ...]:
         """Ranks of a channel."""
-        group, _, pair = channel.partition(":")
-        return tuple(map(int, pair.split(">"))) if pair else self.groups.get(group, ())
+        return _members(channel, self.groups)
+
+
+def _members(channel: str, groups: dict) -> tuple[int, ...]:
+    group, _, pair = channel.partition(":")
+    return tuple(map(int, pair.split(">"))) if pair else groups.get(group, ())
 
 
 def file_of(folder, rank: int, kind: str = "journal") -> Path:
@@ -177,6 +181,10 @@ class Journal:
         fresh = path.with_suffix(".groups_new")
         fresh.write_text(json.dumps(self._groups))
         os.replace(fresh, path)
+
+    def members(self, channel: str) -> tuple[int, ...]:
+        """Ranks of a channel."""
+        return _members(channel, self._groups)
 
     def enter(self, channel: str, kind: str, tag: Tag | str, elements: int) -> Entry:
         """Note that this process enters a collective."""
