@@ -6,6 +6,7 @@ rank, on whole rows. Not covered: NCCL.
 
 import dataclasses
 import random
+import re
 
 import pytest
 import torch
@@ -203,6 +204,34 @@ def test_a_window_of_a_chunk_needs_neighbours_only(tmp_path):
     # Without a window: early chunks to all, late ones down, 3/2 P (P - 1) blocks, three times.
     elements = sum(n for found in results for _, n in found["row"])
     assert elements == 3 * block * (size * (size - 1) * 3 // 2)
+
+
+def order(rank, size):
+    """The forward of a ring in turn: s, messages start; a, a part is attended; w, it waits."""
+    events = []
+    exchange, attend, wait = Group.exchange, context._attend, context.Pending.wait
+
+    def noting(name, function):
+        def noted(*args):
+            events.append(name)
+            return function(*args)
+
+        return noted
+
+    Group.exchange = noting("s", exchange)
+    context._attend = noting("a", attend)
+    context.Pending.wait = noting("w", wait)
+    group = Group(dist.group.WORLD, "cp")
+    q, k, v = inputs(Case(T=8 * size))[:3]
+    parts = (shard(x, rank, size) for x in (q, k, v))
+    context_attention(*parts, Plan(rank, size, 1, 8 * size), group)
+    return "".join(events)
+
+
+def test_the_next_keys_travel_while_the_present_ones_are_attended():
+    for events in on_ranks(order, 4, 4):
+        assert re.fullmatch("(sa*w){3}a*", events), events
+        assert events.startswith("saaa") and events.count("a") == 3 + 2 * 3, events
 
 
 def test_bits_repeat():
