@@ -6,6 +6,7 @@ Not covered: processes on several machines (their files are imitated), NCCL.
 import dataclasses
 import os
 import signal
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -17,7 +18,7 @@ from ranks import on_ranks, start
 
 from stellarator.parallel import watchdog
 from stellarator.parallel.collectives import Group
-from stellarator.parallel.journal import Journal, Tag, file_of, read
+from stellarator.parallel.journal import Journal, Tag, file_of, process_state, read
 from stellarator.parallel.watchdog import Watchdog, report
 
 pytestmark = pytest.mark.dist
@@ -222,6 +223,21 @@ def test_a_rank_that_has_ended_or_whose_number_another_process_has(two, tmp_path
     assert "rank 1 is missing: it is dead" in report(tmp_path, 0, entry, (0, 1))[0]
     other.close()
     assert "it has ended as it should" in report(tmp_path, 0, entry, (0, 1))[0]
+
+
+def test_a_process_that_nobody_has_reaped_is_dead(two, tmp_path, monkeypatch):
+    """torchrun takes a while to look after its children."""
+    process = subprocess.Popen(["sleep", "60"])
+    while (state := process_state(process.pid)) is None:
+        time.sleep(0.01)
+    record = dataclasses.replace(read(tmp_path, 1), pid=process.pid, started=state[1])
+    monkeypatch.setattr(watchdog, "read", lambda folder, rank: record)
+    assert "rank 1 is missing: it runs" in report(tmp_path, 0, two[2], (0, 1))[0]
+    process.kill()
+    os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
+    assert process_state(process.pid)[0] == "Z"
+    assert "rank 1 is missing: it is dead" in report(tmp_path, 0, two[2], (0, 1))[0]
+    process.wait()
 
 
 def test_a_rank_of_another_machine(two, tmp_path, monkeypatch):

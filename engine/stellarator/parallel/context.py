@@ -26,7 +26,7 @@ import torch
 
 from stellarator.parallel.collectives import Group, Message, Pending
 from stellarator.parallel.journal import Tag
-from stellarator.parallel.zigzag import Block, Call, Plan, shard, unshard
+from stellarator.parallel.zigzag import Block, Call, Plan, chunks_of, shard, unshard
 from stellarator_kernels import flash_attention, random
 from stellarator_kernels.attention.api import check_call, checked_scale
 from stellarator_kernels.reference import compute_dtype
@@ -245,7 +245,7 @@ def _attend_backward(rows_: _Rows, k, v, dq, dk, dv, options: _Options, slot: in
 def _own(plan: Plan, k, v) -> dict[Block, tuple[torch.Tensor, torch.Tensor]]:
     """This rank's blocks, as views (R, n, G, D) of its keys and values."""
     n, found = plan.chunk_length, {}
-    for half, chunk in enumerate((plan.rank, 2 * plan.size - 1 - plan.rank)):
+    for half, chunk in enumerate(chunks_of(plan.rank, plan.size)):
         for slot, (rows, _) in enumerate(plan.slots):
             tokens = slice(half * n, (half + 1) * n)
             found[Block(slot, chunk)] = k[rows, tokens], v[rows, tokens]
