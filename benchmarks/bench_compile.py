@@ -127,6 +127,21 @@ def _per_token(model: str, shape: shapes.Shape) -> Iterator[Build]:
     BLOCK_H, BLOCK_D, num_warps = rope.tiles(shape.H, shape.D)
     values = {"D": shape.D, "CONJUGATE": True, "BLOCK_H": BLOCK_H, "BLOCK_D": BLOCK_D}
     yield Build("rope", model, rope._rope_kernel, values, {"num_warps": num_warps})
+    yield from _bias_rope(model, shape)
+
+
+def _bias_rope(model: str, shape: shapes.Shape) -> Iterator[Build]:
+    """Forward and backward with the bias."""
+    module = _module("bias_rope")
+    BLOCK_T, BLOCK_H, BLOCK_D, num_warps = module.tiles(shape.D)
+    values = {"D": shape.D, "ROTATED": True}
+    values |= {"BLOCK_T": BLOCK_T, "BLOCK_H": BLOCK_H, "BLOCK_D": BLOCK_D}
+    for phase, kernel, bias in (
+        ("forward", module._bias_rope_fwd_kernel, {"HAS_BIAS": True}),
+        ("backward", module._bias_rope_bwd_kernel, {"NEED_BIAS": True}),
+    ):
+        launch = {"num_warps": num_warps}
+        yield Build(f"bias_rope {phase}", model, kernel, values | bias, launch)
 
 
 def _attention(capability: tuple[int, int]) -> Iterator[Build]:

@@ -14,6 +14,7 @@ OPS = {
     "decode_attention": "bench_decode_attention",
     "embedding": "bench_embedding",
     "rope": "bench_rope",
+    "bias_rope": "bench_bias_rope",
     "layer_norm": "bench_layer_norm",
     "bias_gelu": "bench_bias_gelu",
     "linear": "bench_linear",

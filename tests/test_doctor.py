@@ -19,8 +19,16 @@ from stellarator import doctor
 from stellarator_kernels import extension
 
 CONTAINERS = [str(Path(__file__).resolve().parents[1] / name) for name in ("engine", "kernels")]
-OPS = ("adamw_", "bias_gelu", "cross_entropy", "decode_attention", "flash_attention", "grad_norm")
-OPS += ("embedding", "layer_norm", "linear", "linear_cross_entropy", "rope")
+OPS = (
+    "adamw_",
+    "bias_gelu",
+    "bias_rope",
+    "cross_entropy",
+    "decode_attention",
+    "flash_attention",
+    "grad_norm",
+)
+OPS += ("bias_rope", "embedding", "layer_norm", "linear", "linear_cross_entropy", "rope")
 without = pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
 
 

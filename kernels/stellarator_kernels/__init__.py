@@ -2,7 +2,7 @@
 
 defines:
     attention    flash_attention, decode_attention, projected_attention
-    positions    rope
+    positions    rope, bias_rope
     layers       embedding, layer_norm, bias_gelu
     products     linear, layer_norm_linear, bias_gelu_linear
     losses       cross_entropy, linear_cross_entropy
@@ -21,6 +21,7 @@ from stellarator_kernels.attention import (
     projected_attention,
 )
 from stellarator_kernels.bias_gelu import bias_gelu
+from stellarator_kernels.bias_rope import bias_rope
 from stellarator_kernels.cross_entropy import cross_entropy
 from stellarator_kernels.dispatch import available, explain
 from stellarator_kernels.embedding import embedding
@@ -35,6 +36,7 @@ __all__ = [
     "available",
     "bias_gelu",
     "bias_gelu_linear",
+    "bias_rope",
     "cross_entropy",
     "decode_attention",
     "embedding",

@@ -3,8 +3,8 @@
 Docstrings, benchmarks and the MFU figure of a run all use these functions.
 A multiply-add counts as two operations. Bytes are what must cross memory once; caches are ignored.
 
-defines: Cost, visible_pairs, flash_attention, embedding, rope, layer_norm, bias_gelu,
-    linear, cross_entropy, linear_cross_entropy, adamw, grad_norm
+defines: Cost, visible_pairs, flash_attention, embedding, rope, bias_rope, layer_norm,
+    bias_gelu, linear, cross_entropy, linear_cross_entropy, adamw, grad_norm
 """
 
 from dataclasses import astuple, dataclass
@@ -65,6 +65,17 @@ def rope(M: int, H: int, G: int, D: int, itemsize: int) -> Cost:
     """M tokens: q and k are read and written, the fp32 table (M, D/2) of cos and sin is read."""
     flops = 3 * M * (H + G) * D
     size = 2 * M * (H + G) * D * itemsize + 4 * M * D
+    return Cost(flops, flops, size, size)
+
+
+def bias_rope(M: int, H: int, G: int, D: int, itemsize: int, *, rotated: bool = True) -> Cost:
+    """M tokens: the projection is read, q, k and v are written; with RoPE the fp32 table is read.
+
+    The bias, one row, is left out.
+    """
+    turns = 3 * M * (H + G) * D if rotated else 0
+    flops = M * (H + 2 * G) * D + turns
+    size = 2 * M * (H + 2 * G) * D * itemsize + (4 * M * D if rotated else 0)
     return Cost(flops, flops, size, size)
 
 

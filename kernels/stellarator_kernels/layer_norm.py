@@ -29,7 +29,7 @@ from stellarator_kernels import extension, reference
 from stellarator_kernels._triton import tl, triton
 from stellarator_kernels.checks import expect, expect_dtype, expect_same_device, expect_shape
 from stellarator_kernels.dispatch import choose
-from stellarator_kernels.layout import dense_rows
+from stellarator_kernels.layout import dense_rows, multiprocessors
 from stellarator_kernels.memory import empty_like
 
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -113,13 +113,6 @@ def num_partials(N: int, multiprocessors: int) -> int:
     return max(1, min(N, 2 * multiprocessors))
 
 
-def _multiprocessors(device: torch.device) -> int:
-    """Of a GPU; the interpreter plays a machine with two."""
-    if device.type != "cuda":
-        return 2
-    return torch.cuda.get_device_properties(device).multi_processor_count
-
-
 def _forward_triton(x, residual, weight, bias, eps):
     """Allocate and launch the forward."""
     x, residual, weight, bias = (dense_rows(t) for t in (x, residual, weight, bias))
@@ -144,7 +137,7 @@ def _backward_triton(dy, dsummed, summed, weight, mean, rstd, has_bias, need_par
     dy, dsummed, summed, weight = (dense_rows(t) for t in (dy, dsummed, summed, weight))
     N, C = summed.shape
     dx = summed.new_empty(N, C)
-    programs = num_partials(N, _multiprocessors(summed.device))
+    programs = num_partials(N, multiprocessors(summed.device))
     partials = [
         summed.new_empty((programs if need_params else 0, C), dtype=torch.float32)
         for _ in range(1 + has_bias)

@@ -1,9 +1,9 @@
 """The specification: every op in plain torch, forward and backward, in any float dtype.
 
-Sections, in the order of a model: attention, embedding, rope, layer_norm, linear, bias_gelu,
-cross_entropy, linear_cross_entropy, adamw, grad_norm. Each computes in float32, or in float64 for
-float64 input, and returns the dtype of its input. No Triton, no cleverness: this file is meant to
-be read.
+Sections, in the order of a model: attention, embedding, rope, bias_rope, layer_norm, linear,
+bias_gelu, cross_entropy, linear_cross_entropy, adamw, grad_norm. Each computes in float32, or in
+float64 for float64 input, and returns the dtype of its input. No Triton, no cleverness: this file
+is meant to be read.
 """
 
 import math
@@ -131,6 +131,25 @@ def rope_ref(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Ten
     first, second = x.to(dtype).chunk(2, dim=-1)
     cos, sin = cos.to(dtype)[:, None], sin.to(dtype)[:, None]
     return torch.cat((first * cos - second * sin, second * cos + first * sin), -1).to(x.dtype)
+
+
+def bias_rope_ref(qkv, bias, cos, sin, H, G):
+    """q (N, H, D), k and v (N, G, D) of x = qkv + bias (N, (H + 2G) * D), q and k rotated."""
+    dtype = compute_dtype(qkv)
+    x = qkv.to(dtype) if bias is None else qkv.to(dtype) + bias.to(dtype)
+    q, k, v = x.unflatten(1, (H + 2 * G, -1)).split((H, G, G), 1)
+    if cos is not None:
+        q, k = rope_ref(q, cos, sin), rope_ref(k, cos, sin)
+    return tuple(part.to(qkv.dtype, copy=True).contiguous() for part in (q, k, v))
+
+
+def bias_rope_backward_ref(dq, dk, dv, cos, sin, need_bias=True):
+    """dqkv = [dq turned back | dk turned back | dv]; dbias = sum(dqkv) before it is rounded."""
+    parts = [part.to(compute_dtype(dq)) for part in (dq, dk, dv)]
+    if cos is not None:
+        parts[:2] = (rope_ref(part, cos, -sin) for part in parts[:2])
+    dqkv = torch.cat([part.flatten(1) for part in parts], 1)
+    return dqkv.to(dq.dtype), dqkv.sum(0).to(dq.dtype) if need_bias else None
 
 
 def layer_norm_ref(x, weight, bias, eps, residual=None):

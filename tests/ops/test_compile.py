@@ -1,4 +1,4 @@
-"""The kernels of the five elementwise and loss ops compile for GPUs that are not here.
+"""The kernels of the elementwise and loss ops compile for GPUs that are not here.
 
 One process with TRITON_INTERPRET=0 compiles every kernel for sm_80 and sm_90, in bf16, at the
 widths of StarCoder2 (3072, 4608, 6144), and reports what ptxas says. Gates: no register is spilled,
@@ -71,6 +71,19 @@ def rope_cases():
         yield f"{H} heads of {D}", module._rope_kernel, values, num_warps
 
 
+def bias_rope_cases():
+    """Both directions with a bias at each size, and heads of 80."""
+    module = sys.modules["stellarator_kernels.bias_rope"]
+    for D in (128, 80):
+        BLOCK_T, BLOCK_H, BLOCK_D, num_warps = module.tiles(D)
+        values = {"D": D, "BLOCK_T": BLOCK_T, "BLOCK_H": BLOCK_H, "BLOCK_D": BLOCK_D}
+        for rotated in (True, False):
+            forward = values | {"HAS_BIAS": True, "ROTATED": rotated}
+            yield f"forward {D} {rotated}", module._bias_rope_fwd_kernel, forward, num_warps
+            backward = values | {"NEED_BIAS": True, "ROTATED": rotated}
+            yield f"backward {D} {rotated}", module._bias_rope_bwd_kernel, backward, num_warps
+
+
 def cross_entropy_cases():
     """Forward, forward with the gradient in place (linear_cross_entropy), backward."""
     module = sys.modules["stellarator_kernels.cross_entropy"]
@@ -85,6 +98,7 @@ OPS = {
     "layer_norm": layer_norm_cases,
     "bias_gelu": bias_gelu_cases,
     "rope": rope_cases,
+    "bias_rope": bias_rope_cases,
     "cross_entropy": cross_entropy_cases,
 }
 

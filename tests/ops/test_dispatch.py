@@ -124,6 +124,7 @@ def arguments(dtype, width=16):
         "decode_attention": ((heads[:, :1], heads, heads, torch.tensor([2])), {"window": 512}),
         "embedding": ((ids, x), {}),
         "rope": ((heads, heads), {"positions": ids[None], "theta": 1e4}),
+        "bias_rope": ((x, x[0], ids, 1e4), {"num_heads": 2, "num_kv_heads": 1}),
         "layer_norm": ((x, x[0], x[0]), {"residual": x}),
         "bias_gelu": ((), {"x": x, "bias": x[0]}),
         "cross_entropy": ((x, ids), {"z_loss": 0.1}),
