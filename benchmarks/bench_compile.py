@@ -102,6 +102,8 @@ def builds(capability: tuple[int, int]) -> Iterator[Build]:
         yield Build("cross_entropy forward", case, losses._cross_entropy_fwd_kernel, values, launch)
     values = {"BLOCK": BLOCK}
     yield Build("cross_entropy backward", "", losses._cross_entropy_bwd_kernel, values, launch)
+    dropout = _module("dropout")
+    yield Build("dropout", "", dropout._dropout_kernel, {"BLOCK": dropout._BLOCK}, {})
     adamw, norm = _module("adamw"), _module("grad_norm")
     values = {"HAS_MASTER": True, "HAS_CLIP": True, "HAS_FACTORS": True, "BLOCK": adamw._BLOCK}
     yield Build("adamw_", "bf16, master, clip", adamw._adamw_kernel, values, {})
@@ -111,14 +113,9 @@ def builds(capability: tuple[int, int]) -> Iterator[Build]:
 
 
 def _per_token(model: str, shape: shapes.Shape) -> Iterator[Build]:
-    """layer_norm, bias_gelu and rope at the widths of a model, with everything switched on."""
-    norm, gelu, rope = _module("layer_norm"), _module("bias_gelu"), _module("rope")
-    BLOCK, num_warps = norm.tiles(shape.C)
-    values, launch = {"C": shape.C, "HAS_BIAS": True, "BLOCK": BLOCK}, {"num_warps": num_warps}
-    forward, backward = norm._layer_norm_fwd_kernel, norm._layer_norm_bwd_kernel
-    yield Build("layer_norm forward", model, forward, values | {"HAS_RESIDUAL": True}, launch)
-    extra = {"HAS_DSUMMED": True, "NEED_PARAMS": True}
-    yield Build("layer_norm backward", model, backward, values | extra, launch)
+    """Norms, bias_gelu and RoPE at the widths of a model, with everything switched on."""
+    gelu, rope = _module("bias_gelu"), _module("rope")
+    yield from _norms(model, shape.C)
     BLOCK_N, BLOCK_C, num_warps = gelu.tiles(shape.F)
     values = {"HAS_BIAS": True, "TANH": True, "BLOCK_N": BLOCK_N, "BLOCK_C": BLOCK_C}
     launch = {"num_warps": num_warps}
@@ -128,6 +125,24 @@ def _per_token(model: str, shape: shapes.Shape) -> Iterator[Build]:
     values = {"D": shape.D, "CONJUGATE": True, "BLOCK_H": BLOCK_H, "BLOCK_D": BLOCK_D}
     yield Build("rope", model, rope._rope_kernel, values, {"num_warps": num_warps})
     yield from _bias_rope(model, shape)
+
+
+def _norms(model: str, C: int) -> Iterator[Build]:
+    """layer_norm and rms_norm, and the former with dropout."""
+    norm = _module("norm_kernels")
+    BLOCK, CHUNKS, num_warps = norm.tiles(C)
+    values = {"C": C, "BLOCK": BLOCK, "CHUNKS": CHUNKS, "HAS_WEIGHT": True}
+    phases = (
+        ("forward", norm._norm_fwd_kernel, {"HAS_RESIDUAL": True}),
+        ("backward", norm._norm_bwd_kernel, {"HAS_DSUMMED": True, "NEED_PARAMS": True}),
+    )
+    for op, dropout in (("layer_norm", False), ("layer_norm", True), ("rms_norm", False)):
+        centred = op == "layer_norm"
+        options = {"CENTRED": centred, "HAS_BIAS": centred, "DROPOUT": dropout}
+        case = f"{model}, dropout" if dropout else model
+        for phase, kernel, more in phases:
+            launch = {"num_warps": num_warps}
+            yield Build(f"{op} {phase}", case, kernel, values | options | more, launch)
 
 
 def _bias_rope(model: str, shape: shapes.Shape) -> Iterator[Build]:

@@ -16,6 +16,8 @@ OPS = {
     "rope": "bench_rope",
     "bias_rope": "bench_bias_rope",
     "layer_norm": "bench_layer_norm",
+    "rms_norm": "bench_rms_norm",
+    "dropout": "bench_dropout",
     "bias_gelu": "bench_bias_gelu",
     "linear": "bench_linear",
     "layer_norm_linear": "bench_layer_norm_linear",

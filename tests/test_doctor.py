@@ -19,16 +19,9 @@ from stellarator import doctor
 from stellarator_kernels import extension
 
 CONTAINERS = [str(Path(__file__).resolve().parents[1] / name) for name in ("engine", "kernels")]
-OPS = (
-    "adamw_",
-    "bias_gelu",
-    "bias_rope",
-    "cross_entropy",
-    "decode_attention",
-    "flash_attention",
-    "grad_norm",
-)
-OPS += ("bias_rope", "embedding", "layer_norm", "linear", "linear_cross_entropy", "rope")
+OPS = ("adamw_", "bias_gelu", "cross_entropy", "decode_attention", "flash_attention", "grad_norm")
+OPS += ("embedding", "layer_norm", "linear", "linear_cross_entropy", "rope", "bias_rope")
+OPS += ("rms_norm", "dropout")
 without = pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
 
 

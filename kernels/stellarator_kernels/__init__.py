@@ -3,7 +3,7 @@
 defines:
     attention    flash_attention, decode_attention, projected_attention
     positions    rope, bias_rope
-    layers       embedding, layer_norm, bias_gelu
+    layers       embedding, layer_norm, rms_norm, dropout, bias_gelu
     products     linear, layer_norm_linear, bias_gelu_linear
     losses       cross_entropy, linear_cross_entropy
     optimizer    adamw_, grad_norm
@@ -24,11 +24,13 @@ from stellarator_kernels.bias_gelu import bias_gelu
 from stellarator_kernels.bias_rope import bias_rope
 from stellarator_kernels.cross_entropy import cross_entropy
 from stellarator_kernels.dispatch import available, explain
+from stellarator_kernels.dropout import dropout
 from stellarator_kernels.embedding import embedding
 from stellarator_kernels.grad_norm import grad_norm
 from stellarator_kernels.layer_norm import layer_norm
 from stellarator_kernels.linear import bias_gelu_linear, layer_norm_linear, linear
 from stellarator_kernels.linear_cross_entropy import linear_cross_entropy
+from stellarator_kernels.rms_norm import rms_norm
 from stellarator_kernels.rope import rope
 
 __all__ = [
@@ -39,6 +41,7 @@ __all__ = [
     "bias_rope",
     "cross_entropy",
     "decode_attention",
+    "dropout",
     "embedding",
     "explain",
     "flash_attention",
@@ -48,5 +51,6 @@ __all__ = [
     "linear",
     "linear_cross_entropy",
     "projected_attention",
+    "rms_norm",
     "rope",
 ]

@@ -4,7 +4,7 @@ Docstrings, benchmarks and the MFU figure of a run all use these functions.
 A multiply-add counts as two operations. Bytes are what must cross memory once; caches are ignored.
 
 defines: Cost, visible_pairs, flash_attention, embedding, rope, bias_rope, layer_norm,
-    bias_gelu, linear, cross_entropy, linear_cross_entropy, adamw, grad_norm
+    rms_norm, dropout, bias_gelu, linear, cross_entropy, linear_cross_entropy, adamw, grad_norm
 """
 
 from dataclasses import astuple, dataclass
@@ -88,6 +88,17 @@ def layer_norm(N: int, C: int, itemsize: int, *, residual: bool = False) -> Cost
     forward, backward = (4, 4) if residual else (2, 3)
     flops = N * C
     return Cost(8 * flops, 14 * flops, forward * tensor, backward * tensor)
+
+
+def rms_norm(N: int, C: int, itemsize: int, *, residual: bool = False) -> Cost:
+    """The same tensors as of `layer_norm`; without the mean fewer operations."""
+    moved = layer_norm(N, C, itemsize, residual=residual)
+    return Cost(5 * N * C, 10 * N * C, moved.forward_bytes, moved.backward_bytes)
+
+
+def dropout(N: int, C: int, itemsize: int) -> Cost:
+    """N rows of C are read and written, back too; the keys are left out."""
+    return Cost(N * C, N * C, 2 * N * C * itemsize, 2 * N * C * itemsize)
 
 
 def bias_gelu(N: int, F: int, itemsize: int) -> Cost:

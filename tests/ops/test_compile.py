@@ -33,22 +33,33 @@ def type_of(name: str) -> str:
     """Triton's type of an argument, from its name; strides as of tensors beyond 2^31 elements."""
     if name in FP32_POINTERS:
         return "*fp32"
+    if name.endswith("_key_ptr"):
+        return "*i32"
     if name.endswith("_ptr"):
         return "*i64" if name == "targets_ptr" else "*bf16"
-    if name in ("eps", "z_loss"):
+    if name in ("eps", "z_loss", "keep_scale"):
         return "fp32"
     return "i64" if "stride" in name else "i32"
 
 
-def layer_norm_cases():
-    """Forward and backward, with everything switched on."""
-    module = sys.modules["stellarator_kernels.layer_norm"]
+def norm_cases():
+    """Forward and backward of both norms, the one that subtracts the mean also with dropout."""
+    module = sys.modules["stellarator_kernels.norm_kernels"]
     for C in WIDTHS:
-        BLOCK, num_warps = module.tiles(C)
-        values = {"C": C, "HAS_RESIDUAL": True, "HAS_BIAS": True, "BLOCK": BLOCK}
-        yield f"forward {C}", module._layer_norm_fwd_kernel, values, num_warps
-        values = {"C": C, "HAS_DSUMMED": True, "HAS_BIAS": True, "NEED_PARAMS": True}
-        yield f"backward {C}", module._layer_norm_bwd_kernel, values | {"BLOCK": BLOCK}, num_warps
+        BLOCK, CHUNKS, num_warps = module.tiles(C)
+        values = {"C": C, "HAS_WEIGHT": True, "BLOCK": BLOCK, "CHUNKS": CHUNKS}
+        for centred, dropout in ((True, False), (True, True), (False, False)):
+            values |= {"CENTRED": centred, "HAS_BIAS": centred, "DROPOUT": dropout}
+            case, more = f"{C} {centred} {dropout}", {"HAS_RESIDUAL": True}
+            yield f"forward {case}", module._norm_fwd_kernel, values | more, num_warps
+            more = {"HAS_DSUMMED": True, "NEED_PARAMS": True}
+            yield f"backward {case}", module._norm_bwd_kernel, values | more, num_warps
+
+
+def dropout_cases():
+    """One kernel; the width is no constant of it."""
+    module = sys.modules["stellarator_kernels.dropout"]
+    yield "dropout", module._dropout_kernel, {"BLOCK": module._BLOCK}, 4
 
 
 def bias_gelu_cases():
@@ -95,7 +106,8 @@ def cross_entropy_cases():
 
 
 OPS = {
-    "layer_norm": layer_norm_cases,
+    "norms": norm_cases,
+    "dropout": dropout_cases,
     "bias_gelu": bias_gelu_cases,
     "rope": rope_cases,
     "bias_rope": bias_rope_cases,

@@ -126,6 +126,8 @@ def arguments(dtype, width=16):
         "rope": ((heads, heads), {"positions": ids[None], "theta": 1e4}),
         "bias_rope": ((x, x[0], ids, 1e4), {"num_heads": 2, "num_kv_heads": 1}),
         "layer_norm": ((x, x[0], x[0]), {"residual": x}),
+        "rms_norm": ((x, None), {"residual": x}),
+        "dropout": ((x, 0.5, (ids.int(), torch.zeros(width).int())), {}),
         "bias_gelu": ((), {"x": x, "bias": x[0]}),
         "cross_entropy": ((x, ids), {"z_loss": 0.1}),
         "linear": ((x, x), {"bias": x[:, 0]}),
