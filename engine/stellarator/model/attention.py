@@ -13,8 +13,15 @@ import torch
 
 from stellarator.config import ModelConfig
 from stellarator.model.cache import KVCache
+from stellarator.model.dropout import Masks
 from stellarator.model.layers import LayerNorm, Linear, fusible
-from stellarator_kernels import decode_attention, flash_attention, projected_attention, rope
+from stellarator_kernels import (
+    bias_rope,
+    decode_attention,
+    flash_attention,
+    projected_attention,
+    rope,
+)
 
 
 @dataclass(frozen=True)
@@ -25,6 +32,7 @@ class Context:
     rotation: tuple[torch.Tensor, torch.Tensor] | None  # cos and sin (N, D/2); None: no RoPE
     cu_seqlens: torch.Tensor | None = None  # (E+1,) int32: bounds of documents in N tokens
     cache: KVCache | None = None
+    masks: Masks | None = None  # None: nothing is dropped
 
 
 class Attention(torch.nn.Module):
@@ -44,14 +52,18 @@ class Attention(torch.nn.Module):
     def forward(
         self, norm: LayerNorm, branch, residual, context: Context, layer: int
     ) -> tuple[torch.Tensor, torch.Tensor]:
+        dropout = context.masks and context.masks.residual(2 * layer)
         if fusible(norm, self.qkv):
-            qkv, residual = norm.into(self.qkv.weight, self.qkv.bias, branch, residual)
+            product = (self.qkv.weight, self.qkv.bias)
+            qkv, residual = norm.into(*product, branch, residual, dropout)
         else:
-            y, residual = norm(branch, residual)
+            y, residual = norm(branch, residual, dropout)
             qkv = self.qkv(y)
         config, shape = self.config, qkv.shape[:2]
         if context.cache is not None:
             y = self._attend_cached(qkv, context, layer)
+        elif context.masks is not None and config.attention_dropout:
+            y = self._attend_dropping(qkv, context, layer)
         else:
             y = projected_attention(
                 qkv,
@@ -63,6 +75,25 @@ class Attention(torch.nn.Module):
                 impl=self.kernels,
             )
         return self.out(y.reshape(*shape, config.num_heads * config.head_width)), residual
+
+    def _attend_dropping(self, qkv, context: Context, layer: int):
+        """Attention with dropout of its weights."""
+        config, documents = self.config, context.cu_seqlens
+        rotated = context.rotation is not None
+        # It has fewer implementations than attention.
+        impl = self.kernels if self.kernels in ("triton", "reference") else "auto"
+        parts = bias_rope(
+            *(qkv, None, context.positions if rotated else None, None),
+            *(config.num_heads, config.num_kv_heads),
+            table=context.rotation,
+            impl=impl,
+        )
+        if documents is not None:
+            parts = [part.flatten(0, 1) for part in parts]
+        options = context.masks.attention(layer, documents is not None)
+        return flash_attention(
+            *parts, window=config.window, cu_seqlens=documents, impl=self.kernels, **options
+        )
 
     def _attend_cached(self, qkv, context: Context, layer: int):
         """Attention to everything in the cache, which takes the new keys and values first."""

@@ -23,11 +23,13 @@ class Mlp(torch.nn.Module):
         self.up = Linear(config.width, config.ffn_width, device=device, dtype=dtype)
         self.down = Linear(config.ffn_width, config.width, device=device, dtype=dtype)
 
-    def forward(self, norm: LayerNorm, branch, residual) -> tuple[torch.Tensor, torch.Tensor]:
+    def forward(
+        self, norm: LayerNorm, branch, residual, dropout: dict | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         up, down = self.up, self.down
         options = {"approximate": self.approximate, "impl": self.kernels}
         if fusible(norm, up, down):
-            h, residual = norm.into(up.weight, None, branch, residual)
+            h, residual = norm.into(up.weight, None, branch, residual, dropout)
             return bias_gelu_linear(h, up.bias, down.weight, down.bias, **options), residual
-        y, residual = norm(branch, residual)
+        y, residual = norm(branch, residual, dropout)
         return down(bias_gelu(up(y), None, **options)), residual

@@ -26,8 +26,10 @@ from torch.utils.checkpoint import (
 from stellarator.config import ModelConfig
 from stellarator.model.attention import Attention, Context
 from stellarator.model.cache import KVCache
+from stellarator.model.dropout import Dropout, Masks
 from stellarator.model.layers import LayerNorm, parameter
 from stellarator.model.mlp import Mlp
+from stellarator_kernels import dropout as drop
 from stellarator_kernels import embedding, linear_cross_entropy
 from stellarator_kernels.checks import expect, expect_dtype, expect_shape
 from stellarator_kernels.rope import rope_table
@@ -58,7 +60,8 @@ class Layer(torch.nn.Module):
 
     def forward(self, branch, residual, context: Context, index: int):
         branch, residual = self.attention(self.attention_norm, branch, residual, context, index)
-        return self.mlp(self.mlp_norm, branch, residual)
+        dropout = context.masks and context.masks.residual(2 * index + 1)
+        return self.mlp(self.mlp_norm, branch, residual, dropout)
 
 
 class Embedding(torch.nn.Module):
@@ -86,7 +89,7 @@ class Transformer(torch.nn.Module):
     """A decoder whose weights are not set yet: `build_model` and `load_pretrained` set them.
 
     Args:
-        config: its shape. Dropout rates are carried for export and are not applied.
+        config: its shape. Dropout rates are applied where `forward` is given a `Dropout`.
         kernels: `impl` of every op.
         recompute: what the backward pass computes again instead of keeping, beside norms and
             gelu. "none"; "selective": RoPE and the MLP's first product, whose result is the widest
@@ -133,6 +136,7 @@ class Transformer(torch.nn.Module):
         cu_seqlens: torch.Tensor | None = None,
         reduction: str = "mean",
         cache: KVCache | None = None,
+        dropout: Dropout | None = None,
     ) -> torch.Tensor:
         """Logits, or with targets the loss.
 
@@ -144,6 +148,7 @@ class Transformer(torch.nn.Module):
                 stays within a document. None: a row is one document.
             reduction: of the losses: "mean" over the targets, "sum", or "none".
             cache: takes the keys and values of these tokens, which see all that it holds.
+            dropout: what to drop, at the rates of the configuration; None: nothing.
         Returns:
             without targets (B, T, V) fp32 (fp64 in a float64 model); with targets a scalar in nats
             of that dtype, or (B, T) for reduction="none", 0 where the target is -100.
@@ -151,8 +156,8 @@ class Transformer(torch.nn.Module):
             ValueError: shapes or dtypes disagree, or learned positions are fewer than T.
         """
         if targets is None:
-            states = self.hidden(tokens, positions=positions, cu_seqlens=cu_seqlens, cache=cache)
-            return self.logits(states)
+            options = {"cu_seqlens": cu_seqlens, "cache": cache, "dropout": dropout}
+            return self.logits(self.hidden(tokens, positions=positions, **options))
         todo = "Shift the tokens by one, keep the shape"
         expect_shape("model", "targets", targets, "(B, T)", tuple(tokens.shape), todo)
         expect_dtype("model", "targets", targets, (torch.int64,), "Pass targets.long()")
@@ -160,7 +165,8 @@ class Transformer(torch.nn.Module):
                "Pass one of them")  # fmt: skip
         expect(cache is None, "model", "no cache with targets", "both",
                "Compute the loss in one pass")  # fmt: skip
-        states = self.hidden(tokens, positions=positions, cu_seqlens=cu_seqlens)
+        options = {"positions": positions, "cu_seqlens": cu_seqlens, "dropout": dropout}
+        states = self.hidden(tokens, **options)
         loss = linear_cross_entropy(
             states.flatten(0, 1),
             self.head_weight,
@@ -177,6 +183,7 @@ class Transformer(torch.nn.Module):
         positions: torch.Tensor | None = None,
         cu_seqlens: torch.Tensor | None = None,
         cache: KVCache | None = None,
+        dropout: Dropout | None = None,
     ) -> torch.Tensor:
         """The states (B, T, C) after the final norm; arguments as in `forward`."""
         positions = self._check_inputs(tokens, positions, cu_seqlens, cache)
@@ -186,13 +193,19 @@ class Transformer(torch.nn.Module):
             x = x + self.position_embedding(positions)
         else:
             rotation = rope_table(positions, self.config.head_width, self.config.rope_theta)
-        context = Context(positions, rotation, cu_seqlens, cache)
+        masks = None
+        if dropout is not None:
+            expect(cache is None, "model", "no dropout with a cache", "both", "Generate without")
+            masks = Masks(dropout, self.config, tuple(tokens.shape), x.device)
+            x = drop(x, **masks.embedding(), impl=self.embedding.kernels)
+        context = Context(positions, rotation, cu_seqlens, cache, masks)
         branch, residual = None, x
         for index, layer in enumerate(self.layers):
             branch, residual = self._run_layer(layer, branch, residual, context, index)
         if cache is not None:
             cache.advance(tokens.shape[1])
-        return self.final_norm(branch, residual)[0]
+        last = masks and masks.residual(2 * self.config.num_layers)
+        return self.final_norm(branch, residual, last)[0]
 
     def logits(self, states: torch.Tensor) -> torch.Tensor:
         """(..., C) -> (..., V) in fp32, or fp64 for float64 states."""
@@ -206,7 +219,7 @@ class Transformer(torch.nn.Module):
         options = {}
         if self.recompute == "selective":
             options["context_fn"] = partial(create_selective_checkpoint_contexts, _selective_policy)
-        # Nothing in a layer is random, so there is no random state to keep.
+        # Masks of dropout are functions of their keys, so there is no random state to keep.
         return checkpoint(
             *(layer, branch, residual, context, index),
             use_reentrant=False,

@@ -28,6 +28,7 @@ from stellarator.data.shards import Shard, check_tokenizer
 from stellarator.data.tokenizer import Tokenizer
 from stellarator.files import replace_text
 from stellarator.model import Transformer, build_model, load_pretrained
+from stellarator.model.dropout import Dropout
 from stellarator.parallel import mesh as meshes
 from stellarator.progress import show
 from stellarator.train import checkpoint, flops, kernels, memory, metrics, resume
@@ -326,7 +327,8 @@ class Trainer:
         for batch in micro_batches:
             totals[1] += batch.num_targets
             totals[2] += flops.batch_flops(config.model, batch.cu_seqlens.diff().tolist())
-            loss = self._loss_sum(batch.to(mesh.device, non_blocking=True))
+            drop = Dropout(config.train.seed, batch.first_row) if self.dropping else None
+            loss = self._loss_sum(batch.to(mesh.device, non_blocking=True), drop)
             clock.mark("forward")
             loss.backward()
             totals[0] += loss.detach()
@@ -364,14 +366,22 @@ class Trainer:
             skipped=not update,
         )
 
-    def _loss_sum(self, batch: Batch) -> torch.Tensor:
-        """Sum of the token losses of one micro-batch."""
+    @property
+    def dropping(self) -> bool:
+        """Whether any rate of dropout is above 0."""
+        model = self.config.model
+        rates = (model.residual_dropout, model.embedding_dropout, model.attention_dropout)
+        return any(rates)
+
+    def _loss_sum(self, batch: Batch, dropout: Dropout | None = None) -> torch.Tensor:
+        """Sum of the token losses of one micro-batch; an evaluation gives no dropout."""
         return self.model(
             batch.tokens,
             batch.targets,
             positions=batch.positions,
             cu_seqlens=batch.cu_seqlens,
             reduction="sum",
+            dropout=dropout,
         )
 
     def _may_update(self, step: int, loss: float, norm: float) -> bool:
