@@ -39,8 +39,9 @@ _FP32 = {
 _OTHERS = {
     "targets_ptr": "*i64", "bounds_ptr": "*i32", "row_key_ptr": "*i32", "column_key_ptr": "*i32",
     "turn_ptr": "*i32",
-    "lengths_ptr": "*i64",
-    "sums_ptr": "*fp64", "x_ptr:norm": "*fp32",
+    "lengths_ptr": "*i64", "ids_ptr": "*i64", "positions_ptr": "*i64", "order_ptr": "*i64",
+    "starts_ptr": "*i64", "ends_ptr": "*i64",
+    "sums_ptr:norm": "*fp64", "x_ptr:norm": "*fp32",
 }  # fmt: skip
 _FLOAT_NUMBERS = {
     "eps", "z_loss", "scale", "decay", "step_size", "root_correction", "beta1_rest", "beta2",
@@ -104,12 +105,28 @@ def builds(capability: tuple[int, int]) -> Iterator[Build]:
     yield Build("cross_entropy backward", "", losses._cross_entropy_bwd_kernel, values, launch)
     dropout = _module("dropout")
     yield Build("dropout", "", dropout._dropout_kernel, {"BLOCK": dropout._BLOCK}, {})
+    yield from _embedding()
     adamw, norm = _module("adamw"), _module("grad_norm")
     values = {"HAS_MASTER": True, "HAS_CLIP": True, "HAS_FACTORS": True, "BLOCK": adamw._BLOCK}
     yield Build("adamw_", "bf16, master, clip", adamw._adamw_kernel, values, {})
     values = {"BLOCK": norm._BLOCK, "BLOCKS": norm._BLOCKS_PER_PROGRAM}
     yield Build("grad_norm squares", "fp32", norm._squares_kernel, values, {})
     yield Build("grad_norm root", "", norm._root_kernel, {"BLOCK": norm._BLOCK}, {})
+
+
+def _embedding() -> Iterator[Build]:
+    """With learned positions; the backward into an fp32 buffer and into bf16."""
+    module = _module("embedding")
+    values = {"HAS_POSITIONS": True, "BLOCK": module._BLOCK}
+    yield Build("embedding forward", "positions", module._embedding_fwd_kernel, values, {})
+    for add in (False, True):
+        case, types = ("fp32 buffer", {"sums_ptr": "*fp32"}) if add else ("bf16", {})
+        values = {"ADD": add, "UNIT": module._UNIT, "BLOCK": module._SUM_BLOCK}
+        units = values | {"ROWS": module._ROWS}
+        kernel = module._embedding_units_kernel
+        yield Build("embedding backward units", case, kernel, units, {}, types)
+        kernel = module._embedding_parts_kernel
+        yield Build("embedding backward parts", case, kernel, values, {}, types)
 
 
 def _per_token(model: str, shape: shapes.Shape) -> Iterator[Build]:

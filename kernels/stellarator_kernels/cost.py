@@ -50,9 +50,15 @@ def flash_attention(pairs: int, N_q: int, N_k: int, H: int, G: int, D: int, item
     )
 
 
-def embedding(N: int, V: int, C: int, itemsize: int) -> Cost:
-    """N rows of C are read and written; back, they are read and added into (V, C) in fp32."""
-    return Cost(0, N * C, 2 * N * C * itemsize, N * C * itemsize + 8 * N * C + V * C * itemsize)
+def embedding(N: int, V: int, C: int, itemsize: int, *, P: int = 0) -> Cost:
+    """N rows of C are read and written; back, they are read and added into (V, C) in fp32.
+
+    With P learned positions their rows are read too; back, the N rows are read once more.
+    """
+    backward = N * C * itemsize + 8 * N * C + (V + P) * C * itemsize
+    rows = 3 if P else 2
+    backward += (rows - 2) * N * C * itemsize
+    return Cost(0, (rows - 1) * N * C, rows * N * C * itemsize, backward)
 
 
 def linear(N: int, K: int, M: int, itemsize: int) -> Cost:

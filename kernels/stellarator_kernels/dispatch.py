@@ -26,7 +26,7 @@ IMPLEMENTATIONS = ("triton", "cpu", "torch", "reference")
 _OPS = {
     "flash_attention": ("triton", "cpu", "torch", "reference"),
     "decode_attention": ("triton", "torch", "reference"),
-    "embedding": ("torch", "reference"),
+    "embedding": ("triton", "torch", "reference"),
     "rope": ("triton", "cpu", "torch", "reference"),
     "bias_rope": ("triton", "torch", "reference"),
     "layer_norm": ("triton", "cpu", "torch", "reference"),

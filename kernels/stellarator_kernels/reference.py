@@ -107,6 +107,14 @@ def decode_attention_ref(q, k_cache, v_cache, lengths, window, scale):
     return torch.cat(rows) if rows else torch.empty_like(q)
 
 
+def embedding_ref(ids, weight, positions=None, position_weight=None):
+    """weight[ids] + position_weight[positions], rounded once."""
+    if positions is None:
+        return weight[ids]
+    dtype = compute_dtype(weight)
+    return (weight[ids].to(dtype) + position_weight[positions].to(dtype)).to(weight.dtype)
+
+
 def embedding_backward_ref(dy, ids, num_rows):
     """dweight (num_rows, C): row v is the sum of dy[i] over all i with ids[i] = v."""
     dtype = compute_dtype(dy)

@@ -25,7 +25,10 @@ TEXTS = ("ttir", "ptx")
 SCALAR_LOAD = re.compile(r"tt\.load .* : !tt\.ptr<bf16>")
 FP32_POINTERS = {
     "mean_ptr", "rstd_ptr", "dweight_ptr", "dbias_ptr", "cos_ptr", "sin_ptr",
-    "dloss_ptr", "loss_ptr", "lse_ptr",
+    "dloss_ptr", "loss_ptr", "lse_ptr", "part_ptr",
+}  # fmt: skip
+INT64_POINTERS = {
+    "targets_ptr", "ids_ptr", "positions_ptr", "order_ptr", "starts_ptr", "ends_ptr",
 }  # fmt: skip
 
 
@@ -36,7 +39,7 @@ def type_of(name: str) -> str:
     if name.endswith("_key_ptr"):
         return "*i32"
     if name.endswith("_ptr"):
-        return "*i64" if name == "targets_ptr" else "*bf16"
+        return "*i64" if name in INT64_POINTERS else "*bf16"
     if name in ("eps", "z_loss", "keep_scale"):
         return "fp32"
     return "i64" if "stride" in name else "i32"
@@ -95,6 +98,18 @@ def bias_rope_cases():
             yield f"backward {D} {rotated}", module._bias_rope_bwd_kernel, backward, num_warps
 
 
+def embedding_cases():
+    """With learned positions; the backward into an fp32 buffer and into bf16."""
+    module = sys.modules["stellarator_kernels.embedding"]
+    values = {"HAS_POSITIONS": True, "BLOCK": module._BLOCK}
+    yield "forward", module._embedding_fwd_kernel, values, 4
+    for add in (False, True):
+        values = {"ADD": add, "UNIT": module._UNIT, "BLOCK": module._SUM_BLOCK}
+        units = values | {"ROWS": module._ROWS}
+        yield f"units {add}", module._embedding_units_kernel, units, 4
+        yield f"parts {add}", module._embedding_parts_kernel, values, 4
+
+
 def cross_entropy_cases():
     """Forward, forward with the gradient in place (linear_cross_entropy), backward."""
     module = sys.modules["stellarator_kernels.cross_entropy"]
@@ -108,6 +123,7 @@ def cross_entropy_cases():
 OPS = {
     "norms": norm_cases,
     "dropout": dropout_cases,
+    "embedding": embedding_cases,
     "bias_gelu": bias_gelu_cases,
     "rope": rope_cases,
     "bias_rope": bias_rope_cases,

@@ -70,11 +70,11 @@ class Embedding(torch.nn.Module):
     def __init__(self, rows: int, width: int, kernels: str, *, device, dtype):
         super().__init__()
         # Other ops have implementations that this one lacks.
-        self.kernels = "reference" if kernels == "reference" else "auto"
+        self.kernels = kernels if kernels in ("triton", "reference") else "auto"
         self.weight = parameter(rows, width, device=device, dtype=dtype)
 
-    def forward(self, ids: torch.Tensor) -> torch.Tensor:
-        return embedding(ids, self.weight, impl=self.kernels)
+    def forward(self, ids: torch.Tensor, **positions: torch.Tensor) -> torch.Tensor:
+        return embedding(ids, self.weight, **positions, impl=self.kernels)
 
 
 class Head(torch.nn.Module):
@@ -187,13 +187,13 @@ class Transformer(torch.nn.Module):
     ) -> torch.Tensor:
         """The states (B, T, C) after the final norm; arguments as in `forward`."""
         positions = self._check_inputs(tokens, positions, cu_seqlens, cache)
-        x = self.embedding(tokens)
-        rotation = None
+        rotation, learned = None, {}
         if self.config.positions == "learned":
-            x = x + self.position_embedding(positions)
+            table = self.position_embedding.weight
+            learned = {"positions": positions, "position_weight": table}
         else:
             rotation = rope_table(positions, self.config.head_width, self.config.rope_theta)
-        masks = None
+        x, masks = self.embedding(tokens, **learned), None
         if dropout is not None:
             expect(cache is None, "model", "no dropout with a cache", "both", "Generate without")
             masks = Masks(dropout, self.config, tuple(tokens.shape), x.device)
