@@ -40,8 +40,10 @@ _FP32 = {
 _OTHERS = {
     "targets_ptr": "*i64", "bounds_ptr": "*i32", "row_key_ptr": "*i32", "column_key_ptr": "*i32",
     "turn_ptr": "*i32",
-    "lengths_ptr": "*i64", "key_ptr": "*i64", "first_index": "i64", "remainder_ptr": "*i16",
-    "sums_ptr": "*fp64", "x_ptr:norm": "*fp32",
+    "lengths_ptr": "*i64", "ids_ptr": "*i64", "positions_ptr": "*i64", "order_ptr": "*i64",
+    "starts_ptr": "*i64", "ends_ptr": "*i64",
+    "key_ptr": "*i64", "first_index": "i64", "remainder_ptr": "*i16",
+    "sums_ptr:norm": "*fp64", "x_ptr:norm": "*fp32",
 }  # fmt: skip
 _FLOAT_NUMBERS = {
     "eps", "z_loss", "scale", "decay", "step_size", "root_correction", "beta1_rest", "beta2",
@@ -107,6 +109,9 @@ def builds(capability: tuple[int, int]) -> Iterator[Build]:
     shard = _module("cross_entropy_shard")
     values = values | {"IGNORED": shard.IGNORED, "NO_CLASS": shard.NO_CLASS}
     yield Build("cross_entropy statistics", "", shard._statistics_kernel, values, launch)
+    dropout = _module("dropout")
+    yield Build("dropout", "", dropout._dropout_kernel, {"BLOCK": dropout._BLOCK}, {})
+    yield from _embedding()
     adamw, norm = _module("adamw"), _module("grad_norm")
     yield from _adamw(adamw)
     values = {"BLOCK": norm._BLOCK, "BLOCKS": norm._BLOCKS_PER_PROGRAM}
@@ -136,15 +141,25 @@ def _adamw(module) -> Iterator[Build]:
         yield Build(name, case, module._adamw_kernel, values, launch, types)
 
 
+def _embedding() -> Iterator[Build]:
+    """With learned positions; the backward into an fp32 buffer and into bf16."""
+    module = _module("embedding")
+    values = {"HAS_POSITIONS": True, "BLOCK": module._BLOCK}
+    yield Build("embedding forward", "positions", module._embedding_fwd_kernel, values, {})
+    for add in (False, True):
+        case, types = ("fp32 buffer", {"sums_ptr": "*fp32"}) if add else ("bf16", {})
+        values = {"ADD": add, "UNIT": module._UNIT, "BLOCK": module._SUM_BLOCK}
+        units = values | {"ROWS": module._ROWS}
+        kernel = module._embedding_units_kernel
+        yield Build("embedding backward units", case, kernel, units, {}, types)
+        kernel = module._embedding_parts_kernel
+        yield Build("embedding backward parts", case, kernel, values, {}, types)
+
+
 def _per_token(model: str, shape: shapes.Shape) -> Iterator[Build]:
-    """layer_norm, bias_gelu, swiglu, rope at the widths of a model, with everything switched on."""
-    norm, gelu, rope = _module("layer_norm"), _module("bias_gelu"), _module("rope")
-    BLOCK, num_warps = norm.tiles(shape.C)
-    values, launch = {"C": shape.C, "HAS_BIAS": True, "BLOCK": BLOCK}, {"num_warps": num_warps}
-    forward, backward = norm._layer_norm_fwd_kernel, norm._layer_norm_bwd_kernel
-    yield Build("layer_norm forward", model, forward, values | {"HAS_RESIDUAL": True}, launch)
-    extra = {"HAS_DSUMMED": True, "NEED_PARAMS": True}
-    yield Build("layer_norm backward", model, backward, values | extra, launch)
+    """Norms, bias_gelu and RoPE at the widths of a model, with everything switched on."""
+    gelu, rope = _module("bias_gelu"), _module("rope")
+    yield from _norms(model, shape.C)
     BLOCK_N, BLOCK_C, num_warps = gelu.tiles(shape.F)
     values = {"HAS_BIAS": True, "TANH": True, "BLOCK_N": BLOCK_N, "BLOCK_C": BLOCK_C}
     launch = {"num_warps": num_warps}
@@ -157,6 +172,39 @@ def _per_token(model: str, shape: shapes.Shape) -> Iterator[Build]:
     BLOCK_H, BLOCK_D, num_warps = rope.tiles(shape.H, shape.D)
     values = {"D": shape.D, "CONJUGATE": True, "BLOCK_H": BLOCK_H, "BLOCK_D": BLOCK_D}
     yield Build("rope", model, rope._rope_kernel, values, {"num_warps": num_warps})
+    yield from _bias_rope(model, shape)
+
+
+def _norms(model: str, C: int) -> Iterator[Build]:
+    """layer_norm and rms_norm, and the former with dropout."""
+    norm = _module("norm_kernels")
+    BLOCK, CHUNKS, num_warps = norm.tiles(C)
+    values = {"C": C, "BLOCK": BLOCK, "CHUNKS": CHUNKS, "HAS_WEIGHT": True}
+    phases = (
+        ("forward", norm._norm_fwd_kernel, {"HAS_RESIDUAL": True}),
+        ("backward", norm._norm_bwd_kernel, {"HAS_DSUMMED": True, "NEED_PARAMS": True}),
+    )
+    for op, dropout in (("layer_norm", False), ("layer_norm", True), ("rms_norm", False)):
+        centred = op == "layer_norm"
+        options = {"CENTRED": centred, "HAS_BIAS": centred, "DROPOUT": dropout}
+        case = f"{model}, dropout" if dropout else model
+        for phase, kernel, more in phases:
+            launch = {"num_warps": num_warps}
+            yield Build(f"{op} {phase}", case, kernel, values | options | more, launch)
+
+
+def _bias_rope(model: str, shape: shapes.Shape) -> Iterator[Build]:
+    """Forward and backward with the bias."""
+    module = _module("bias_rope")
+    BLOCK_T, BLOCK_H, BLOCK_D, num_warps = module.tiles(shape.D)
+    values = {"D": shape.D, "ROTATED": True}
+    values |= {"BLOCK_T": BLOCK_T, "BLOCK_H": BLOCK_H, "BLOCK_D": BLOCK_D}
+    for phase, kernel, bias in (
+        ("forward", module._bias_rope_fwd_kernel, {"HAS_BIAS": True}),
+        ("backward", module._bias_rope_bwd_kernel, {"NEED_BIAS": True}),
+    ):
+        launch = {"num_warps": num_warps}
+        yield Build(f"bias_rope {phase}", model, kernel, values | bias, launch)
 
 
 def _attention(capability: tuple[int, int]) -> Iterator[Build]:

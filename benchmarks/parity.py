@@ -41,8 +41,10 @@ _BASE = ModelConfig(
     vocab_size=419, num_layers=8, width=32, num_heads=4, num_kv_heads=2, ffn_width=64,
     max_positions=256, window=24,
 )  # fmt: skip
+_DROPOUT = {f"{name}_dropout": 0.1 for name in ("residual", "embedding", "attention")}
 MODELS = {
     "starcoder2": _BASE,
+    "starcoder2 dropout": dataclasses.replace(_BASE, **_DROPOUT),
     "starcoder2 untied": dataclasses.replace(_BASE, tie_embeddings=False),
     "starcoder": dataclasses.replace(
         _BASE, family="gpt_bigcode", positions="learned", num_kv_heads=1, window=None
@@ -81,7 +83,7 @@ def _cases() -> list[Case]:
     def add(model: str, dp: int = 1, **parallel) -> None:
         found.append(Case(model, ParallelConfig(**parallel), dp))
 
-    two, untied, one = MODELS
+    two, dropping, untied, one = MODELS
     for dp in (2, 4):
         add(two, dp)
     for tp in (2, 4):
@@ -97,6 +99,9 @@ def _cases() -> list[Case]:
     add(two, tp=2, sp=True, pp=2, schedule="zb_h1")
     add(two, 2, tp=2, sp=True, pp=2)
     add(two, 2, tp=2, pp=2, schedule="zb_v", stages_per_rank=2)
+    add(dropping, 2, tp=2, sp=True)
+    add(dropping, tp=2, pp=2)
+    add(dropping, pp=2, schedule="zb_v", stages_per_rank=2)
     add(untied, tp=4, sp=True)
     add(untied, pp=2, schedule="zb_v", stages_per_rank=2)
     add(untied, 2, tp=2, pp=2, schedule="interleaved", stages_per_rank=2)

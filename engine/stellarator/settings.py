@@ -279,11 +279,9 @@ def _check_model(config: RunConfig) -> list[str]:
     problems += _finite("model.norm_eps", model.norm_eps, above=0)
     problems += _finite("model.init_std", model.init_std)
     for name in ("residual_dropout", "embedding_dropout", "attention_dropout"):
-        if getattr(model, name) != 0.0:
-            problems.append(
-                f"model.{name}: expected 0.0, got {getattr(model, name)}: this version trains "
-                f"without dropout. Pass model.{name}=0.0"
-            )
+        rate = getattr(model, name)
+        if not 0.0 <= rate < 1.0:
+            problems.append(f"model.{name}: expected a rate in [0, 1), got {rate}")
     return problems
 
 

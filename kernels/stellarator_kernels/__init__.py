@@ -2,8 +2,8 @@
 
 defines:
     attention    flash_attention, decode_attention, projected_attention
-    positions    rope
-    layers       embedding, layer_norm, bias_gelu, swiglu
+    positions    rope, bias_rope
+    layers       embedding, layer_norm, rms_norm, dropout, bias_gelu, swiglu
     products     linear, layer_norm_linear, bias_gelu_linear, mlp, add_weight_gradient_
     losses       cross_entropy, linear_cross_entropy
     of a shard   cross_entropy_statistics, cross_entropy_of_statistics, cross_entropy_gradient_,
@@ -23,6 +23,7 @@ from stellarator_kernels.attention import (
     projected_attention,
 )
 from stellarator_kernels.bias_gelu import bias_gelu
+from stellarator_kernels.bias_rope import bias_rope
 from stellarator_kernels.cross_entropy import cross_entropy
 from stellarator_kernels.cross_entropy_shard import (
     cross_entropy_gradient_,
@@ -30,6 +31,7 @@ from stellarator_kernels.cross_entropy_shard import (
     cross_entropy_statistics,
 )
 from stellarator_kernels.dispatch import available, explain
+from stellarator_kernels.dropout import dropout
 from stellarator_kernels.embedding import embedding
 from stellarator_kernels.grad_norm import grad_norm
 from stellarator_kernels.layer_norm import layer_norm
@@ -40,6 +42,7 @@ from stellarator_kernels.linear_cross_entropy_shard import (
     linear_cross_entropy_statistics,
 )
 from stellarator_kernels.mlp import mlp
+from stellarator_kernels.rms_norm import rms_norm
 from stellarator_kernels.rope import rope
 from stellarator_kernels.swiglu import swiglu
 from stellarator_kernels.weight_gradient import add_weight_gradient_
@@ -50,11 +53,13 @@ __all__ = [
     "available",
     "bias_gelu",
     "bias_gelu_linear",
+    "bias_rope",
     "cross_entropy",
     "cross_entropy_gradient_",
     "cross_entropy_of_statistics",
     "cross_entropy_statistics",
     "decode_attention",
+    "dropout",
     "embedding",
     "explain",
     "flash_attention",
@@ -67,6 +72,7 @@ __all__ = [
     "linear_cross_entropy_statistics",
     "mlp",
     "projected_attention",
+    "rms_norm",
     "rope",
     "swiglu",
 ]

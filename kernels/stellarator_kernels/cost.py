@@ -3,8 +3,9 @@
 Docstrings, benchmarks and the MFU figure of a run all use these functions.
 A multiply-add counts as two operations. Bytes are what must cross memory once; caches are ignored.
 
-defines: Cost, visible_pairs, flash_attention, embedding, rope, layer_norm, bias_gelu,
-    linear, mlp, add_weight_gradient, swiglu, cross_entropy, linear_cross_entropy, adamw, grad_norm
+defines: Cost, visible_pairs, flash_attention, embedding, rope, bias_rope, layer_norm, rms_norm,
+    dropout, bias_gelu, linear, mlp, add_weight_gradient, swiglu, cross_entropy,
+    linear_cross_entropy, adamw, grad_norm
 """
 
 from dataclasses import astuple, dataclass
@@ -50,9 +51,15 @@ def flash_attention(pairs: int, N_q: int, N_k: int, H: int, G: int, D: int, item
     )
 
 
-def embedding(N: int, V: int, C: int, itemsize: int) -> Cost:
-    """N rows of C are read and written; back, they are read and added into (V, C) in fp32."""
-    return Cost(0, N * C, 2 * N * C * itemsize, N * C * itemsize + 8 * N * C + V * C * itemsize)
+def embedding(N: int, V: int, C: int, itemsize: int, *, P: int = 0) -> Cost:
+    """N rows of C are read and written; back, they are read and added into (V, C) in fp32.
+
+    With P learned positions their rows are read too; back, the N rows are read once more.
+    """
+    backward = N * C * itemsize + 8 * N * C + (V + P) * C * itemsize
+    rows = 3 if P else 2
+    backward += (rows - 2) * N * C * itemsize
+    return Cost(0, (rows - 1) * N * C, rows * N * C * itemsize, backward)
 
 
 def linear(N: int, K: int, M: int, itemsize: int) -> Cost:
@@ -68,6 +75,17 @@ def rope(M: int, H: int, G: int, D: int, itemsize: int) -> Cost:
     return Cost(flops, flops, size, size)
 
 
+def bias_rope(M: int, H: int, G: int, D: int, itemsize: int, *, rotated: bool = True) -> Cost:
+    """M tokens: the projection is read, q, k and v are written; with RoPE the fp32 table is read.
+
+    The bias, one row, is left out.
+    """
+    turns = 3 * M * (H + G) * D if rotated else 0
+    flops = M * (H + 2 * G) * D + turns
+    size = 2 * M * (H + 2 * G) * D * itemsize + (4 * M * D if rotated else 0)
+    return Cost(flops, flops, size, size)
+
+
 def layer_norm(N: int, C: int, itemsize: int, *, residual: bool = False) -> Cost:
     """N rows of C: x (and residual) to y (and summed); back dy, summed (and dsummed) to dx.
 
@@ -77,6 +95,17 @@ def layer_norm(N: int, C: int, itemsize: int, *, residual: bool = False) -> Cost
     forward, backward = (4, 4) if residual else (2, 3)
     flops = N * C
     return Cost(8 * flops, 14 * flops, forward * tensor, backward * tensor)
+
+
+def rms_norm(N: int, C: int, itemsize: int, *, residual: bool = False) -> Cost:
+    """The same tensors as of `layer_norm`; without the mean fewer operations."""
+    moved = layer_norm(N, C, itemsize, residual=residual)
+    return Cost(5 * N * C, 10 * N * C, moved.forward_bytes, moved.backward_bytes)
+
+
+def dropout(N: int, C: int, itemsize: int) -> Cost:
+    """N rows of C are read and written, back too; the keys are left out."""
+    return Cost(N * C, N * C, 2 * N * C * itemsize, 2 * N * C * itemsize)
 
 
 def bias_gelu(N: int, F: int, itemsize: int) -> Cost:

@@ -27,9 +27,12 @@ IMPLEMENTATIONS = ("triton", "cpu", "torch", "reference")
 _OPS = {
     "flash_attention": ("triton", "cpu", "torch", "reference"),
     "decode_attention": ("triton", "torch", "reference"),
-    "embedding": ("torch", "reference"),
+    "embedding": ("triton", "torch", "reference"),
     "rope": ("triton", "cpu", "torch", "reference"),
+    "bias_rope": ("triton", "torch", "reference"),
     "layer_norm": ("triton", "cpu", "torch", "reference"),
+    "rms_norm": ("triton", "reference"),
+    "dropout": ("triton", "reference"),
     "bias_gelu": ("triton", "cpu", "torch", "reference"),
     "cross_entropy": ("triton", "cpu", "torch", "reference"),
     "cross_entropy_statistics": ("triton", "torch", "reference"),
@@ -48,7 +51,10 @@ _DECIDING = {
     "decode_attention": "q",
     "embedding": "weight",
     "rope": "q",
+    "bias_rope": "qkv",
     "layer_norm": "x",
+    "rms_norm": "x",
+    "dropout": "x",
     "bias_gelu": "x",
     "cross_entropy": "logits",
     "cross_entropy_statistics": "logits",
@@ -68,7 +74,7 @@ _PAIRS = {
     "projected_attention": ("qkv", ("rope", "flash_attention")),
 }
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32)
-_MAX_WIDTH = 8192  # of layer_norm, whose backward holds a row in registers
+_MAX_WIDTH = 8192  # of the norms, whose backward holds a row in registers
 
 
 def _limits_of_attention(q: torch.Tensor, options: dict) -> dict[str, str]:
@@ -88,7 +94,10 @@ def _limits_of_layer_norm(x: torch.Tensor, options: dict) -> dict[str, str]:
     """Rows that fit the registers of one program."""
     C = x.shape[-1] if x.dim() else 0
     reason = f"the kernels take rows of at most {_MAX_WIDTH} elements, not {C}"
-    return {"triton": reason, "cpu": reason} if C > _MAX_WIDTH else {}
+    limits = {"triton": reason, "cpu": reason} if C > _MAX_WIDTH else {}
+    if options.get("dropout_p", 0.0):
+        limits["cpu"] = "dropout is in triton, in torch and in the reference only"
+    return limits
 
 
 def _limits_of_linear(x: torch.Tensor, options: dict) -> dict[str, str]:
@@ -131,6 +140,7 @@ _LIMITS = {
     "flash_attention": _limits_of_attention,
     "decode_attention": _limits_of_attention,
     "layer_norm": _limits_of_layer_norm,
+    "rms_norm": _limits_of_layer_norm,
     "linear": _limits_of_linear,
     "adamw_": _limits_of_adamw,
     "mlp": _limits_of_mlp,

@@ -1,7 +1,7 @@
 """Random bits as a function of a seed and of where an element is in the whole, and of nothing else.
 
-defines: element_keys, kept, kept_block, threshold, counter_base, counter_key, counter_bits,
-counter_block
+defines: derived, element_keys, matrix_keys, kept, factors, kept_elements, kept_block, threshold,
+counter_base, counter_key, counter_bits, counter_block
 
 A mask of dropout must not depend on how a run is laid out, nor be kept for the backward: both ask
 for the bits of single elements. An element of a matrix has the key of its row xor that of its
@@ -39,6 +39,14 @@ def _mix(x: torch.Tensor) -> torch.Tensor:
     return x ^ ((x >> 31) & ((1 << 33) - 1))
 
 
+def derived(seed: int, *numbers: int) -> int:
+    """A seed of its own for each tuple of numbers, 64 bits."""
+    key = torch.tensor(_signed(seed % (1 << 64)))
+    for number in numbers:
+        key = _mix(key + number)
+    return int(key)
+
+
 def element_keys(
     seed: int | torch.Tensor, stream: int, starts: tuple[int, ...], sizes: tuple[int, ...], device
 ) -> torch.Tensor:
@@ -61,6 +69,22 @@ def element_keys(
     return (key >> 32).to(torch.int32).expand(sizes)
 
 
+def matrix_keys(
+    seed: int | torch.Tensor, N: int, C: int, device, origin: tuple[int, int] = (0, 0)
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Keys of the rows (N,) and columns (C,) of a matrix, for dropout of its elements.
+
+    Args:
+        seed: as of `element_keys`.
+        N, C: size of the matrix, for example tokens and channels.
+        device: of the result.
+        origin: its first row and column in a larger whole, for example the global token index.
+    """
+    row, column = origin
+    rows = element_keys(seed, 2, (row,), (N,), device)
+    return rows, element_keys(seed, 3, (column,), (C,), device)
+
+
 def threshold(p: float) -> int:
     """An element is dropped when 31 bits of it are below this: p * 2^31, rounded."""
     return min(round(p * 2**31), 2**31 - 1)
@@ -74,13 +98,24 @@ def kept(row_keys: torch.Tensor, column_keys: torch.Tensor, p: float) -> torch.T
     return (x >> 1) >= threshold(p)
 
 
+def factors(keys: tuple[torch.Tensor, torch.Tensor], p: float, dtype) -> torch.Tensor:
+    """(N, C) from keys of rows and columns: 1/(1 - p) where an element is kept, else 0."""
+    return kept(keys[0][:, None], keys[1], p).to(dtype) * (1.0 / (1.0 - p))
+
+
 @triton.jit
-def kept_block(row_keys, column_keys, least):
-    """`kept` for a block: keys (M,) and (N,) int32, `least` from `threshold` -> (M, N) bool."""
-    x = (row_keys[:, None] ^ column_keys[None, :]).to(tl.uint32, bitcast=True)
+def kept_elements(keys, least):
+    """`kept` for keys of rows xor keys of columns, int32 of any shape; `least` from `threshold`."""
+    x = keys.to(tl.uint32, bitcast=True)
     x = (x ^ (x >> 16)) * 0x21F0AAAD
     x = (x ^ (x >> 15)) * 0x735A2D97
     return (x >> 1).to(tl.int32) >= least
+
+
+@triton.jit
+def kept_block(row_keys, column_keys, least):
+    """`kept` for a block: keys (M,) and (N,) int32, `least` from `threshold` -> (M, N) bool."""
+    return kept_elements(row_keys[:, None] ^ column_keys[None, :], least)
 
 
 def counter_base(seed: torch.Tensor, stream: int) -> torch.Tensor:

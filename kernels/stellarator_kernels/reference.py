@@ -1,9 +1,9 @@
 """The specification: every op in plain torch, forward and backward, in any float dtype.
 
-Sections, in the order of a model: attention, embedding, rope, layer_norm, linear, bias_gelu, mlp,
-swiglu, cross_entropy, linear_cross_entropy, adamw, grad_norm. Each computes in float32, or in
-float64 for float64 input, and returns the dtype of its input. No Triton, no cleverness: this file
-is meant to be read.
+Sections, in the order of a model: attention, embedding, rope, bias_rope, dropout, layer_norm,
+rms_norm, linear, bias_gelu, mlp, swiglu, cross_entropy, linear_cross_entropy, adamw, grad_norm.
+Each computes in float32, or in float64 for float64 input, and returns the dtype of its input. No
+Triton, no cleverness: this file is meant to be read.
 """
 
 import math
@@ -107,6 +107,14 @@ def decode_attention_ref(q, k_cache, v_cache, lengths, window, scale):
     return torch.cat(rows) if rows else torch.empty_like(q)
 
 
+def embedding_ref(ids, weight, positions=None, position_weight=None):
+    """weight[ids] + position_weight[positions], rounded once."""
+    if positions is None:
+        return weight[ids]
+    dtype = compute_dtype(weight)
+    return (weight[ids].to(dtype) + position_weight[positions].to(dtype)).to(weight.dtype)
+
+
 def embedding_backward_ref(dy, ids, num_rows):
     """dweight (num_rows, C): row v is the sum of dy[i] over all i with ids[i] = v."""
     dtype = compute_dtype(dy)
@@ -133,13 +141,44 @@ def rope_ref(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Ten
     return torch.cat((first * cos - second * sin, second * cos + first * sin), -1).to(x.dtype)
 
 
-def layer_norm_ref(x, weight, bias, eps, residual=None):
-    """y = (s - mean) * rstd * weight + bias with s = x + residual; returns y, s, mean, rstd.
+def bias_rope_ref(qkv, bias, cos, sin, H, G):
+    """q (N, H, D), k and v (N, G, D) of x = qkv + bias (N, (H + 2G) * D), q and k rotated."""
+    dtype = compute_dtype(qkv)
+    x = qkv.to(dtype) if bias is None else qkv.to(dtype) + bias.to(dtype)
+    q, k, v = x.unflatten(1, (H + 2 * G, -1)).split((H, G, G), 1)
+    if cos is not None:
+        q, k = rope_ref(q, cos, sin), rope_ref(k, cos, sin)
+    return tuple(part.to(qkv.dtype, copy=True).contiguous() for part in (q, k, v))
+
+
+def bias_rope_backward_ref(dq, dk, dv, cos, sin, need_bias=True):
+    """dqkv = [dq turned back | dk turned back | dv]; dbias = sum(dqkv) before it is rounded."""
+    parts = [part.to(compute_dtype(dq)) for part in (dq, dk, dv)]
+    if cos is not None:
+        parts[:2] = (rope_ref(part, cos, -sin) for part in parts[:2])
+    dqkv = torch.cat([part.flatten(1) for part in parts], 1)
+    return dqkv.to(dq.dtype), dqkv.sum(0).to(dq.dtype) if need_bias else None
+
+
+def dropout_ref(x, dropped):
+    """x * dropped; `dropped`: factors (N, C), 0 or 1/(1 - p). Also its own backward."""
+    return (x.to(dropped.dtype) * dropped).to(x.dtype)
+
+
+def dropped_sum_ref(x, residual=None, dropped=None):
+    """x * dropped + residual, rounded once; `dropped`: factors (N, C), 0 or 1/(1 - p)."""
+    s = x.to(compute_dtype(x))
+    s = s if dropped is None else s * dropped
+    return x if residual is None else (s + residual.to(s.dtype)).to(x.dtype)
+
+
+def layer_norm_ref(x, weight, bias, eps, residual=None, dropped=None):
+    """y = (s - mean) * rstd * weight + bias with s = x * dropped + residual; y, s, mean, rstd.
 
     s is rounded to the dtype of x before its statistics are taken. mean and rstd are (N, 1).
     """
     dtype = compute_dtype(x)
-    summed = x if residual is None else (x.to(dtype) + residual.to(dtype)).to(x.dtype)
+    summed = dropped_sum_ref(x, residual, dropped)
     s = summed.to(dtype)
     mean = s.mean(-1, keepdim=True)
     rstd = ((s - mean).square().mean(-1, keepdim=True) + eps).rsqrt()
@@ -148,22 +187,49 @@ def layer_norm_ref(x, weight, bias, eps, residual=None):
     return y.to(x.dtype), summed, mean, rstd
 
 
-def layer_norm_backward_ref(dy, summed, weight, mean, rstd, dsummed=None):
-    """dx (also the gradient of the residual), dweight, dbias.
+def layer_norm_backward_ref(dy, summed, weight, mean, rstd, dsummed=None, dropped=None):
+    """dx, dweight, dbias, and the gradient of the residual, which is dx without dropout.
 
     With g = dy * weight and n = (s - mean) * rstd:
-    dx = rstd * (g - mean(g) - n * mean(g * n)) + dsummed;  dweight = sum(dy * n);  dbias = sum(dy)
+    ds = rstd * (g - mean(g) - n * mean(g * n)) + dsummed;  dx = ds * dropped
+    dweight = sum(dy * n);  dbias = sum(dy)
     """
     dtype = compute_dtype(summed)
     dy = dy.to(dtype)
     normalised = (summed.to(dtype) - mean) * rstd
     g = dy * weight.to(dtype)
-    dx = rstd * (
+    ds = rstd * (
         g - g.mean(-1, keepdim=True) - normalised * (g * normalised).mean(-1, keepdim=True)
     )
-    dx = dx if dsummed is None else dx + dsummed.to(dtype)
+    ds = ds if dsummed is None else ds + dsummed.to(dtype)
+    dx = (ds if dropped is None else ds * dropped).to(summed.dtype)
     dweight, dbias = (dy * normalised).sum(0), dy.sum(0)
-    return dx.to(summed.dtype), dweight.to(weight.dtype), dbias.to(weight.dtype)
+    return dx, dweight.to(weight.dtype), dbias.to(weight.dtype), ds.to(summed.dtype)
+
+
+def rms_norm_ref(x, weight, eps, residual=None, dropped=None):
+    """y = s * rstd * weight with s = x * dropped + residual; returns y, s, rstd (N, 1)."""
+    summed = dropped_sum_ref(x, residual, dropped)
+    s = summed.to(compute_dtype(x))
+    rstd = (s.square().mean(-1, keepdim=True) + eps).rsqrt()
+    y = s * rstd if weight is None else s * rstd * weight.to(s.dtype)
+    return y.to(x.dtype), summed, rstd
+
+
+def rms_norm_backward_ref(dy, summed, weight, rstd, dsummed=None, dropped=None):
+    """dx, dweight (None without a weight), and the gradient of the residual.
+
+    With g = dy * weight and n = s * rstd:
+    ds = rstd * (g - n * mean(g * n)) + dsummed;  dx = ds * dropped;  dweight = sum(dy * n)
+    """
+    dtype = compute_dtype(summed)
+    dy, n = dy.to(dtype), summed.to(dtype) * rstd
+    g = dy if weight is None else dy * weight.to(dtype)
+    ds = rstd * (g - n * (g * n).mean(-1, keepdim=True))
+    ds = ds if dsummed is None else ds + dsummed.to(dtype)
+    dx = (ds if dropped is None else ds * dropped).to(summed.dtype)
+    dweight = None if weight is None else (dy * n).sum(0).to(weight.dtype)
+    return dx, dweight, ds.to(summed.dtype)
 
 
 def product_ref(left, right, bias=None):

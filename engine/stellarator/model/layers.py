@@ -89,13 +89,16 @@ class LayerNorm(torch.nn.Module):
         self.bias = parameter(tp.whole(width), device=device, dtype=dtype)
 
     def forward(
-        self, branch: torch.Tensor | None, residual: torch.Tensor
+        self, branch: torch.Tensor | None, residual: torch.Tensor, dropout: dict | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """(normalised, summed) of summed = branch + residual; without a branch, of the residual."""
+        """(normalised, summed) of summed = branch + residual; without a branch, of the residual.
+
+        dropout: of the branch, from `Masks.residual`.
+        """
+        norm = (self.weight, self.bias, self.eps)
         if branch is None:
-            y = layer_norm(residual, self.weight, self.bias, self.eps, impl=self.kernels)
-            return y, residual
-        return layer_norm(branch, self.weight, self.bias, self.eps, residual, impl=self.kernels)
+            return layer_norm(residual, *norm, impl=self.kernels), residual
+        return layer_norm(branch, *norm, residual, **(dropout or {}), impl=self.kernels)
 
     def into(
         self,
@@ -103,6 +106,7 @@ class LayerNorm(torch.nn.Module):
         bias: torch.Tensor | None,
         branch: torch.Tensor | None,
         residual: torch.Tensor,
+        dropout: dict | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """(normalised @ weight^T + bias, summed); the normalised rows are not kept.
 
@@ -112,4 +116,5 @@ class LayerNorm(torch.nn.Module):
         options = {"impl": self.kernels}
         if branch is None:
             return layer_norm_linear(residual, *norm, weight, bias, self.eps, **options), residual
+        options |= dropout or {}
         return layer_norm_linear(branch, *norm, weight, bias, self.eps, residual, **options)

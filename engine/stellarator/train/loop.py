@@ -29,6 +29,7 @@ from stellarator.data.shards import Shard, check_tokenizer
 from stellarator.data.tokenizer import Tokenizer
 from stellarator.files import replace_text
 from stellarator.model import Transformer, build_model, load_pretrained
+from stellarator.model.dropout import Dropout
 from stellarator.parallel import mesh as meshes
 from stellarator.parallel.gather import Wholes
 from stellarator.parallel.shard import shards_of
@@ -375,13 +376,13 @@ class Trainer:
             totals[2] += flops.batch_flops(config.model, batch.cu_seqlens.diff().tolist())
         micro_batches = [batch.to(mesh.device, non_blocking=True) for batch in micro_batches]
         if self.pipeline is not None:
-            totals[0] += self.pipeline.step(micro_batches)
+            totals[0] += self.pipeline.step(micro_batches, self._dropout)
             mesh.pp.sum_(totals[:1])
             self.pipeline.sum_tied_(optimizer.grad)
             clock.mark("pipeline")
         else:
             for batch in micro_batches:
-                loss = self._loss_sum(batch)
+                loss = self._loss_sum(batch, self._dropout(batch))
                 clock.mark("forward")
                 loss.backward()
                 totals[0] += loss.detach()
@@ -420,14 +421,21 @@ class Trainer:
             skipped=not update,
         )
 
-    def _loss_sum(self, batch: Batch) -> torch.Tensor:
-        """Sum of the token losses of one micro-batch."""
+    def _dropout(self, batch: Batch) -> Dropout | None:
+        """What a micro-batch drops; None where every rate is 0."""
+        model = self.config.model
+        rates = (model.residual_dropout, model.embedding_dropout, model.attention_dropout)
+        return Dropout(self.config.train.seed, batch.first_row) if any(rates) else None
+
+    def _loss_sum(self, batch: Batch, dropout: Dropout | None = None) -> torch.Tensor:
+        """Sum of the token losses of one micro-batch; an evaluation gives no dropout."""
         return self.model(
             batch.tokens,
             batch.targets,
             positions=batch.positions,
             cu_seqlens=batch.cu_seqlens,
             reduction="sum",
+            dropout=dropout,
         )
 
     def _may_update(self, step: int, loss: float, norm: float) -> bool:

@@ -3,13 +3,14 @@
 defines: Pipeline
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 
 from stellarator.config import RunConfig
 from stellarator.data.batches import Batch
 from stellarator.model import Transformer
+from stellarator.model.dropout import Dropout
 from stellarator.parallel.layout import Part
 from stellarator.parallel.mesh import Axis, Mesh
 from stellarator.parallel.pipeline.deferred import Deferred
@@ -59,23 +60,29 @@ class Pipeline:
                 if hasattr(module, "deferred"):
                     module.deferred = self.deferred
 
-    def step(self, batches: Sequence[Batch]) -> torch.Tensor | float:
-        """Forward and backward of the micro-batches of a step; the sum of their losses, if here."""
+    def step(
+        self, batches: Sequence[Batch], dropout: Callable[[Batch], Dropout | None]
+    ) -> torch.Tensor | float:
+        """Forward and backward of the micro-batches of a step; the sum of their losses, if here.
+
+        dropout: what a micro-batch drops.
+        """
         v = self.parallel.stages_per_rank
         schedule = make(self.parallel.schedule, self.axis.size, len(batches), v)
-        return self._run(schedule, batches)
+        return self._run(schedule, batches, dropout)
 
     def evaluate(self, batch: Batch) -> torch.Tensor | float:
         """The sum of the losses of one batch, if here; forward only."""
         schedule = [[] for _ in range(self.axis.size)]
         for stage, rank in enumerate(self.ranks):
             schedule[rank].append(Action(FORWARD, stage, 0))
-        return self._run(schedule, [batch])
+        return self._run(schedule, [batch], lambda _: None)
 
-    def _run(self, schedule: list[list[Action]], batches: Sequence[Batch]):
+    def _run(self, schedule: list[list[Action]], batches: Sequence[Batch], dropout):
         def forward(stage: int, micro_batch: int, x: torch.Tensor | None) -> torch.Tensor:
             batch = batches[micro_batch]
             options = {"positions": batch.positions, "cu_seqlens": batch.cu_seqlens}
+            options["dropout"] = dropout(batch)
             return self.model.stage(self.stages[stage], x, batch.tokens, batch.targets, **options)
 
         def empty(micro_batch: int) -> torch.Tensor:
