@@ -72,6 +72,7 @@ def run(folder: Path, *arguments: str, **variables: str):
 
 
 @needs_sanitizers
+@pytest.mark.timeout(900)  # it builds the extension first, which takes minutes beside other work
 def test_the_tests_of_the_ops_pass_under_the_sanitizers(package):
     files = sorted(str(path) for path in (ROOT / "tests" / "ops").glob("test_*.py"))
     done = run(
