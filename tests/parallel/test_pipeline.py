@@ -17,7 +17,7 @@ from stellarator.train.loop import Trainer
 
 
 def test_three_ranks_follow_one_process(small, tmp_path):
-    """Uneven stages, untied, tp 1, under torchrun; other layouts are in test_parity.py."""
+    """Uneven stages, untied, tp 1, under torchrun; other layouts are in test_parity_matrix.py."""
     train = {"micro_batch_size": 1, "global_batch_size": 4}  # four micro-batches
     one = changed(small, model={"tie_embeddings": False, "num_layers": 5}, train=train)
     Trainer(one).run()
