@@ -1,7 +1,7 @@
 """dropout with a mask made from keys, which a peer has to read.
 
-Peers: eager (a product with the same mask, made once and stored in the dtype of x): nothing else
-gives the same values. F.dropout draws a mask of its own and so cannot be compared.
+Peers: eager (a product with the same mask, made once, in fp32: 1 / 0.9 in bf16 is off by 0.2 %):
+nothing else gives the same values. F.dropout draws a mask of its own and so cannot be compared.
 """
 
 import torch
@@ -19,7 +19,7 @@ def cases(shape: Shape, device: str) -> list[Case]:
     keys = random.matrix_keys(1, N, C, device)
 
     def inputs(make: Maker) -> dict[str, torch.Tensor]:
-        mask = random.factors(keys, _P, make.dtype)
+        mask = random.factors(keys, _P, torch.promote_types(make.dtype, torch.float32))
         return {"x": make.normal(N, C), "mask": mask}
 
     return [
@@ -38,4 +38,4 @@ def cases(shape: Shape, device: str) -> list[Case]:
 
 def eager(x, mask):
     """Plain torch."""
-    return x * mask
+    return (x * mask).to(x.dtype)

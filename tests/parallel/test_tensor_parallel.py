@@ -21,7 +21,7 @@ from stellarator.train.loop import Trainer
 
 
 def test_four_ranks_follow_one_process(small, tmp_path):
-    """Two replicas of two ranks that share tokens, under torchrun; others are in test_parity_matrix.py."""
+    """Two replicas of two ranks that share tokens; others are in test_parity_matrix.py."""
     Trainer(small).run()
     layout = ParallelConfig(tp=2, sp=True)
     many = dataclasses.replace(small, parallel=layout, folder=str(tmp_path / "many"))
