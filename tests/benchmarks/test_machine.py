@@ -19,6 +19,10 @@ from benchmarks.machine import Quietness
 from benchmarks.memory import peak_memory_of, peak_of_call
 from stellarator_kernels.memory import arena, empty
 
+# Linux adds up the resident pages of a process in batches per processor, so that VmRSS and VmHWM
+# may each lag behind by some dozens of pages (68 KiB were missing once).
+COUNTED_LATE = 512 * 1024
+
 
 def samplers(order: list[str], seconds: float = 0.0) -> dict:
     """Three variants that note when they run; the nth run of each takes n ms."""
@@ -103,7 +107,7 @@ def make_64_mib():
 
 def test_peak_memory_of_a_process_is_that_of_making_and_calling():
     found = peak_memory_of(make_64_mib)
-    assert 96 * 2**20 <= found < 1.1 * 96 * 2**20
+    assert 96 * 2**20 - COUNTED_LATE <= found < 1.1 * 96 * 2**20
 
 
 def make_none():
@@ -125,7 +129,7 @@ def test_peak_memory_is_that_of_the_call():
     found = peak_of_call(call)
     if found is None:
         pytest.skip("/proc/self/clear_refs cannot be written here")
-    assert 32 * 2**20 <= found < 34 * 2**20
+    assert 32 * 2**20 - COUNTED_LATE <= found < 34 * 2**20
 
 
 def test_peak_memory_counts_an_arena_that_grows_once():
@@ -141,7 +145,7 @@ def test_peak_memory_counts_an_arena_that_grows_once():
     found = peak_of_call(call)
     if found is None or arena()["reserved"] == 0:
         pytest.skip("no /proc/self/clear_refs, or no arena")
-    assert max(sizes) <= found < max(sizes) + 2 * 2**20
+    assert max(sizes) - COUNTED_LATE <= found < max(sizes) + 2 * 2**20
 
 
 def test_peak_memory_counts_what_lies_in_the_arena():
@@ -154,4 +158,4 @@ def test_peak_memory_counts_what_lies_in_the_arena():
         found = peak_of_call(call)
         if found is None or arena()["reserved"] == 0:
             pytest.skip("no /proc/self/clear_refs, or no arena")
-        assert 32 * 2**20 <= found < 34 * 2**20
+        assert 32 * 2**20 - COUNTED_LATE <= found < 34 * 2**20
