@@ -369,6 +369,8 @@ def _check_train(config: RunConfig) -> list[str]:
     train = config.train
     problems = _one_of("train.precision", train.precision, ("bf16", "fp32", "fp64"))
     problems += _one_of("train.device", train.device, ("auto", "cpu", "cuda"))
+    problems += _one_of("parallel.reduce_dtype", config.parallel.reduce_dtype, ("fp32", "bf16"))
+    problems += _finite("parallel.bucket_mib", config.parallel.bucket_mib, above=0)
     problems += _one_of("train.recompute", train.recompute, ("none", "selective", "full"))
     problems += _one_of("train.on_nonfinite", train.on_nonfinite, ("stop", "skip"))
     implementations = ("auto", "triton", "cpu", "torch", "reference")
@@ -413,8 +415,8 @@ def check_layout(config: RunConfig, world_size: int) -> list[str]:
     parallel, built = config.parallel, ParallelConfig()
     problems = [
         f"parallel.{name}: expected {getattr(built, name)!r}, got {getattr(parallel, name)!r}: "
-        f"this version trains with tp, sp and data parallelism. Leave parallel.{name} out"
-        for name in ("pp", "stages_per_rank", "schedule", "cp", "zero")
+        f"this version trains with tp, sp, data parallelism and zero. Leave parallel.{name} out"
+        for name in ("pp", "stages_per_rank", "schedule", "cp")
         if getattr(parallel, name) != getattr(built, name)
     ]
     return problems or layout.problems(

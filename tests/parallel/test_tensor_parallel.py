@@ -134,5 +134,5 @@ def test_layouts_that_cannot_work_are_refused(tiny_config, monkeypatch):
     assert "expected a divisor of num_heads = 4, got 3" in text and "ffn_width = 64, got 3" in text
     assert "micro_batch_size * dp" not in text or "dp = " in text
     with pytest.raises(settings.ConfigError) as refused:
-        Trainer(dataclasses.replace(tiny_config, parallel=ParallelConfig(pp=2, zero=1)))
-    assert [p.split(":")[0] for p in refused.value.problems] == ["parallel.pp", "parallel.zero"]
+        Trainer(dataclasses.replace(tiny_config, parallel=ParallelConfig(pp=2, cp=2)))
+    assert [p.split(":")[0] for p in refused.value.problems] == ["parallel.pp", "parallel.cp"]

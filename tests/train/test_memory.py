@@ -26,9 +26,9 @@ def test_bytes_are_those_of_the_buffers(precision):
     count = sum(p.numel() for p in model.parameters())
     optimizer = FlatOptimizer(model.to(DTYPES[precision]), OptimConfig())
     names = ("params", "grads", "exp_avg", "exp_avg_sq", "master")
-    buffers = [getattr(group, name) for group in optimizer.groups for name in names]
+    buffers = [getattr(bucket, name) for bucket in optimizer.buckets for name in names]
     held = sum(b.numel() * b.element_size() for b in buffers if b is not None)
-    assert held == memory.BYTES_PER_PARAMETER[precision] * count
+    assert held == memory.bytes_per_parameter(precision) * count
 
 
 def test_too_large_is_one_line_after_the_header(tiny_corpus, tmp_path, capsys, monkeypatch):

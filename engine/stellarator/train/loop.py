@@ -30,7 +30,7 @@ from stellarator.data.tokenizer import Tokenizer
 from stellarator.files import replace_text
 from stellarator.model import Transformer, build_model, load_pretrained
 from stellarator.parallel import mesh as meshes
-from stellarator.parallel.gather import Wholes
+from stellarator.parallel.buckets import DataParallel
 from stellarator.parallel.shard import shards_of
 from stellarator.parallel.tensor import TensorParallel
 from stellarator.progress import show
@@ -82,6 +82,12 @@ class Trainer:
         parallel = self.config.parallel
         self.mesh = meshes.start(self.config.train.device, parallel=parallel)
         self.tp = TensorParallel(self.mesh.tp, parallel.sp)
+        self.data = DataParallel(
+            self.mesh.dp,
+            parallel.zero,
+            int(parallel.bucket_mib * 2**20),
+            torch.bfloat16 if parallel.reduce_dtype == "bf16" else None,
+        )
         try:
             with StopRequest() as self.stop:
                 if not self.mesh.main:
@@ -166,11 +172,14 @@ class Trainer:
             num_parameters = sum(p.numel() for p in shapes)
             self._print_header(num_parameters)
             held = Transformer(config.model, tp=self.tp, device="meta").parameters()
-            memory.check(sum(p.numel() for p in held), config.train.precision, device)
+            count = sum(p.numel() for p in held)
+            memory.check(
+                count, config.train.precision, device, self.data.stage, self.data.axis.size
+            )
         self._find_checkpoint()
         self.model = self._make_model()
         self.optimizer = FlatOptimizer(
-            self.model, config.optim, config.train.kernels, self.dtype, self.tp
+            self.model, config.optim, config.train.kernels, self.dtype, self.tp, self.data
         )
         self.clock = Stopwatch(device)
         self.peak, self.peak_source = flops.peak_flops(
@@ -273,14 +282,13 @@ class Trainer:
         self.log.rewind(self.step if found is not None else -1)
 
     def _save(self, required: bool = True, keep_older: bool = False) -> None:
-        """Write a checkpoint (rank 0, with its tensor ranks), unless this step has one.
+        """Write a checkpoint (rank 0, with those that hold other parts), unless this step has one.
 
         A failure is raised if `required`, else told.
         """
         folder = self.folder / "checkpoints"
         failed: checkpoint.CheckpointError | None = None
-        optimizer, due = self.optimizer, self.step != self._saved_step
-        wholes = Wholes(optimizer.state(), optimizer.shards(), self.mesh.tp)
+        wholes, due = self.optimizer.wholes(), self.step != self._saved_step
         if self.mesh.main and due:
             self.progress.recent_losses = list(self.zscore.values)
             state = {
@@ -294,7 +302,7 @@ class Trainer:
                 checkpoint.rotate(folder, None if keep_older else self.config.checkpoint.keep)
             except checkpoint.CheckpointError as error:
                 failed = error
-        if due and self.mesh.dp.rank == 0:
+        if due and (self.mesh.dp.rank == 0 or self.data.stage):
             wholes.rest()
         told = torch.tensor([int(failed is not None)], device=self.mesh.device)
         if not self.mesh.world.max_(
@@ -354,12 +362,12 @@ class Trainer:
             totals[2] += flops.batch_flops(config.model, batch.cu_seqlens.diff().tolist())
             loss = self._loss_sum(batch.to(mesh.device, non_blocking=True))
             clock.mark("forward")
-            loss.backward()
+            with optimizer.last_micro_batch(batch is micro_batches[-1]):
+                loss.backward()
             totals[0] += loss.detach()
             clock.mark("backward")
         optimizer.complete_grads()
-        for tensor in (totals, *optimizer.flat_grads):
-            mesh.dp.sum_(tensor)
+        mesh.dp.sum_(totals)
         clock.mark("reduce")
         loss_sum, num_targets, model_flops = totals.tolist()
         divisor = max(1, int(num_targets))
