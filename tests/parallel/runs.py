@@ -1,8 +1,9 @@
 """Runs of several processes, and how they are compared with one process.
 
-defines: losses, assert_same_state, torchrun
+defines: changed, losses, assert_same_state, torchrun, stopping
 """
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -13,6 +14,12 @@ import torch
 from safetensors.torch import load_file
 
 from stellarator import settings
+
+
+def changed(config, **sections):
+    """The configuration with some fields of some sections changed."""
+    new = {n: dataclasses.replace(getattr(config, n), **f) for n, f in sections.items()}
+    return dataclasses.replace(config, **new)
 
 
 def losses(folder) -> list[float]:
@@ -41,3 +48,27 @@ def torchrun(
         "STELLARATOR_TRACEBACK": str(int(traceback)),
     }
     return subprocess.run(command, capture_output=True, text=True, timeout=200, env=environment)
+
+
+def stopping(tmp_path, steps) -> Path:
+    """A program that trains, and is asked to stop after so many steps."""
+    program = tmp_path / f"until_{steps}.py"
+    program.write_text(
+        f"""
+import signal, sys
+from stellarator import settings
+from stellarator.config import RunConfig
+from stellarator.train.loop import Trainer
+
+class Stopping(Trainer):
+    def _one_step(self):
+        done = super()._one_step()
+        if done.step == {steps}:
+            self.stop.received = signal.SIGTERM
+        return done
+
+if __name__ == "__main__":
+    Stopping(settings.resolve(RunConfig(), sys.argv[sys.argv.index("--config") + 1])).run()
+"""
+    )
+    return program

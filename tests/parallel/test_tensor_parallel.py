@@ -5,11 +5,10 @@ to the bit. Not covered: NCCL; pipelines and context parallelism, which the loop
 """
 
 import dataclasses
-from pathlib import Path
 
 import pytest
 import torch
-from runs import assert_same_state, losses, torchrun
+from runs import assert_same_state, changed, losses, stopping, torchrun
 
 from stellarator import settings
 from stellarator.config import ParallelConfig
@@ -31,12 +30,6 @@ CASES = {
     ),
     "one key/value head, learned positions": (STARCODER, {"tp": 2}, 2),
 }  # fmt: skip
-
-
-def changed(config, **sections):
-    """The configuration with some fields of some sections changed."""
-    new = {n: dataclasses.replace(getattr(config, n), **f) for n, f in sections.items()}
-    return dataclasses.replace(config, **new)
 
 
 @pytest.fixture
@@ -79,30 +72,6 @@ def test_a_checkpoint_goes_from_one_layout_to_another(small, tmp_path):
             assert done.returncode == 0, done.stderr[-6000:]
         assert losses(folder) == pytest.approx(losses(small.folder), rel=1e-12, abs=0)
         assert_same_state(small.folder, folder, 4)
-
-
-def stopping(tmp_path, steps) -> Path:
-    """A program that trains, and is asked to stop after so many steps."""
-    program = tmp_path / f"until_{steps}.py"
-    program.write_text(
-        f"""
-import signal, sys
-from stellarator import settings
-from stellarator.config import RunConfig
-from stellarator.train.loop import Trainer
-
-class Stopping(Trainer):
-    def _one_step(self):
-        done = super()._one_step()
-        if done.step == {steps}:
-            self.stop.received = signal.SIGTERM
-        return done
-
-if __name__ == "__main__":
-    Stopping(settings.resolve(RunConfig(), sys.argv[sys.argv.index("--config") + 1])).run()
-"""
-    )
-    return program
 
 
 @pytest.mark.parametrize("tp", [2, 3, 4])
