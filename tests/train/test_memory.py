@@ -31,6 +31,14 @@ def test_bytes_are_those_of_the_buffers(precision):
     assert held == memory.bytes_per_parameter(precision) * count
 
 
+def test_bytes_of_the_stages_of_zero():
+    """By hand, on four ranks: weights, gradients, then masters with moments."""
+    stages = [memory.bytes_per_parameter("bf16", stage, 4) for stage in range(4)]
+    assert stages == [2 + 4 + 12, 2 + 4 + 3, 2 + 1 + 3, 0.5 + 1 + 3]
+    stages = [memory.bytes_per_parameter("fp32", stage, 4) for stage in range(4)]
+    assert stages == [4 + 4 + 8, 4 + 4 + 2, 4 + 1 + 2, 1 + 1 + 2]
+
+
 def test_too_large_is_one_line_after_the_header(tiny_corpus, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(memory, "available_bytes", lambda device: 22 << 30)
     words = ["train", "--recipe", "starcoder2_15b", "train.device=cpu", f"folder={tmp_path / 'r'}"]
@@ -51,6 +59,11 @@ def test_too_large_is_one_line_after_the_header(tiny_corpus, tmp_path, capsys, m
 def test_every_process_of_a_machine_holds_a_model(monkeypatch):
     monkeypatch.setattr(memory, "available_bytes", lambda device: 100)
     memory.check(6, "fp32", CPU)
+    with pytest.raises(RuntimeError, match="18 bytes each in bf16"):
+        memory.check(24, "bf16", CPU)
+    memory.check(25, "bf16", CPU, 3, 16)  # 4 bytes each, of the model before it is shared out
+    with pytest.raises(RuntimeError, match="4 bytes each in bf16"):
+        memory.check(26, "bf16", CPU, 3, 16)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     with pytest.raises(RuntimeError, match="16 bytes each in fp32 in each of 2 processes"):
         memory.check(6, "fp32", CPU)

@@ -133,12 +133,13 @@ class Bucket:
             self.own = slice(0, length)
         device, state_dtype = named[0][1].device, _state_dtype(dtype)
         self.full_params = torch.zeros(parts * length, dtype=dtype, device=device)
-        self.grads = torch.zeros(length, dtype=state_dtype, device=device)
+        self.exp_avg = torch.zeros(length, dtype=state_dtype, device=device)
         self.full_grads: torch.Tensor | None = None
         if stage < 2:
-            self.full_grads = torch.zeros(parts * length, dtype=state_dtype, device=device)
+            self.full_grads = self.exp_avg.new_zeros(parts * length)
             self.grads = self.full_grads[self.own]
-        self.exp_avg = torch.zeros(length, dtype=state_dtype, device=device)
+        else:
+            self.grads = torch.zeros_like(self.exp_avg)
         self.exp_avg_sq = torch.zeros_like(self.exp_avg)
         self.master = None if dtype == state_dtype else torch.zeros_like(self.exp_avg)
         for name, parameter in named:

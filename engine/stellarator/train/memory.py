@@ -14,6 +14,7 @@ from pathlib import Path
 
 import torch
 
+_AT_FIRST = {"bf16": 4, "fp32": 4, "fp64": 8}  # of the model before ZeRO shares it out
 # Of weights, gradients, and masters with moments.
 _BYTES = {"bf16": (2, 4, 12), "fp32": (4, 4, 8), "fp64": (8, 8, 16)}
 
@@ -43,7 +44,7 @@ def check(
     Raises:
         RuntimeError: it needs more than there is; the message has both figures.
     """
-    each = bytes_per_parameter(precision, stage, data_size)
+    each = max(bytes_per_parameter(precision, stage, data_size), _AT_FIRST[precision])
     ranks = 1 if device.type == "cuda" else int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     needed, available = ranks * num_parameters * each, available_bytes(device)
     if needed <= available:
