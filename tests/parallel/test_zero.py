@@ -33,6 +33,7 @@ TWO = {
     "zero 3": ({"zero": 3}, "none"),
     "zero 3 selective": ({"zero": 3}, "selective"),
     "zero 3 full": ({"zero": 3}, "full"),
+    "zero 3 full to the end": ({"zero": 3}, "full"),  # of a layer, not of what is needed of it
 }
 FOUR = {
     "zero 0 sp": ({"zero": 0, "tp": 2, "sp": True}, "none"),
@@ -44,6 +45,7 @@ FOUR = {
 # One process group for all runs: to make another one in the same processes may hang.
 ONE_BY_ONE = """
 import sys
+from torch.utils.checkpoint import set_checkpoint_early_stop
 from stellarator import settings
 from stellarator.config import RunConfig
 from stellarator.parallel import mesh
@@ -51,7 +53,8 @@ from stellarator.train.loop import Trainer
 
 stop, mesh.stop = mesh.stop, lambda: None
 for path in open(sys.argv[1]).read().splitlines():
-    Trainer(settings.resolve(RunConfig(), path)).run()
+    with set_checkpoint_early_stop("to the end" not in path):
+        Trainer(settings.resolve(RunConfig(), path)).run()
 stop()
 """
 
