@@ -12,7 +12,7 @@ import pkgutil
 import re
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from benchmarks import results, shapes
 from benchmarks.harness import environment
@@ -34,19 +34,22 @@ _MODELS = ("starcoder2_3b", "starcoder2_7b", "starcoder2_15b")
 _FP32 = {
     "mean_ptr", "rstd_ptr", "dweight_ptr", "dbias_ptr", "cos_ptr", "sin_ptr", "dloss_ptr",
     "loss_ptr", "lse_ptr", "dlse_ptr", "delta_ptr", "weight_ptr:adamw", "grad_ptr", "exp_avg_ptr",
-    "exp_avg_sq_ptr", "clip_ptr", "factors_ptr", "norm_ptr", "part_ptr", "out_ptr:decode",
+    "exp_avg_sq_ptr", "clip_ptr", "factors_ptr", "part_ptr", "out_ptr:decode",
+    "largest_ptr", "total_ptr", "picked_ptr", "exp_avg_scale_ptr", "exp_avg_sq_scale_ptr",
 }  # fmt: skip
 _OTHERS = {
     "targets_ptr": "*i64", "bounds_ptr": "*i32", "row_key_ptr": "*i32", "column_key_ptr": "*i32",
     "turn_ptr": "*i32",
-    "lengths_ptr": "*i64",
-    "sums_ptr": "*fp64", "x_ptr:norm": "*fp32",
+    "lengths_ptr": "*i64", "ids_ptr": "*i64", "positions_ptr": "*i64", "order_ptr": "*i64",
+    "starts_ptr": "*i64", "ends_ptr": "*i64",
+    "key_ptr": "*i64", "first_index": "i64", "remainder_ptr": "*i16",
+    "sums_ptr:norm": "*fp64", "x_ptr:norm": "*fp32",
 }  # fmt: skip
 _FLOAT_NUMBERS = {
     "eps", "z_loss", "scale", "decay", "step_size", "root_correction", "beta1_rest", "beta2",
     "beta2_rest", "softcap", "keep_scale", "scale_log2",
 }  # fmt: skip
-_SIZES = {"N", "T", "S", "C", "V", "n"}
+_SIZES = {"N", "T", "S", "C", "V", "F", "n", "C_units", "F_units", "M_units", "K_units"}
 
 
 @dataclass(frozen=True)
@@ -91,6 +94,7 @@ def builds(capability: tuple[int, int]) -> Iterator[Build]:
     yield from _attention(capability)
     if capability == (9, 0):
         yield from _hopper_attention()
+    yield from _products(capability)
     yield from _delta()
     yield from _decode()
     losses = _module("cross_entropy")
@@ -102,31 +106,105 @@ def builds(capability: tuple[int, int]) -> Iterator[Build]:
         yield Build("cross_entropy forward", case, losses._cross_entropy_fwd_kernel, values, launch)
     values = {"BLOCK": BLOCK}
     yield Build("cross_entropy backward", "", losses._cross_entropy_bwd_kernel, values, launch)
+    shard = _module("cross_entropy_shard")
+    values = values | {"IGNORED": shard.IGNORED, "NO_CLASS": shard.NO_CLASS}
+    yield Build("cross_entropy statistics", "", shard._statistics_kernel, values, launch)
+    dropout = _module("dropout")
+    yield Build("dropout", "", dropout._dropout_kernel, {"BLOCK": dropout._BLOCK}, {})
+    yield from _embedding()
     adamw, norm = _module("adamw"), _module("grad_norm")
-    values = {"HAS_MASTER": True, "HAS_CLIP": True, "HAS_FACTORS": True, "BLOCK": adamw._BLOCK}
-    yield Build("adamw_", "bf16, master, clip", adamw._adamw_kernel, values, {})
+    yield from _adamw(adamw)
     values = {"BLOCK": norm._BLOCK, "BLOCKS": norm._BLOCKS_PER_PROGRAM}
     yield Build("grad_norm squares", "fp32", norm._squares_kernel, values, {})
-    yield Build("grad_norm root", "", norm._root_kernel, {"BLOCK": norm._BLOCK}, {})
+    total = norm._total_kernel
+    types = {"total_ptr": "*fp64"}
+    yield Build("grad_norm total", "", total, {"BLOCK": norm._BLOCK}, {}, types)
+
+
+def _adamw(module) -> Iterator[Build]:
+    """bf16 with each way to keep the rest of the weight, and with moments of 8 bits."""
+    given = {"HAS_CLIP": True, "HAS_FACTORS": True, "BLOCK": module._BLOCK, "GROUP": module.GROUP}
+    kinds = ("HAS_MASTER", "HAS_REMAINDER", "STOCHASTIC")
+    bf16, eight = {"weight_ptr": "*bf16"}, {"exp_avg_ptr": "*u8", "exp_avg_sq_ptr": "*u8"}
+    for case, kind, is_eight in (
+        ("bf16, master, clip", "HAS_MASTER", False),
+        ("bf16, remainder, clip", "HAS_REMAINDER", False),
+        ("bf16, stochastic, clip", "STOCHASTIC", False),
+        ("bf16, master, clip", "HAS_MASTER", True),
+        ("bf16, remainder, clip", "HAS_REMAINDER", True),
+        ("bf16, stochastic, clip", "STOCHASTIC", True),
+    ):
+        values = given | {name: name == kind for name in kinds} | {"EIGHT_BITS": is_eight}
+        types = ({} if kind == "HAS_MASTER" else bf16) | (eight if is_eight else {})
+        launch = {"num_warps": module.warps(is_eight)}
+        name = "adamw_ 8 bits" if is_eight else "adamw_"
+        yield Build(name, case, module._adamw_kernel, values, launch, types)
+
+
+def _embedding() -> Iterator[Build]:
+    """With learned positions; the backward into an fp32 buffer and into bf16."""
+    module = _module("embedding")
+    values = {"HAS_POSITIONS": True, "BLOCK": module._BLOCK}
+    yield Build("embedding forward", "positions", module._embedding_fwd_kernel, values, {})
+    for add in (False, True):
+        case, types = ("fp32 buffer", {"sums_ptr": "*fp32"}) if add else ("bf16", {})
+        values = {"ADD": add, "UNIT": module._UNIT, "BLOCK": module._SUM_BLOCK}
+        units = values | {"ROWS": module._ROWS}
+        kernel = module._embedding_units_kernel
+        yield Build("embedding backward units", case, kernel, units, {}, types)
+        kernel = module._embedding_parts_kernel
+        yield Build("embedding backward parts", case, kernel, values, {}, types)
 
 
 def _per_token(model: str, shape: shapes.Shape) -> Iterator[Build]:
-    """layer_norm, bias_gelu and rope at the widths of a model, with everything switched on."""
-    norm, gelu, rope = _module("layer_norm"), _module("bias_gelu"), _module("rope")
-    BLOCK, num_warps = norm.tiles(shape.C)
-    values, launch = {"C": shape.C, "HAS_BIAS": True, "BLOCK": BLOCK}, {"num_warps": num_warps}
-    forward, backward = norm._layer_norm_fwd_kernel, norm._layer_norm_bwd_kernel
-    yield Build("layer_norm forward", model, forward, values | {"HAS_RESIDUAL": True}, launch)
-    extra = {"HAS_DSUMMED": True, "NEED_PARAMS": True}
-    yield Build("layer_norm backward", model, backward, values | extra, launch)
+    """Norms, bias_gelu and RoPE at the widths of a model, with everything switched on."""
+    gelu, rope = _module("bias_gelu"), _module("rope")
+    yield from _norms(model, shape.C)
     BLOCK_N, BLOCK_C, num_warps = gelu.tiles(shape.F)
     values = {"HAS_BIAS": True, "TANH": True, "BLOCK_N": BLOCK_N, "BLOCK_C": BLOCK_C}
     launch = {"num_warps": num_warps}
     yield Build("bias_gelu forward", model, gelu._bias_gelu_fwd_kernel, values, launch)
     yield Build("bias_gelu backward", model, gelu._bias_gelu_bwd_kernel, values, launch)
+    gated = _module("swiglu")
+    values = {"ACTIVATION": 0, "BLOCK_N": BLOCK_N, "BLOCK_F": BLOCK_C}
+    yield Build("swiglu forward", model, gated._swiglu_fwd_kernel, values, launch)
+    yield Build("swiglu backward", model, gated._swiglu_bwd_kernel, values, launch)
     BLOCK_H, BLOCK_D, num_warps = rope.tiles(shape.H, shape.D)
     values = {"D": shape.D, "CONJUGATE": True, "BLOCK_H": BLOCK_H, "BLOCK_D": BLOCK_D}
     yield Build("rope", model, rope._rope_kernel, values, {"num_warps": num_warps})
+    yield from _bias_rope(model, shape)
+
+
+def _norms(model: str, C: int) -> Iterator[Build]:
+    """layer_norm and rms_norm, and the former with dropout."""
+    norm = _module("norm_kernels")
+    BLOCK, CHUNKS, num_warps = norm.tiles(C)
+    values = {"C": C, "BLOCK": BLOCK, "CHUNKS": CHUNKS, "HAS_WEIGHT": True}
+    phases = (
+        ("forward", norm._norm_fwd_kernel, {"HAS_RESIDUAL": True}),
+        ("backward", norm._norm_bwd_kernel, {"HAS_DSUMMED": True, "NEED_PARAMS": True}),
+    )
+    for op, dropout in (("layer_norm", False), ("layer_norm", True), ("rms_norm", False)):
+        centred = op == "layer_norm"
+        options = {"CENTRED": centred, "HAS_BIAS": centred, "DROPOUT": dropout}
+        case = f"{model}, dropout" if dropout else model
+        for phase, kernel, more in phases:
+            launch = {"num_warps": num_warps}
+            yield Build(f"{op} {phase}", case, kernel, values | options | more, launch)
+
+
+def _bias_rope(model: str, shape: shapes.Shape) -> Iterator[Build]:
+    """Forward and backward with the bias."""
+    module = _module("bias_rope")
+    BLOCK_T, BLOCK_H, BLOCK_D, num_warps = module.tiles(shape.D)
+    values = {"D": shape.D, "ROTATED": True}
+    values |= {"BLOCK_T": BLOCK_T, "BLOCK_H": BLOCK_H, "BLOCK_D": BLOCK_D}
+    for phase, kernel, bias in (
+        ("forward", module._bias_rope_fwd_kernel, {"HAS_BIAS": True}),
+        ("backward", module._bias_rope_bwd_kernel, {"NEED_BIAS": True}),
+    ):
+        launch = {"num_warps": num_warps}
+        yield Build(f"bias_rope {phase}", model, kernel, values | bias, launch)
 
 
 def _attention(capability: tuple[int, int]) -> Iterator[Build]:
@@ -165,6 +243,37 @@ def _attention(capability: tuple[int, int]) -> Iterator[Build]:
             case = ", ".join([f"head {D}, window", *(name for name, on in options if on)])
             types = {"dq_ptr": "*fp32"} if phase.startswith("dqdkdv") else {}
             yield Build(f"flash_attention {phase}", case, kernel, values, launch, types)
+
+
+def _products(capability: tuple[int, int]) -> Iterator[Build]:
+    """The products of the MLP; by descriptors too where there is a copy engine.
+
+    Of widths only the multiples matter: those of all models have no rest.
+    """
+    import torch
+
+    matmul, mlp = _module("matmul"), _module("mlp")
+    kernels = {
+        "up": ("mlp up", mlp._up_kernel),
+        "down gradient": ("mlp down gradient", mlp._down_gradient_kernel),
+        "weight gradient": ("weight gradient", _module("weight_gradient")._weight_gradient_kernel),
+    }
+    for phase, (name, kernel) in kernels.items():
+        tiles = matmul.tile_sizes(phase, torch.bfloat16, capability)
+        for design in ("pointers", "descriptors, persistent"):
+            if design != "pointers":
+                if capability < (9, 0):
+                    continue
+                tiles = replace(tiles, tma=1, persistent=1)
+            for form in ("",) if phase == "weight gradient" else ("tanh", "erf"):
+                values = matmul.constants(torch.bfloat16, tiles.depth, tiles)
+                launch = {option: values.pop(option) for option in ("num_warps", "num_stages")}
+                if phase != "weight gradient":
+                    values |= {"HAS_BIAS": True, "TANH": form == "tanh", "STORE_Y": True}
+                if phase == "up":
+                    values["STORE_PRE"] = True
+                case = ", ".join(filter(None, (form, design)))
+                yield Build(name, case, kernel, values, launch)
 
 
 def _hopper_attention() -> Iterator[Build]:

@@ -13,8 +13,9 @@ from stellarator_kernels import cost, embedding
 
 
 def cases(shape: Shape, device: str) -> list[Case]:
-    """One case."""
-    N, V, C = shape.N, shape.V, shape.C
+    """The rows alone, and with learned positions."""
+    N, V, C, P = shape.N, shape.V, shape.C, shape.T
+    positions = torch.arange(P, device=device).repeat(N // P)
 
     def inputs(make: Maker) -> dict[str, torch.Tensor]:
         uniform = make.integers(2**20, N).double() / 2**20
@@ -30,7 +31,19 @@ def cases(shape: Shape, device: str) -> list[Case]:
             peers={"eager": eager},
             cost=lambda size: cost.embedding(N, V, C, size),
             reference_bytes=8 * C * (2 * N + 2 * V),
-        )
+        ),
+        Case(
+            op="embedding",
+            variant="positions",
+            sizes={"N": N, "V": V, "C": C, "P": P},
+            inputs=lambda make: inputs(make) | {"table": make.normal(P, C)},
+            ours=lambda impl, ids, weight, table: embedding(
+                ids, weight, positions=positions, position_weight=table, impl=impl
+            ),
+            peers={"eager": lambda ids, weight, table: eager(ids, weight) + table[positions]},
+            cost=lambda size: cost.embedding(N, V, C, size, P=P),
+            reference_bytes=8 * C * (3 * N + 2 * V + 2 * P),
+        ),
     ]
 
 

@@ -1,6 +1,7 @@
 """Kernels of other projects on a GPU, where they can be imported; and which peers are asked for.
 
-defines: attention, rope, layer_norm, cross_entropy, linear_cross_entropy, compiled,
+defines: attention, rope, layer_norm, rms_norm, swiglu, cross_entropy, linear_cross_entropy,
+    compiled,
     forget_compiled, choose, absent, DEFAULT, OF_CUDA, OPTIONAL
 
 Each function returns {name: peer}, empty where the project is not installed. A peer that is there
@@ -203,6 +204,27 @@ def layer_norm(eps: float) -> dict:
 
         found["apex"] = with_apex
     return found
+
+
+def swiglu() -> dict:
+    """Liger's kernel, on two tensors."""
+    module = _module("liger")
+    if module is None:
+        return {}
+    return {"liger": lambda x: module.liger_swiglu(*(half.contiguous() for half in x.chunk(2, -1)))}
+
+
+def rms_norm(eps: float) -> dict:
+    """Liger's kernel, behind the addition of the residual."""
+    module = _module("liger")
+    if module is None:
+        return {}
+
+    def liger(x, weight, residual):
+        summed = x + residual
+        return module.liger_rms_norm(summed, weight, eps), summed
+
+    return {"liger": liger}
 
 
 def cross_entropy() -> dict:

@@ -20,7 +20,9 @@ from stellarator_kernels import extension
 
 CONTAINERS = [str(Path(__file__).resolve().parents[1] / name) for name in ("engine", "kernels")]
 OPS = ("adamw_", "bias_gelu", "cross_entropy", "decode_attention", "flash_attention", "grad_norm")
-OPS += ("embedding", "layer_norm", "linear", "linear_cross_entropy", "rope")
+OPS += ("add_weight_gradient_", "embedding", "layer_norm", "linear", "linear_cross_entropy", "mlp")
+OPS += ("rope", "swiglu", "cross_entropy_statistics", "linear_cross_entropy_statistics")
+OPS += ("bias_rope", "rms_norm", "dropout")
 without = pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
 
 

@@ -14,7 +14,10 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 CONTAINERS = {"stellarator": ROOT / "engine", "stellarator_kernels": ROOT / "kernels"}
 # Read from the path of a byte: nothing above imports these.
-TOP = [f"stellarator.{name}" for name in ("cli", "demo", "doctor", "train.loop", "train.__main__")]
+TOP = [
+    f"stellarator.{name}"
+    for name in ("cli", "demo", "doctor", "plan", "train.loop", "train.__main__")
+]
 TOP += [f"stellarator.{name}" for name in ("serve", "evaluate", "finetune")]
 TRAINING = ["stellarator.train.optimizer", "stellarator.train.checkpoint"]
 # Module or package -> what it must not import, wherever in the file the import stands.
@@ -30,13 +33,18 @@ FORBIDDEN = {
 # other packages.
 ALLOWED = {
     "stellarator.config": ([], []),
+    "stellarator.sizes": (["stellarator.config"], []),
     "stellarator.files": ([], []),  # so that data, model and train may all import it
     "stellarator.recipes": (["stellarator.config"], []),
     "stellarator.settings": (
         ["stellarator.config", "stellarator.recipes", "stellarator.parallel.layout"],
         [],
     ),
-    "stellarator.parallel.layout": (["stellarator.config"], []),
+    "stellarator.parallel.pipeline.schedules": ([], []),
+    "stellarator.parallel.layout": (
+        ["stellarator.config", "stellarator.parallel.pipeline.schedules"],
+        [],
+    ),
     "stellarator.train.schedule": (["stellarator.config"], []),
     "stellarator.train.checkpoint": (
         [f"stellarator.{name}" for name in ("config", "files", "parallel.mesh", "parallel.shard")],
@@ -46,7 +54,11 @@ ALLOWED = {
 TORCH_IN_DATA = {"stellarator.data.batches"}
 WITHOUT_TORCH = ["stellarator", "stellarator.config", "stellarator.cli", "stellarator.recipes"]
 WITHOUT_TORCH += ["stellarator.settings", "stellarator.train.schedule", "stellarator.doctor"]
-WITHOUT_TORCH += ["stellarator.files", "stellarator.parallel.layout"]
+WITHOUT_TORCH += ["stellarator.files", "stellarator.sizes", "stellarator.parallel.layout"]
+WITHOUT_TORCH += [
+    f"stellarator.parallel.pipeline.{name}" for name in ("schedules", "simulate", "split")
+]
+WITHOUT_TORCH += ["stellarator.plan", "stellarator.plan.command"]
 
 
 def python_files():

@@ -139,7 +139,7 @@ def test_options_as_other_programs_have_them_are_shown_as_values(words, problem)
         ("checkpoint.keep=1", "at least 2"),
         ("data.seq_length=99999", "model.max_positions"),
         ("data.weights=1.0", "one per shard"),
-        ("model.attention_dropout=0.1", "without dropout"),
+        ("model.attention_dropout=1.0", "attention_dropout: expected a rate in [0, 1), got 1.0"),
         ("model.positions=learned", "starcoder2 has rope"),
         ("data.fim.rate=1.5", "[0.0, 1.0]"),
         ("data.fim.rate=nan", "[0.0, 1.0]"),

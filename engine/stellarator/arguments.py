@@ -33,6 +33,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action=_Version, nargs=0, help="print the version and stop")
     verbs = parser.add_subparsers(title="verbs", metavar="VERB")
     _add_train(verbs)
+    _add_plan(verbs)
     _add_data(verbs)
     _add_model(verbs)
     _add_generation(verbs)
@@ -112,6 +113,51 @@ def _add_train(verbs) -> None:
         "--config", metavar="FILE", help="TOML file with values that win over the recipe"
     )
     verb.add_argument("--print-config", action="store_true", help="print every value and stop")
+
+
+def _add_plan(verbs) -> None:
+    verb = _verb(
+        verbs,
+        "plan",
+        "memory, communication and time of a run on many GPUs, before it is launched",
+        "What a recipe needs on a layout, or with --search the fastest ones. Values as of train:\n"
+        "  stellarator plan --recipe starcoderbase --gpus 512 --tp 4 --sp --pp 4 --zero 1\n"
+        "  stellarator plan --recipe starcoder2_3b --gpus 8 --search train.micro_batch_size=2",
+    )
+    _option(verb, "--recipe", "tiny", "where the values start", metavar="NAME")
+    verb.add_argument(
+        "--config", metavar="FILE", help="TOML file with values that win over the recipe"
+    )
+    _option(verb, "--gpus", 1, "all of them", type=_at_least(1), metavar="N")
+    for name, text in (
+        ("--tp", "tensor ranks (default: 1)"),
+        ("--cp", "context ranks (default: 1)"),
+        ("--pp", "pipeline ranks (default: 1)"),
+        ("--stages-per-rank", "of a pipeline rank (default: the fewest that the schedule has)"),
+    ):
+        verb.add_argument(name, type=_at_least(1), metavar="N", help=text)
+    verb.add_argument("--sp", action="store_true", help="tensor ranks share out the tokens, too")
+    text = "gpipe, 1f1b, interleaved, zb_h1 or zb_v (default: 1f1b)"
+    verb.add_argument("--schedule", metavar="NAME", help=text)
+    text = "1: masters and moments, 2: and gradients, 3: and parameters are shared out (default: 0)"
+    verb.add_argument("--zero", type=int, choices=(0, 1, 2, 3), help=text)
+    verb.add_argument("--search", action="store_true", help="try all layouts of the GPUs")
+    _option(verb, "--top", 5, "layouts of a search to print", type=_at_least(1), metavar="N")
+    above = _number(float, "a number above 0", lambda value: value > 0)
+    for name, text in (
+        ("--tflops", "dense peak of a GPU"),
+        ("--hbm-gbps", "bandwidth of its memory, GB/s"),
+        ("--memory-gib", "its memory"),
+        ("--reserve-gib", "memory for what is not counted"),
+        ("--link-gbps", "what it sends to others of its node, GB/s"),
+        ("--network-gbps", "what it sends to other nodes, GB/s"),
+    ):
+        verb.add_argument(name, type=above, metavar="X", help=f"{text} (default: assumed)")
+    share = _number(float, "a number above 0 and up to 1", lambda value: 0 < value <= 1)
+    text = "share of the peak that layers reach (default: assumed)"
+    verb.add_argument("--efficiency", type=share, metavar="P", help=text)
+    text = "of a node (default: assumed)"
+    verb.add_argument("--gpus-per-node", type=_at_least(1), metavar="N", help=text)
 
 
 def _add_data(verbs) -> None:

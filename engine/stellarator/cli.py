@@ -34,8 +34,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     parser = make_parser()
     arguments, arguments.overrides = parser.parse_known_args(argv)
-    if arguments.overrides and arguments.verb != "train":
-        arguments.parser.error(unrecognized(arguments.parser, arguments.overrides))
+    words = arguments.overrides
+    if arguments.verb == "plan":  # as train it takes section.key=value, but no --section.key=value
+        words = [word for word in words if word.startswith("-")]
+    if words and arguments.verb != "train":
+        arguments.parser.error(unrecognized(arguments.parser, words))
     if arguments.verb not in _VERBS:
         arguments.parser.print_help()
         return 2
@@ -112,6 +115,26 @@ def _train(arguments) -> int:
         error.told = os.environ.get("LOCAL_RANK", "0") != "0"
         raise
     return EXIT_CODES[trainer.run()["status"]]
+
+
+def _plan(arguments) -> int:
+    from dataclasses import fields
+
+    from stellarator import recipes, settings
+    from stellarator.config import ParallelConfig
+    from stellarator.plan import Machine
+    from stellarator.plan.command import run
+
+    base = recipes.get(arguments.recipe)
+    config = settings.resolve(base, arguments.config, arguments.overrides)
+    names = [field.name for field in fields(ParallelConfig) if field.name in arguments]
+    parallel = {name: getattr(arguments, name) for name in names}
+    figures = {field.name: getattr(arguments, field.name) for field in fields(Machine)}
+    figures = {name: value for name, value in figures.items() if value is not None}
+    top = arguments.top if arguments.search else None
+    for line in run(config, arguments.gpus, parallel, figures, top):
+        print(line)
+    return 0
 
 
 def _prepare(arguments) -> int:
@@ -270,6 +293,7 @@ def _demo(arguments) -> int:
 
 _VERBS = {
     "train": _train,
+    "plan": _plan,
     "data prepare": _prepare,
     "data inspect": _inspect,
     "export": _export,

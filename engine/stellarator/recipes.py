@@ -11,7 +11,7 @@ Every recipe for a large model needs data.train, data.tokenizer and torchrun's o
 machines. Shapes and constants are those of the published models, configurations and training
 scripts; what a docstring marks (memory) is quoted from memory of the papers and was not found in a
 file, and what it marks (assumed) is ours. No loss or time is given where none was measured with
-this engine. The first generation trained with dropout 0.1; this version trains without.
+this engine. The first generation trained with dropout 0.1; these leave it off.
 Standard library only.
 """
 

@@ -279,11 +279,9 @@ def _check_model(config: RunConfig) -> list[str]:
     problems += _finite("model.norm_eps", model.norm_eps, above=0)
     problems += _finite("model.init_std", model.init_std)
     for name in ("residual_dropout", "embedding_dropout", "attention_dropout"):
-        if getattr(model, name) != 0.0:
-            problems.append(
-                f"model.{name}: expected 0.0, got {getattr(model, name)}: this version trains "
-                f"without dropout. Pass model.{name}=0.0"
-            )
+        rate = getattr(model, name)
+        if not 0.0 <= rate < 1.0:
+            problems.append(f"model.{name}: expected a rate in [0, 1), got {rate}")
     return problems
 
 
@@ -415,17 +413,21 @@ def check_layout(config: RunConfig, world_size: int) -> list[str]:
     parallel, built = config.parallel, ParallelConfig()
     problems = [
         f"parallel.{name}: expected {getattr(built, name)!r}, got {getattr(parallel, name)!r}: "
-        f"this version trains with tp, sp, data parallelism and zero. Leave parallel.{name} out"
-        for name in ("pp", "stages_per_rank", "schedule", "cp")
+        f"this version trains with tp, sp, pp, zero and data parallelism. Leave parallel.{name} out"
+        for name in ("cp",)
         if getattr(parallel, name) != getattr(built, name)
     ]
-    return problems or layout.problems(
-        config.model,
-        parallel,
-        world_size,
-        seq_length=config.data.seq_length,
-        global_batch_size=config.train.global_batch_size,
-        micro_batch_size=config.train.micro_batch_size,
+    stages = parallel.pp * parallel.stages_per_rank
+    if stages > 1 and parallel.zero > 1:
+        problems.append(
+            f"parallel.zero: expected 0 or 1 with {stages} pipeline stages, got {parallel.zero}: "
+            "a pipeline adds the gradients of its micro-batches in whole buffers. "
+            "Pass parallel.zero=1"
+        )
+    train = config.train
+    sizes = {name: getattr(train, name) for name in ("global_batch_size", "micro_batch_size")}
+    return problems + layout.problems(
+        config.model, parallel, world_size, seq_length=config.data.seq_length, **sizes
     )
 
 

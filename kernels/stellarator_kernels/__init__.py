@@ -2,10 +2,12 @@
 
 defines:
     attention    flash_attention, decode_attention, projected_attention
-    positions    rope
-    layers       embedding, layer_norm, bias_gelu
-    products     linear, layer_norm_linear, bias_gelu_linear
+    positions    rope, bias_rope
+    layers       embedding, layer_norm, rms_norm, dropout, bias_gelu, swiglu
+    products     linear, layer_norm_linear, bias_gelu_linear, mlp, add_weight_gradient_
     losses       cross_entropy, linear_cross_entropy
+    of a shard   cross_entropy_statistics, cross_entropy_of_statistics, cross_entropy_gradient_,
+                 linear_cross_entropy_statistics, linear_cross_entropy_gradients
     optimizer    adamw_, grad_norm
     questions    explain, available
 
@@ -21,22 +23,43 @@ from stellarator_kernels.attention import (
     projected_attention,
 )
 from stellarator_kernels.bias_gelu import bias_gelu
+from stellarator_kernels.bias_rope import bias_rope
 from stellarator_kernels.cross_entropy import cross_entropy
+from stellarator_kernels.cross_entropy_shard import (
+    cross_entropy_gradient_,
+    cross_entropy_of_statistics,
+    cross_entropy_statistics,
+)
 from stellarator_kernels.dispatch import available, explain
+from stellarator_kernels.dropout import dropout
 from stellarator_kernels.embedding import embedding
 from stellarator_kernels.grad_norm import grad_norm
 from stellarator_kernels.layer_norm import layer_norm
 from stellarator_kernels.linear import bias_gelu_linear, layer_norm_linear, linear
 from stellarator_kernels.linear_cross_entropy import linear_cross_entropy
+from stellarator_kernels.linear_cross_entropy_shard import (
+    linear_cross_entropy_gradients,
+    linear_cross_entropy_statistics,
+)
+from stellarator_kernels.mlp import mlp
+from stellarator_kernels.rms_norm import rms_norm
 from stellarator_kernels.rope import rope
+from stellarator_kernels.swiglu import swiglu
+from stellarator_kernels.weight_gradient import add_weight_gradient_
 
 __all__ = [
     "adamw_",
+    "add_weight_gradient_",
     "available",
     "bias_gelu",
     "bias_gelu_linear",
+    "bias_rope",
     "cross_entropy",
+    "cross_entropy_gradient_",
+    "cross_entropy_of_statistics",
+    "cross_entropy_statistics",
     "decode_attention",
+    "dropout",
     "embedding",
     "explain",
     "flash_attention",
@@ -45,6 +68,11 @@ __all__ = [
     "layer_norm_linear",
     "linear",
     "linear_cross_entropy",
+    "linear_cross_entropy_gradients",
+    "linear_cross_entropy_statistics",
+    "mlp",
     "projected_attention",
+    "rms_norm",
     "rope",
+    "swiglu",
 ]

@@ -5,8 +5,12 @@ m = m + (1 - beta1) * (g - m);  v = beta2 * v + (1 - beta2) * g^2
 w = (1 - lr * weight_decay) * w - lr / (1 - beta1^t) * m / (sqrt(v / (1 - beta2^t)) + eps)
 param = round_to_nearest_even(w) where there is a float32 master w
 
+Narrower storage, in any combination (adamw_states.py): bf16 parameters with 16-bit remainders, or
+rounded stochastically without any master, and moments of 8 bits.
+
 Moved: 24 bytes of float32 states per element (m, v, w, each read and written), the gradient read
-and, with a master, the parameter written: 30 bytes for bfloat16 parameters and float32 gradients.
+and, with a master, the parameter written: 30 bytes for bfloat16 parameters and float32 gradients;
+28 with remainders, 24 rounded stochastically, 12 with moments of 8 bits besides.
 Saved: nothing; this op has no gradient. All arithmetic is float32, the factors that depend on the
 step are computed in float64 first. `triton` and `cpu` make one pass, `torch` about ten.
 Source: Loshchilov & Hutter 2019, arXiv:1711.05101; order of operations as torch.optim.AdamW;
@@ -14,15 +18,31 @@ clip folded in as in llm.c.
 """
 
 from collections.abc import Sequence
+from itertools import accumulate
 
 import torch
 
 from stellarator_kernels import extension, reference
 from stellarator_kernels._triton import tl, triton
+from stellarator_kernels.adamw_states import (
+    GROUP,
+    Storage,
+    dequantise_block,
+    join_block,
+    num_groups,
+    quantise_block,
+    random_key,
+    round_block,
+    split_block,
+    store_,
+    widen,
+)
 from stellarator_kernels.checks import expect, expect_dtype, expect_same_device, expect_shape
 from stellarator_kernels.dispatch import choose, narrowest
+from stellarator_kernels.random import counter_block
 
 _BLOCK = 1024
+_PLAIN = Storage()
 
 
 @triton.jit
@@ -32,9 +52,14 @@ def _adamw_kernel(
     grad_ptr,
     exp_avg_ptr,
     exp_avg_sq_ptr,
+    remainder_ptr,
+    exp_avg_scale_ptr,
+    exp_avg_sq_scale_ptr,
     clip_ptr,
     factors_ptr,
+    key_ptr,
     n,
+    first_index,
     decay,
     step_size,
     root_correction,
@@ -43,30 +68,72 @@ def _adamw_kernel(
     beta2_rest,
     eps,
     HAS_MASTER: tl.constexpr,
+    HAS_REMAINDER: tl.constexpr,
+    STOCHASTIC: tl.constexpr,
+    EIGHT_BITS: tl.constexpr,
     HAS_CLIP: tl.constexpr,
     HAS_FACTORS: tl.constexpr,
+    GROUP: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """One block of BLOCK elements. `factors_ptr` holds (decay, step_size, root_correction)."""
     start = tl.program_id(0).to(tl.int64) * BLOCK
-    inside = tl.arange(0, BLOCK) < tl.minimum(n - start, BLOCK).to(tl.int32)
-    cols = start + tl.arange(0, BLOCK)
+    if EIGHT_BITS:
+        groups = tl.arange(0, BLOCK // GROUP)
+        lanes = groups[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
+        has_group = start + groups * GROUP < n
+        groups = start // GROUP + groups
+    else:
+        lanes = tl.arange(0, BLOCK)
+    inside = lanes < tl.minimum(n - start, BLOCK).to(tl.int32)
+    cols = start + lanes
     if HAS_FACTORS:
         decay = tl.load(factors_ptr)
         step_size = tl.load(factors_ptr + 1)
         root_correction = tl.load(factors_ptr + 2)
+    if STOCHASTIC or EIGHT_BITS:
+        random_bits = counter_block(tl.load(key_ptr), first_index + cols)
     g = tl.load(grad_ptr + cols, mask=inside, other=0.0).to(tl.float32)
     if HAS_CLIP:
         g = g * tl.load(clip_ptr)
-    m = tl.load(exp_avg_ptr + cols, mask=inside, other=0.0)
-    v = tl.load(exp_avg_sq_ptr + cols, mask=inside, other=0.0)
+    if EIGHT_BITS:
+        codes = tl.load(exp_avg_ptr + cols, mask=inside, other=0)
+        scales = tl.load(exp_avg_scale_ptr + groups, mask=has_group, other=0.0)
+        m = dequantise_block(codes, scales, True)
+        codes = tl.load(exp_avg_sq_ptr + cols, mask=inside, other=0)
+        scales = tl.load(exp_avg_sq_scale_ptr + groups, mask=has_group, other=0.0)
+        v = dequantise_block(codes, scales, False)
+    else:
+        m = tl.load(exp_avg_ptr + cols, mask=inside, other=0.0)
+        v = tl.load(exp_avg_sq_ptr + cols, mask=inside, other=0.0)
     w = tl.load(weight_ptr + cols, mask=inside, other=0.0)
+    if HAS_REMAINDER:
+        w = join_block(w, tl.load(remainder_ptr + cols, mask=inside, other=0))
+    elif STOCHASTIC:
+        w = w.to(tl.float32)
     m = m + beta1_rest * (g - m)
     v = beta2 * v + beta2_rest * (g * g)
     w = w * decay - step_size * tl.div_rn(m, tl.sqrt_rn(v) * root_correction + eps)
-    tl.store(exp_avg_ptr + cols, m, mask=inside)
-    tl.store(exp_avg_sq_ptr + cols, v, mask=inside)
-    tl.store(weight_ptr + cols, w, mask=inside)
+    if EIGHT_BITS:
+        # Lanes behind the end have the moments 0, and so no part in a scale.
+        codes, scales = quantise_block(m, ((random_bits >> 32) & 0xFFFF).to(tl.int32), True)
+        tl.store(exp_avg_ptr + cols, codes, mask=inside)
+        tl.store(exp_avg_scale_ptr + groups, scales, mask=has_group)
+        codes, scales = quantise_block(v, ((random_bits >> 16) & 0xFFFF).to(tl.int32), False)
+        tl.store(exp_avg_sq_ptr + cols, codes, mask=inside)
+        tl.store(exp_avg_sq_scale_ptr + groups, scales, mask=has_group)
+    else:
+        tl.store(exp_avg_ptr + cols, m, mask=inside)
+        tl.store(exp_avg_sq_ptr + cols, v, mask=inside)
+    if HAS_REMAINDER:
+        param, remainder = split_block(w)
+        tl.store(param_ptr + cols, param, mask=inside)
+        tl.store(remainder_ptr + cols, remainder, mask=inside)
+    elif STOCHASTIC:
+        param = round_block(w, (random_bits >> 48).to(tl.int32))
+        tl.store(param_ptr + cols, param, mask=inside)
+    else:
+        tl.store(weight_ptr + cols, w, mask=inside)
     if HAS_MASTER:
         # Rounded by hand, because the interpreter's cast truncates; memory is the limit here.
         bits = w.to(tl.uint32, bitcast=True)
@@ -91,7 +158,9 @@ def _factors(lr, step, beta1: float, beta2: float, weight_decay: float):
     return 1 - lr * weight_decay, lr / (1 - beta1**step), (1 - beta2**step) ** -0.5
 
 
-def _launch_triton(param, weight, grad, exp_avg, exp_avg_sq, clip, factors, beta1, beta2, eps):
+def _launch_triton(
+    param, weight, grad, exp_avg, exp_avg_sq, clip, factors, beta1, beta2, eps, storage=_PLAIN
+):
     """One launch for one flat tensor. Does not wait for the device."""
     if param.numel() == 0:
         return
@@ -106,19 +175,37 @@ def _launch_triton(param, weight, grad, exp_avg, exp_avg_sq, clip, factors, beta
             grad,
             exp_avg,
             exp_avg_sq,
+            *(param if x is None else x for x in storage[:3]),
             param if clip is None else clip,
             memory,
+            param if storage.key is None else storage.key,
             param.numel(),
+            storage.first_index,
             *numbers,
             1 - beta1,
             beta2,
             1 - beta2,
             eps,
             HAS_MASTER=param is not weight,
+            HAS_REMAINDER=storage.remainder is not None,
+            STOCHASTIC=_is_stochastic(weight, storage),
+            EIGHT_BITS=storage.exp_avg_scale is not None,
             HAS_CLIP=clip is not None,
             HAS_FACTORS=memory is not param,
+            GROUP=GROUP,
             BLOCK=_BLOCK,
+            num_warps=warps(storage.exp_avg_scale is not None),
         )
+
+
+def warps(has_eight_bits: bool) -> int:
+    """More where a thread codes and decodes: with 4 the registers spill (24 bytes on sm_90a)."""
+    return 8 if has_eight_bits else 4
+
+
+def _is_stochastic(weight, storage) -> bool:
+    """The bf16 parameter is all there is of the weight."""
+    return weight.dtype == torch.bfloat16 and storage.remainder is None
 
 
 def _update_cpu(param, weight, grad, exp_avg, exp_avg_sq, clip, factors, beta1, beta2, eps):
@@ -170,16 +257,32 @@ def _update_reference(param, weight, grad, exp_avg, exp_avg_sq, clip, factors, b
         param.copy_(weight)
 
 
+def _widened(update):
+    """An update of fp32 tensors for narrower ones: widened before, put back after it."""
+
+    def run(param, weight, grad, exp_avg, exp_avg_sq, *rest):
+        *rest, storage = rest
+        if all(x is None for x in storage[:4]):
+            return update(param, weight, grad, exp_avg, exp_avg_sq, *rest)
+        wide = widen(weight, exp_avg, exp_avg_sq, storage)
+        # With a master that is the weight, `param` follows it; else there is only the wide one.
+        update(param if wide[0] is weight else wide[0], wide[0], grad, *wide[1:], *rest)
+        return store_(param, exp_avg, exp_avg_sq, wide, storage, wide[0] is not weight)
+
+    return run
+
+
 _UPDATES = {
     "triton": _launch_triton,
-    "cpu": _update_cpu,
-    "torch": _update_torch,
-    "reference": _update_reference,
+    "cpu": _widened(_update_cpu),
+    "torch": _widened(_update_torch),
+    "reference": _widened(_update_reference),
 }
 
 
 @torch.library.custom_op(
-    "stellarator::adamw", mutates_args=("params", "exp_avgs", "exp_avg_sqs", "masters")
+    "stellarator::adamw",
+    mutates_args=("params", "exp_avgs", "exp_avg_sqs", "masters", "remainders", "scales"),
 )
 def _adamw(
     params: Sequence[torch.Tensor],
@@ -187,41 +290,41 @@ def _adamw(
     exp_avgs: Sequence[torch.Tensor],
     exp_avg_sqs: Sequence[torch.Tensor],
     masters: Sequence[torch.Tensor],
+    remainders: Sequence[torch.Tensor],
+    scales: Sequence[torch.Tensor],
     lr: torch.Tensor,
     step: torch.Tensor,
     clip: torch.Tensor | None,
+    seed: torch.Tensor | None,
     beta1: float,
     beta2: float,
     eps: float,
     weight_decay: Sequence[float],
+    first_indices: Sequence[int],
     impl: str,
 ) -> None:
-    update = _UPDATES[choose("adamw_", impl, narrowest(params))]
+    """scales: those of all exp_avgs, then those of all exp_avg_sqs, or none."""
+    narrow = bool(len(remainders) or len(scales)) or seed is not None
+    update = _UPDATES[choose("adamw_", impl, narrowest(params), narrow=narrow)]
     # On a GPU a tensor is not read by the host: the arithmetic is done there, in float64.
     lr, step = (x if x.device.type != "cpu" else x.item() for x in (lr, step))
+    key = None if seed is None else random_key(seed, step, params[0].device)
     weights = masters if len(masters) else params
+    nothing = [None] * len(params)
+    remainders = remainders if len(remainders) else nothing
+    averages, squares = (scales[: len(params)], scales[len(params) :]) if scales else (nothing,) * 2
     tensors = zip(params, weights, grads, exp_avgs, exp_avg_sqs, weight_decay, strict=True)
-    for param, weight, grad, exp_avg, exp_avg_sq, decay in tensors:
+    stored = zip(remainders, averages, squares, first_indices, strict=True)
+    for (param, weight, grad, exp_avg, exp_avg_sq, decay), (*narrow, first) in zip(
+        tensors, stored, strict=True
+    ):
         factors = _factors(lr, step, beta1, beta2, decay)
-        update(param, weight, grad, exp_avg, exp_avg_sq, clip, factors, beta1, beta2, eps)
+        storage = Storage(*narrow, key, first)
+        update(param, weight, grad, exp_avg, exp_avg_sq, clip, factors, beta1, beta2, eps, storage)
 
 
 @_adamw.register_fake
-def _(
-    params,
-    grads,
-    exp_avgs,
-    exp_avg_sqs,
-    masters,
-    lr,
-    step,
-    clip,
-    beta1,
-    beta2,
-    eps,
-    weight_decay,
-    impl,
-):
+def _fake_adamw(*arguments):
     return None
 
 
@@ -235,46 +338,78 @@ def _scalar(op: str, name: str, value: float | torch.Tensor, device: torch.devic
     return value
 
 
-def _check(params, grads, exp_avgs, exp_avg_sqs, masters, clip):
-    """Shapes, dtypes, strides and devices of the lists."""
+def _check(params, lists, clip, seed):
+    """Shapes, dtypes, strides and devices of the lists, by name; those not given are empty."""
     op, device = "adamw_", params[0].device
-    lists = {"grads": grads, "exp_avgs": exp_avgs, "exp_avg_sqs": exp_avg_sqs, "master": masters}
+    masters, remainders = lists["master"], lists["remainder"]
     for i, param in enumerate(params):
         dtype = param.dtype
         names = f"params[{i}]"
         expect_dtype(
             op, names, param, (torch.bfloat16, torch.float32, torch.float64), "Cast the parameters"
         )
+        is_narrow = dtype == torch.bfloat16
         expect(
-            (len(masters) > 0) == (dtype == torch.bfloat16),
+            (bool(masters) != bool(remainders) or (seed is not None and not masters + remainders))
+            if is_narrow
+            else not masters + remainders,
             op,
-            "a float32 master for bfloat16 params and none for others",
-            f"{names} {dtype} with {len(masters)} masters",
-            "Pass master=[...], one per parameter, exactly when the parameters are bfloat16",
+            "a float32 master for bfloat16 params (or a remainder, or a seed) and none for others",
+            f"{names} {dtype} with {len(masters)} masters and {len(remainders)} remainders",
+            "Pass one of them, for each parameter, exactly when the parameters are bfloat16",
         )
         state = torch.float64 if dtype == torch.float64 else torch.float32
+        if lists["exp_avg_scales"] and dtype == torch.float64:
+            expect(False, op, "no moments of 8 bits beside float64", names, "Pass float64 moments")
+        moments = torch.uint8 if lists["exp_avg_scales"] else state
+        dtypes = {
+            "grads": (dtype, torch.float32, torch.bfloat16),
+            "exp_avgs": (moments,),
+            "exp_avg_sqs": (moments,),
+            "master": (state,),
+            "remainder": (torch.int16,),
+            "exp_avg_scales": (torch.float32,),
+            "exp_avg_sq_scales": (torch.float32,),
+        }
         for name, tensors in {"params": params, **lists}.items():
-            if name == "master" and not masters:
+            if not len(tensors):
                 continue
-            tensor = tensors[i]
-            name = f"{name}[{i}]"
+            tensor, of = tensors[i], f"{name}[{i}]"
             if tensor.ndim != 1 or (tensor.numel() > 1 and tensor.stride(0) != 1):
                 got = f"shape {tuple(tensor.shape)} and strides {tensor.stride()}"
-                expect(False, op, f"{name} flat, (n,) with stride 1", got, "Pass flat buffers")
-            expect_shape(op, name, tensor, "(n,)", (param.numel(),), f"Match {names}")
+                expect(False, op, f"{of} flat, (n,) with stride 1", got, "Pass flat buffers")
+            n, form = param.numel(), "(n,)"
+            if name.endswith("_scales"):
+                n, form = num_groups(n), "(ceil(n / 256),)"
+            expect_shape(op, of, tensor, form, (n,), f"Match {names}")
             if tensor.device != device:
-                expect_same_device(op, **{"params[0]": params[0], name: tensor})
-            if name.startswith("grads"):
-                allowed = (dtype, torch.float32, torch.bfloat16)
-                expect_dtype(op, name, tensor, allowed, "Cast the gradient")
-            elif not name.startswith("params"):
-                expect_dtype(op, name, tensor, (state,), "Keep the states in that dtype")
+                expect_same_device(op, **{"params[0]": params[0], of: tensor})
+            if name == "grads":
+                expect_dtype(op, of, tensor, dtypes[name], "Cast the gradient")
+            elif name != "params":
+                expect_dtype(op, of, tensor, dtypes[name], "Keep the states in that dtype")
+    is_exact = params[0].dtype != torch.bfloat16 or len(masters + remainders) > 0
+    if seed is not None and is_exact and not lists["exp_avg_scales"]:
+        got = "a seed beside exact weights and moments"
+        expect(False, op, "a seed only where something is rounded with it", got, "Pass none")
     if clip is not None:
         expect_shape(op, "clip_coefficient", clip, "()", (), "Pass a 0-d tensor")
         is_wide = narrowest(params).dtype == torch.float64
         allowed = (torch.float32, torch.float64) if is_wide else (torch.float32,)
         expect_dtype(op, "clip_coefficient", clip, allowed, "Pass the dtype of the states")
         expect_same_device(op, params=params[0], clip_coefficient=clip)
+
+
+def _seed(seed: int | torch.Tensor | None) -> torch.Tensor | None:
+    """As () int64; a number stays on the host, and a negative one stands for its 64 bits."""
+    if seed is None:
+        return None
+    if not isinstance(seed, torch.Tensor):
+        wrapped = (seed + (1 << 63)) % (1 << 64) - (1 << 63)
+        return torch.tensor(wrapped, dtype=torch.int64, device="cpu")
+    expect_shape("adamw_", "seed", seed, "()", (), "Pass a number or a 0-d tensor")
+    expect_dtype("adamw_", "seed", seed, (torch.int64,), "Pass seed.long()")
+    return seed
 
 
 @torch.no_grad()
@@ -291,6 +426,11 @@ def adamw_(
     weight_decay: float | Sequence[float],
     step: int | torch.Tensor,
     master: Sequence[torch.Tensor] | None = None,
+    remainder: Sequence[torch.Tensor] | None = None,
+    exp_avg_scales: Sequence[torch.Tensor] | None = None,
+    exp_avg_sq_scales: Sequence[torch.Tensor] | None = None,
+    seed: int | torch.Tensor | None = None,
+    first_indices: Sequence[int] | None = None,
     clip_coefficient: torch.Tensor | None = None,
     impl: str = "auto",
 ) -> None:
@@ -300,27 +440,43 @@ def adamw_(
     w = (1 - lr * weight_decay) * w - lr / (1 - beta1^t) * m / (sqrt(v / (1 - beta2^t)) + eps)
 
     Args:
-        params: (n,) each, contiguous; bfloat16 with `master`, or float32 (float64) without.
-            Usually one per group of equal weight decay; slices of a larger buffer are fine.
+        params: (n,) each, contiguous; bfloat16 with `master`, `remainder` or, for stochastic
+            rounding, `seed` alone; or float32 (float64) without. Usually one per group of equal
+            weight decay; slices of a larger buffer are fine.
         grads: (n,) each, float32 or bfloat16. Not changed.
-        exp_avgs, exp_avg_sqs: (n,) each, float32; the states m and v.
+        exp_avgs, exp_avg_sqs: (n,) each, float32 (float64 beside float64); the states m and v. Or
+            uint8 with scales; zeros to begin with.
         lr: learning rate, a number or a 0-d tensor on the same device (for CUDA graphs).
         weight_decay: one number, or one per tensor.
         step: t, counted from 1; a number or a 0-d tensor on the same device.
         master: (n,) each, float32; the weights w that are updated. Then params = w, rounded to the
             nearest, ties to even.
+        remainder: (n,) each, int16, instead of masters: lower halves of the weights, whose other
+            bits the parameters hold, rounded to nearest, ties away from zero (`split_master`).
+        exp_avg_scales, exp_avg_sq_scales: (ceil(n / 256),) each, float32: moments of 8 bits. They
+            need a seed.
+        seed: of the random bits with which they, and parameters without more, are rounded: any 64
+            bits, or a () int64 tensor on the same device. The bits change with the step.
+        first_indices: global index of element 0 of each tensor, by which its random bits are found;
+            None: the tensors lie one behind the other from 0 on. Ranks that hold parts of one
+            buffer pass where these begin.
         clip_coefficient: 0-d float32 tensor (float64 beside float64 params) on the same device,
             multiplied into the gradients; the host does not wait for it.
     Raises:
         ValueError: shapes, dtypes, strides, devices or lengths disagree; `step` below 1.
         RuntimeError: `impl` cannot run here.
-    Cost: 24 bytes per element for w, m, v, one read of the gradient, one write of a bfloat16 param.
+    Cost: `cost.adamw`.
     Source: arXiv:1711.05101.
     """
-    masters = [] if master is None else list(master)
-    counts = {"grads": grads, "exp_avgs": exp_avgs, "exp_avg_sqs": exp_avg_sqs}
-    counts |= {} if master is None else {"master": masters}
-    for name, tensors in counts.items():
+    lists = {"grads": grads, "exp_avgs": exp_avgs, "exp_avg_sqs": exp_avg_sqs}
+    options = {
+        "master": master,
+        "remainder": remainder,
+        "exp_avg_scales": exp_avg_scales,
+        "exp_avg_sq_scales": exp_avg_sq_scales,
+        "first_indices": first_indices,
+    }
+    for name, tensors in (lists | {k: v for k, v in options.items() if v is not None}).items():
         expect(
             len(tensors) == len(params),
             "adamw_",
@@ -344,22 +500,37 @@ def adamw_(
         step,
         "Count the first update as step 1",
     )
+    expect(
+        (exp_avg_scales is None) == (exp_avg_sq_scales is None)
+        and (exp_avg_scales is None or seed is not None),
+        "adamw_",
+        "exp_avg_scales, exp_avg_sq_scales and a seed together",
+        "some of them",
+        "Moments of 8 bits take all three",
+    )
     if len(params) == 0:
         return
-    _check(params, grads, exp_avgs, exp_avg_sqs, masters, clip_coefficient)
+    if first_indices is None:
+        first_indices = list(accumulate((x.numel() for x in params[:-1]), initial=0))
+    lists |= {k: list(v or []) for k, v in options.items() if k != "first_indices"}
+    _check(params, lists, clip_coefficient, seed)
     device = params[0].device
     _adamw(
         list(params),
         list(grads),
         list(exp_avgs),
         list(exp_avg_sqs),
-        masters,
+        lists["master"],
+        lists["remainder"],
+        lists["exp_avg_scales"] + lists["exp_avg_sq_scales"],
         _scalar("adamw_", "lr", lr, device),
         _scalar("adamw_", "step", step, device),
         clip_coefficient,
+        _seed(seed),
         beta1,
         beta2,
         eps,
         [float(x) for x in weight_decay],
+        list(first_indices),
         impl,
     )

@@ -27,7 +27,7 @@ _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 @triton.jit
-def _cdf_and_density(u, TANH: tl.constexpr):
+def cdf_and_density(u, TANH: tl.constexpr):
     """Phi(u) and Phi'(u) of the chosen form, in fp32."""
     if TANH:
         inner = 1.5957691216057308 * u * (1.0 + 0.044715 * u * u)
@@ -51,7 +51,7 @@ def _bias_gelu_fwd_kernel(
     u = tl.load(x_ptr + rows * x_stride_row + cols, mask=inside, other=0.0).to(tl.float32)
     if HAS_BIAS:
         u += tl.load(bias_ptr + cols, mask=cols < C, other=0.0).to(tl.float32)
-    cdf, _ = _cdf_and_density(u, TANH)
+    cdf, _ = cdf_and_density(u, TANH)
     tl.store(y_ptr + rows * C + cols, (u * cdf).to(y_ptr.dtype.element_ty), mask=inside)
 
 
@@ -73,7 +73,7 @@ def _bias_gelu_bwd_kernel(
         dy = tl.load(dy_ptr + rows * dy_stride_row + cols, mask=inside, other=0.0).to(tl.float32)
         if HAS_BIAS:
             u += bias
-        cdf, density = _cdf_and_density(u, TANH)
+        cdf, density = cdf_and_density(u, TANH)
         dx = dy * (cdf + u * density)
         dbias += dx
         tl.store(dx_ptr + rows * C + cols, dx.to(dx_ptr.dtype.element_ty), mask=inside)

@@ -28,6 +28,23 @@ _BLOCK_ELEMENTS = 1 << 19
 
 
 @triton.jit
+def running_statistics(logits_ptr, V, BLOCK: tl.constexpr):
+    """Of one row: the largest logit that each lane has seen, and its sum of exp(x - largest)."""
+    lanes = tl.arange(0, BLOCK)
+    largest = tl.full((BLOCK,), float("-inf"), dtype=tl.float32)
+    total = tl.zeros((BLOCK,), dtype=tl.float32)
+    for start in range(0, V, BLOCK):
+        in_row = start + lanes < V
+        x = tl.load(logits_ptr + start + lanes, mask=in_row, other=float("-inf")).to(tl.float32)
+        new = tl.maximum(largest, x)
+        # A lane that has seen nothing but -inf would compute exp(-inf + inf).
+        shift = tl.where(new == float("-inf"), 0.0, new)
+        total = total * tl.exp(largest - shift) + tl.exp(x - shift)
+        largest = new
+    return largest, total
+
+
+@triton.jit
 def _cross_entropy_fwd_kernel(
     logits_ptr, logits_stride_row, targets_ptr, dloss_ptr, loss_ptr, lse_ptr,
     V, ignore_index, z_loss, GRADIENT: tl.constexpr, BLOCK: tl.constexpr,
@@ -41,17 +58,7 @@ def _cross_entropy_fwd_kernel(
     # Ahead of the reductions, which are barriers: behind them a slow warp would read the gradient
     # that a fast one has written there already.
     picked = tl.load(logits_ptr + target, mask=valid & known, other=float("nan")).to(tl.float32)
-    lanes = tl.arange(0, BLOCK)
-    largest = tl.full((BLOCK,), float("-inf"), dtype=tl.float32)
-    total = tl.zeros((BLOCK,), dtype=tl.float32)
-    for start in range(0, V, BLOCK):
-        in_row = start + lanes < V
-        x = tl.load(logits_ptr + start + lanes, mask=in_row, other=float("-inf")).to(tl.float32)
-        new = tl.maximum(largest, x)
-        # A lane that has seen nothing but -inf would compute exp(-inf + inf).
-        shift = tl.where(new == float("-inf"), 0.0, new)
-        total = total * tl.exp(largest - shift) + tl.exp(x - shift)
-        largest = new
+    largest, total = running_statistics(logits_ptr, V, BLOCK)
     row_largest = tl.max(largest, 0)
     log_total = tl.log(tl.sum(total * tl.exp(largest - row_largest), 0))
     lse = row_largest + log_total
@@ -87,9 +94,9 @@ def _write_gradient(
 @triton.jit
 def _cross_entropy_bwd_kernel(
     dloss_ptr, dloss_stride, logits_ptr, logits_stride_row, targets_ptr, lse_ptr, dlogits_ptr,
-    V, ignore_index, z_loss, BLOCK: tl.constexpr,
+    dlogits_stride_row, V, ignore_index, z_loss, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """One row of dlogits, contiguous."""
+    """One row of dlogits, which may be the row of logits."""
     row = tl.program_id(0).to(tl.int64)
     target = tl.load(targets_ptr + row)
     valid = target != ignore_index
@@ -97,8 +104,8 @@ def _cross_entropy_bwd_kernel(
     lse = tl.load(lse_ptr + row)
     factor = dloss * (1.0 + 2.0 * z_loss * lse)
     _write_gradient(
-        logits_ptr + row * logits_stride_row, dlogits_ptr + row * V, target, valid, dloss, factor,
-        lse, 0.0, V, BLOCK,
+        logits_ptr + row * logits_stride_row, dlogits_ptr + row * dlogits_stride_row, target,
+        valid, dloss, factor, lse, 0.0, V, BLOCK,
     )  # fmt: skip
 
 
@@ -125,21 +132,26 @@ def launch_forward(logits, targets, dloss, ignore_index, z_loss):
     return loss, lse
 
 
-def _backward_triton(dloss, logits, targets, lse, ignore_index, z_loss):
-    """Allocate and launch the backward."""
-    logits, dlogits = dense_rows(logits), logits.new_empty(logits.shape)
+def launch_backward(dloss, logits, targets, lse, dlogits, ignore_index, z_loss):
+    """Write the gradient to `dlogits`, which may be `logits`; their rows are dense."""
     N, V = logits.shape
     BLOCK, num_warps = tiles(V)
     if N > 0:
         with torch.cuda.device_of(logits):
             _cross_entropy_bwd_kernel[(N,)](
                 dloss, dloss.stride(0), logits, logits.stride(0), targets.contiguous(), lse,
-                dlogits, V, ignore_index, z_loss, BLOCK, num_warps=num_warps,
+                dlogits, dlogits.stride(0), V, ignore_index, z_loss, BLOCK, num_warps=num_warps,
             )  # fmt: skip
+
+
+def _backward_triton(dloss, logits, targets, lse, ignore_index, z_loss):
+    """Allocate and launch the backward."""
+    logits, dlogits = dense_rows(logits), logits.new_empty(logits.shape)
+    launch_backward(dloss, logits, targets, lse, dlogits, ignore_index, z_loss)
     return dlogits
 
 
-def _blocks_of_rows(logits, dtype, in_place):
+def blocks_of_rows(logits, dtype, in_place):
     """(rows, their values in `dtype`) over all rows: on a CPU blocks that stay in its cache.
 
     The values lie in memory that the next block overwrites; with `in_place`, in the logits if
@@ -160,7 +172,7 @@ def forward_torch(logits, targets, dloss, ignore_index, z_loss):
     loss, lse = (logits.new_empty(logits.shape[0], dtype=dtype) for _ in range(2))
     ignored = targets == ignore_index
     index = targets.masked_fill(ignored, 0)[:, None]
-    for block, x in _blocks_of_rows(logits, dtype, dloss is not None):
+    for block, x in blocks_of_rows(logits, dtype, dloss is not None):
         x.sub_(largest := x.amax(1, keepdim=True))
         picked = x.gather(1, index[block])
         log_total = (total := x.exp_().sum(1, keepdim=True)).log()
@@ -170,7 +182,7 @@ def forward_torch(logits, targets, dloss, ignore_index, z_loss):
             scale = dloss[block, None].to(dtype)
             x.mul_(scale * (1 + 2 * z_loss * lse[block, None]) / total)
             x.scatter_add_(1, index[block], -scale)
-            _zero_rows_(x, ignored[block])
+            zero_rows_(x, ignored[block])
             if x.dtype != logits.dtype:
                 logits[block] = x
     if z_loss != 0.0:
@@ -185,10 +197,10 @@ def _backward_torch(dloss, logits, targets, lse, ignore_index, z_loss):
     index = targets[:, None].masked_fill(ignored, 0)
     dloss, lse = dloss.to(lse.dtype)[:, None], lse[:, None]
     factor = dloss * (1 + 2 * z_loss * lse)
-    for block, x in _blocks_of_rows(logits, lse.dtype, False):
+    for block, x in blocks_of_rows(logits, lse.dtype, False):
         x.sub_(lse[block]).exp_().mul_(factor[block])
         x.scatter_add_(1, index[block], -dloss[block])
-        _zero_rows_(x, ignored[block, 0])
+        zero_rows_(x, ignored[block, 0])
         dlogits[block] = x
     return dlogits
 
@@ -231,7 +243,7 @@ def _run_cpu(logits, targets, lse, loss, dloss, gradient, ignore_index, z_loss):
     )
 
 
-def _zero_rows_(x, ignored):
+def zero_rows_(x, ignored):
     """Zeros, not a factor of zero, since what is ignored may be NaN; usually there is none."""
     if ignored.any():
         x.masked_fill_(ignored[:, None], 0.0)

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 import torch
 
 from stellarator_kernels import _triton, extension
+from stellarator_kernels.layout import UNIT
 
 IMPLEMENTATIONS = ("triton", "cpu", "torch", "reference")
 
@@ -26,13 +27,21 @@ IMPLEMENTATIONS = ("triton", "cpu", "torch", "reference")
 _OPS = {
     "flash_attention": ("triton", "cpu", "torch", "reference"),
     "decode_attention": ("triton", "torch", "reference"),
-    "embedding": ("torch", "reference"),
+    "embedding": ("triton", "torch", "reference"),
     "rope": ("triton", "cpu", "torch", "reference"),
+    "bias_rope": ("triton", "torch", "reference"),
     "layer_norm": ("triton", "cpu", "torch", "reference"),
+    "rms_norm": ("triton", "reference"),
+    "dropout": ("triton", "reference"),
     "bias_gelu": ("triton", "cpu", "torch", "reference"),
     "cross_entropy": ("triton", "cpu", "torch", "reference"),
+    "cross_entropy_statistics": ("triton", "torch", "reference"),
     "linear": ("cpu", "torch", "reference"),
+    "mlp": ("triton", "cpu", "torch", "reference"),
+    "add_weight_gradient_": ("triton", "cpu", "torch", "reference"),
+    "swiglu": ("triton", "torch", "reference"),
     "linear_cross_entropy": ("triton", "cpu", "torch", "reference"),
+    "linear_cross_entropy_statistics": ("triton", "torch", "reference"),
     "adamw_": ("triton", "cpu", "torch", "reference"),
     "grad_norm": ("triton", "cpu", "torch", "reference"),
 }
@@ -42,11 +51,19 @@ _DECIDING = {
     "decode_attention": "q",
     "embedding": "weight",
     "rope": "q",
+    "bias_rope": "qkv",
     "layer_norm": "x",
+    "rms_norm": "x",
+    "dropout": "x",
     "bias_gelu": "x",
     "cross_entropy": "logits",
+    "cross_entropy_statistics": "logits",
     "linear": "x",
+    "mlp": "x",
+    "add_weight_gradient_": "dy",
+    "swiglu": "gate",
     "linear_cross_entropy": "hidden",
+    "linear_cross_entropy_statistics": "hidden",
     "adamw_": "params",
     "grad_norm": "tensors",
 }
@@ -57,7 +74,7 @@ _PAIRS = {
     "projected_attention": ("qkv", ("rope", "flash_attention")),
 }
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32)
-_MAX_WIDTH = 8192  # of layer_norm, whose backward holds a row in registers
+_MAX_WIDTH = 8192  # of the norms, whose backward holds a row in registers
 
 
 def _limits_of_attention(q: torch.Tensor, options: dict) -> dict[str, str]:
@@ -77,7 +94,10 @@ def _limits_of_layer_norm(x: torch.Tensor, options: dict) -> dict[str, str]:
     """Rows that fit the registers of one program."""
     C = x.shape[-1] if x.dim() else 0
     reason = f"the kernels take rows of at most {_MAX_WIDTH} elements, not {C}"
-    return {"triton": reason, "cpu": reason} if C > _MAX_WIDTH else {}
+    limits = {"triton": reason, "cpu": reason} if C > _MAX_WIDTH else {}
+    if options.get("dropout_p", 0.0):
+        limits["cpu"] = "dropout is in triton, in torch and in the reference only"
+    return limits
 
 
 def _limits_of_linear(x: torch.Tensor, options: dict) -> dict[str, str]:
@@ -87,13 +107,44 @@ def _limits_of_linear(x: torch.Tensor, options: dict) -> dict[str, str]:
     return {} if fits else {"cpu": "the C++ weight gradient is for bfloat16 on AMX"}
 
 
+def _limits_of_adamw(x: torch.Tensor, options: dict) -> dict[str, str]:
+    """The C++ kernel knows fp32 states and masters only."""
+    narrow = [x for x in ("remainder", "exp_avg_scales", "seed") if options.get(x) is not None]
+    if not narrow and not options.get("narrow"):
+        return {}
+    reason = "remainders, stochastic rounding and moments of 8 bits are not in C++"
+    return {"cpu": reason}
+
+
+def _limits_of_mlp(x: torch.Tensor, options: dict) -> dict[str, str]:
+    """Rows that the products in Triton can load whole."""
+    up = options.get("up_weight")
+    return _whole_rows(x, None if up is None else up.t())
+
+
+def _limits_of_weight_gradient(dy: torch.Tensor, options: dict) -> dict[str, str]:
+    """The same, and where the C++ is taken."""
+    return _limits_of_linear(dy, {}) | _whole_rows(dy, options.get("x"))
+
+
+def _whole_rows(*tensors: torch.Tensor | None) -> dict[str, str]:
+    """The limit of kernels that load the rows of these tensors in UNITs."""
+    widths = [t.shape[-1] if t.dim() else 0 for t in tensors if t is not None]
+    wrong = [width for width in widths if width == 0 or width % UNIT]
+    return {"triton": f"the widths are multiples of {UNIT}, not {wrong[0]}"} if wrong else {}
+
+
 # Limits of an op's own kernels: from its deciding argument and its other ones to the
 # implementations that are refused, with the reason.
 _LIMITS = {
     "flash_attention": _limits_of_attention,
     "decode_attention": _limits_of_attention,
     "layer_norm": _limits_of_layer_norm,
+    "rms_norm": _limits_of_layer_norm,
     "linear": _limits_of_linear,
+    "adamw_": _limits_of_adamw,
+    "mlp": _limits_of_mlp,
+    "add_weight_gradient_": _limits_of_weight_gradient,
 }
 
 

@@ -1,11 +1,14 @@
 """The L2 norm over a list of tensors, the same to the bit for any number of threads.
 
-norm = sqrt(sum of x^2 over all elements of all tensors)
+norm = sqrt(sum over the tensors of weight * sum of x^2 over its elements)
+
+The weights let a caller whose ranks hold some tensors several times count each once: a weight of
+one over their number, or 1 on one rank and 0 on the others. It adds the squares of the ranks.
 
 Moved: each element is read once. Accumulated in float64, in blocks of fixed length whose sums are
 added in their order, so neither threads nor the size of the GPU change the result; the order
 differs between implementations, by about 1e-16 relative before the result is rounded to float32
-(it stays float64 for float64 tensors).
+(it stays float64 for float64 tensors). A weight multiplies a finished sum, in float64.
 The host does not wait for a GPU.
 """
 
@@ -40,44 +43,46 @@ def _squares_kernel(x_ptr, sums_ptr, n, BLOCK: tl.constexpr, BLOCKS: tl.constexp
 
 
 @triton.jit
-def _root_kernel(sums_ptr, norm_ptr, n, BLOCK: tl.constexpr):
-    """norm = sqrt(sum of the n partial sums); one program, in order."""
+def _total_kernel(sums_ptr, total_ptr, n, BLOCK: tl.constexpr):
+    """total = sum of the n partial sums; one program, in order."""
     acc = tl.zeros((BLOCK,), dtype=tl.float64)
     for start in range(0, n, BLOCK):
         cols = start + tl.arange(0, BLOCK)
         acc += tl.load(sums_ptr + cols, mask=cols < n, other=0.0)
-    tl.store(norm_ptr, tl.sqrt(tl.sum(acc, axis=0)).to(tl.float32))
+    tl.store(total_ptr, tl.sum(acc, axis=0))
 
 
-def _norm_triton(tensors: list[torch.Tensor]) -> torch.Tensor:
-    """One launch per tensor, one more for the root."""
+def _sum_triton(tensors: list[torch.Tensor], weights: list[float]) -> torch.Tensor:
+    """One launch per tensor, one for each weight that is not 1, one more for the total."""
     counts = [triton.cdiv(x.numel(), _BLOCK * _BLOCKS_PER_PROGRAM) for x in tensors]
     sums = tensors[0].new_empty(sum(counts), dtype=torch.float64)
-    norm = tensors[0].new_empty((), dtype=torch.float32)
-    with torch.cuda.device_of(norm):
+    total = tensors[0].new_empty((), dtype=torch.float64)
+    with torch.cuda.device_of(total):
         start = 0
-        for x, count in zip(tensors, counts, strict=True):
+        for x, count, weight in zip(tensors, counts, weights, strict=True):
             _squares_kernel[(count,)](
                 x, sums[start:], x.numel(), BLOCK=_BLOCK, BLOCKS=_BLOCKS_PER_PROGRAM
             )
+            if weight != 1.0:
+                sums[start : start + count] *= weight
             start += count
-        _root_kernel[(1,)](sums, norm, sums.numel(), BLOCK=_BLOCK)
-    return norm
+        _total_kernel[(1,)](sums, total, sums.numel(), BLOCK=_BLOCK)
+    return total
 
 
-def _norm_cpu(tensors: list[torch.Tensor]) -> torch.Tensor:
+def _sum_cpu(tensors: list[torch.Tensor], weights: list[float]) -> torch.Tensor:
     """The C++ kernel; the tensors' sums are added in the order of the list."""
     module, isa, threads = extension.load(), extension.isa(), torch.get_num_threads()
     total = 0.0
-    for x in tensors:
-        total += module.sum_of_squares(
+    for x, weight in zip(tensors, weights, strict=True):
+        total += weight * module.sum_of_squares(
             x=x.data_ptr(),
             is_bfloat16=x.dtype == torch.bfloat16,
             n=x.numel(),
             threads=threads,
             isa=isa,
         )
-    return torch.tensor(math.sqrt(total), dtype=torch.float32)
+    return torch.tensor(total, dtype=torch.float64)
 
 
 def _sum_in_blocks(x: torch.Tensor) -> torch.Tensor:
@@ -88,50 +93,69 @@ def _sum_in_blocks(x: torch.Tensor) -> torch.Tensor:
     return x
 
 
-def _norm_torch(tensors: list[torch.Tensor]) -> torch.Tensor:
-    """ATen's sums over rows of fixed length, in slices that bound the float64 copies; float64."""
-    slices = [part for x in tensors for part in x.split(_TORCH_SLICE)]
-    sums = [_sum_in_blocks(part.double().square()) for part in slices]
-    return _sum_in_blocks(torch.cat(sums)).sqrt().reshape(())
+def _sum_torch(tensors: list[torch.Tensor], weights: list[float]) -> torch.Tensor:
+    """ATen's sums over rows of fixed length, in slices that bound the float64 copies."""
+    slices = [
+        (part, w) for x, w in zip(tensors, weights, strict=True) for part in x.split(_TORCH_SLICE)
+    ]
+    sums = [_sum_in_blocks(part.double().square()) * w for part, w in slices]
+    return _sum_in_blocks(torch.cat(sums)).reshape(())
 
 
-_NORMS = {
-    "triton": _norm_triton,
-    "cpu": _norm_cpu,
-    "torch": _norm_torch,
-    "reference": reference.grad_norm_ref,
+_SUMS = {
+    "triton": _sum_triton,
+    "cpu": _sum_cpu,
+    "torch": _sum_torch,
+    "reference": reference.sum_of_squares_ref,
 }
 
 
 @torch.library.custom_op("stellarator::grad_norm", mutates_args=())
-def _grad_norm(tensors: Sequence[torch.Tensor], impl: str) -> torch.Tensor:
+def _grad_norm(
+    tensors: Sequence[torch.Tensor], weights: Sequence[float], squared: bool, impl: str
+) -> torch.Tensor:
     deciding = narrowest(tensors)
-    norm, dtype = _NORMS[choose("grad_norm", impl, deciding)], reference.compute_dtype(deciding)
-    flat = [x.contiguous().view(-1) for x in tensors if x.numel()]
-    if not flat:
-        return tensors[0].new_zeros((), dtype=dtype)
-    return norm(flat).to(dtype)
+    add, dtype = _SUMS[choose("grad_norm", impl, deciding)], reference.compute_dtype(deciding)
+    counted = [
+        (x.contiguous().view(-1), w)
+        for x, w in zip(tensors, weights, strict=True)
+        if x.numel() and w != 0.0
+    ]
+    total = tensors[0].new_zeros((), dtype=torch.float64)
+    if counted:
+        total = add(*map(list, zip(*counted, strict=True)))
+    return total if squared else total.sqrt().to(dtype)
 
 
 @_grad_norm.register_fake
-def _(tensors, impl):
-    return tensors[0].new_empty((), dtype=reference.compute_dtype(narrowest(tensors)))
+def _(tensors, weights, squared, impl):
+    dtype = torch.float64 if squared else reference.compute_dtype(narrowest(tensors))
+    return tensors[0].new_empty((), dtype=dtype)
 
 
 @torch.no_grad()
-def grad_norm(tensors: Sequence[torch.Tensor], *, impl: str = "auto") -> torch.Tensor:
+def grad_norm(
+    tensors: Sequence[torch.Tensor],
+    *,
+    weights: Sequence[float] | None = None,
+    squared: bool = False,
+    impl: str = "auto",
+) -> torch.Tensor:
     """L2 norm over all elements of all tensors, as a 0-d tensor.
 
-    norm = sqrt(sum x^2)
+    norm = sqrt(sum weight * x^2)
 
     Args:
         tensors: at least one tensor of any shape on one device, floating-point, dtypes may differ.
             Those that are not contiguous are copied.
+        weights: one finite number >= 0 for each tensor, by which its squares count; None: 1. A
+            tensor of weight 0 is not read.
+        squared: the sum without the root, to be added to that of other ranks.
     Returns:
         norm: () float32, or float64 if one of the tensors is, on their device; NaN if any element
-            is NaN.
+            is NaN. Squared: () float64.
     Raises:
-        ValueError: no tensors, another dtype, several devices.
+        ValueError: no tensors, another dtype, several devices; other weights.
         RuntimeError: `impl` cannot run here.
     Cost: reads each element once, 2 operations per element.
     """
@@ -140,4 +164,9 @@ def grad_norm(tensors: Sequence[torch.Tensor], *, impl: str = "auto") -> torch.T
         expect_dtype("grad_norm", f"tensors[{i}]", x, _DTYPES, "Pass floating-point tensors")
     devices = {str(x.device): x for x in tensors}
     expect_same_device("grad_norm", **devices)
-    return _grad_norm(list(tensors), impl)
+    weights = [1.0] * len(tensors) if weights is None else [float(w) for w in weights]
+    form = f"a weight for each tensor, {len(tensors)}"
+    expect(len(weights) == len(tensors), "grad_norm", form, len(weights), "Pass one for each")
+    for w in weights:
+        expect(0.0 <= w < math.inf, "grad_norm", "weights >= 0", w, "Pass shares of a tensor")
+    return _grad_norm(list(tensors), weights, squared, impl)

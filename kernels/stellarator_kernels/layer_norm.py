@@ -1,4 +1,4 @@
-"""Layer normalisation, with the residual addition in front of it in the same pass.
+"""Layer normalisation, with dropout and the residual addition in front of it in the same pass.
 
 forward:  s = x + residual;  y = n * weight + bias,  n = (s - mean) * rstd,  rows of width C
 backward: g = dy * weight;  dx = rstd * (g - mean(g) - n * mean(g * n)) + dsummed  (= dresidual)
@@ -11,9 +11,11 @@ second pass over registers. dweight and dbias: one fp32 partial sum per program,
 order afterwards; no atomics, so the result is the same to the bit on every run (of GPUs with as
 many multiprocessors).
 
-A Triton program holds one row in registers as a block of the next power of two: of the lanes 25 %
-(C = 3072, 6144) or 44 % (4608) idle, but they move no bytes, and one pass then feeds dx and both
-partial sums. Rows wider than 8192 are refused (registers of the backward, stack of the C++).
+With dropout s = dropout(x) + residual; dx is masked and scaled in the same way, dresidual is not.
+The mask is made from keys of rows and columns (random.py), in the backward again.
+
+The Triton kernels are in norm_kernels.py: a program holds a row in registers. Rows wider than 8192
+are refused (registers of the backward, stack of the C++).
 
 The C++ kernel reads a row from memory once and keeps it in fp32 in the nearest cache; its partial
 sums are those of blocks of 64 rows or more, whatever the number of threads.
@@ -25,139 +27,15 @@ Source: Ba et al. 2016, arXiv:1607.06450; partial sums per persistent program: Q
 
 import torch
 
-from stellarator_kernels import extension, reference
-from stellarator_kernels._triton import tl, triton
+from stellarator_kernels import extension, norm_kernels, reference
 from stellarator_kernels.checks import expect, expect_dtype, expect_same_device, expect_shape
 from stellarator_kernels.dispatch import choose
+from stellarator_kernels.dropout import check_dropout, dropout_factors
 from stellarator_kernels.layout import dense_rows
 from stellarator_kernels.memory import empty_like
 
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _ROWS = 512  # of a block that `_parameter_sums` widens
-
-
-@triton.jit
-def _layer_norm_fwd_kernel(
-    x_ptr, x_stride_row, residual_ptr, residual_stride_row, weight_ptr, bias_ptr,
-    y_ptr, summed_ptr, mean_ptr, rstd_ptr, eps, C: tl.constexpr,
-    HAS_RESIDUAL: tl.constexpr, HAS_BIAS: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """One row."""
-    row = tl.program_id(0).to(tl.int64)
-    cols = tl.arange(0, BLOCK)
-    in_row = cols < C
-    x = tl.load(x_ptr + row * x_stride_row + cols, mask=in_row, other=0.0).to(tl.float32)
-    if HAS_RESIDUAL:
-        offset = row * residual_stride_row + cols
-        x += tl.load(residual_ptr + offset, mask=in_row, other=0.0).to(tl.float32)
-        stored = x.to(summed_ptr.dtype.element_ty)
-        tl.store(summed_ptr + row * C + cols, stored, mask=in_row)
-        x = stored.to(tl.float32)
-    mean = tl.sum(x, 0) / C
-    centred = tl.where(in_row, x - mean, 0.0)
-    rstd = 1.0 / tl.sqrt(tl.sum(centred * centred, 0) / C + eps)
-    y = centred * rstd * tl.load(weight_ptr + cols, mask=in_row, other=0.0).to(tl.float32)
-    if HAS_BIAS:
-        y += tl.load(bias_ptr + cols, mask=in_row, other=0.0).to(tl.float32)
-    tl.store(y_ptr + row * C + cols, y.to(y_ptr.dtype.element_ty), mask=in_row)
-    tl.store(mean_ptr + row, mean)
-    tl.store(rstd_ptr + row, rstd)
-
-
-@triton.jit
-def _layer_norm_bwd_kernel(
-    dy_ptr, dy_stride_row, dsummed_ptr, dsummed_stride_row, summed_ptr, summed_stride_row,
-    weight_ptr, mean_ptr, rstd_ptr, dx_ptr, dweight_ptr, dbias_ptr, N, C: tl.constexpr,
-    HAS_DSUMMED: tl.constexpr, HAS_BIAS: tl.constexpr, NEED_PARAMS: tl.constexpr,
-    BLOCK: tl.constexpr,
-):  # fmt: skip
-    """Every num_programs-th row; one partial sum of dweight and dbias for them all."""
-    program = tl.program_id(0).to(tl.int64)  # and so is each row
-    cols = tl.arange(0, BLOCK)
-    in_row = cols < C
-    weight = tl.load(weight_ptr + cols, mask=in_row, other=0.0).to(tl.float32)
-    dweight = tl.zeros((BLOCK,), dtype=tl.float32)
-    dbias = tl.zeros((BLOCK,), dtype=tl.float32)
-    for row in range(program, N, tl.num_programs(0)):
-        offset = row * dy_stride_row + cols
-        dy = tl.load(dy_ptr + offset, mask=in_row, other=0.0).to(tl.float32)
-        offset = row * summed_stride_row + cols
-        x = tl.load(summed_ptr + offset, mask=in_row, other=0.0).to(tl.float32)
-        rstd = tl.load(rstd_ptr + row)
-        normalised = tl.where(in_row, (x - tl.load(mean_ptr + row)) * rstd, 0.0)
-        if NEED_PARAMS:
-            dweight += dy * normalised
-            if HAS_BIAS:
-                dbias += dy
-        g = dy * weight
-        dx = rstd * (g - tl.sum(g, 0) / C - normalised * (tl.sum(g * normalised, 0) / C))
-        if HAS_DSUMMED:
-            offset = row * dsummed_stride_row + cols
-            dx += tl.load(dsummed_ptr + offset, mask=in_row, other=0.0).to(tl.float32)
-        tl.store(dx_ptr + row * C + cols, dx.to(dx_ptr.dtype.element_ty), mask=in_row)
-    if NEED_PARAMS:
-        partial = program * C + cols
-        tl.store(dweight_ptr + partial, dweight, mask=in_row)
-        if HAS_BIAS:
-            tl.store(dbias_ptr + partial, dbias, mask=in_row)
-
-
-def tiles(C: int) -> tuple[int, int]:
-    """(BLOCK, num_warps) of a row of C: at most 16 elements per thread, so that none spills."""
-    BLOCK = triton.next_power_of_2(C)
-    return BLOCK, min(16, max(1, BLOCK // 512))
-
-
-def num_partials(N: int, multiprocessors: int) -> int:
-    """Programs of the backward: two per multiprocessor, no more than rows, at least one."""
-    return max(1, min(N, 2 * multiprocessors))
-
-
-def _multiprocessors(device: torch.device) -> int:
-    """Of a GPU; the interpreter plays a machine with two."""
-    if device.type != "cuda":
-        return 2
-    return torch.cuda.get_device_properties(device).multi_processor_count
-
-
-def _forward_triton(x, residual, weight, bias, eps):
-    """Allocate and launch the forward."""
-    x, residual, weight, bias = (dense_rows(t) for t in (x, residual, weight, bias))
-    N, C = x.shape
-    y = x.new_empty(N, C)
-    summed = x if residual is None else x.new_empty(N, C)
-    mean, rstd = (x.new_empty((N, 1), dtype=torch.float32) for _ in range(2))
-    BLOCK, num_warps = tiles(C)
-    other = x if residual is None else residual
-    if N > 0:
-        with torch.cuda.device_of(x):
-            _layer_norm_fwd_kernel[(N,)](
-                x, x.stride(0), other, other.stride(0), weight, weight if bias is None else bias,
-                y, summed, mean, rstd, eps, C,
-                residual is not None, bias is not None, BLOCK, num_warps=num_warps,
-            )  # fmt: skip
-    return y, summed, mean, rstd
-
-
-def _backward_triton(dy, dsummed, summed, weight, mean, rstd, has_bias, need_params):
-    """Allocate and launch the backward, then add the partial sums."""
-    dy, dsummed, summed, weight = (dense_rows(t) for t in (dy, dsummed, summed, weight))
-    N, C = summed.shape
-    dx = summed.new_empty(N, C)
-    programs = num_partials(N, _multiprocessors(summed.device))
-    partials = [
-        summed.new_empty((programs if need_params else 0, C), dtype=torch.float32)
-        for _ in range(1 + has_bias)
-    ]
-    BLOCK, num_warps = tiles(C)
-    other = dy if dsummed is None else dsummed
-    with torch.cuda.device_of(summed):
-        _layer_norm_bwd_kernel[(programs,)](
-            dy, dy.stride(0), other, other.stride(0), summed, summed.stride(0),
-            weight, mean, rstd, dx, partials[0], partials[-1], N, C,
-            dsummed is not None, has_bias, need_params, BLOCK, num_warps=num_warps,
-        )  # fmt: skip
-    return dx, *(p.sum(0).to(weight.dtype) if need_params else None for p in partials)
 
 
 def _forward_cpu(x, residual, weight, bias, eps):
@@ -195,7 +73,7 @@ def _backward_cpu(dy, dsummed, summed, weight, mean, rstd, has_bias, need_params
         **{name: extension.address(t) for name, t in plain.items()},
         **{"threads": torch.get_num_threads(), "isa": extension.isa()},
     )
-    return dx, dweight, dbias
+    return dx, dweight, dbias, None
 
 
 def _atens_parameters(x, *parameters):
@@ -229,7 +107,7 @@ def _backward_torch(dy, dsummed, summed, weight, mean, rstd, has_bias, need_para
         dweight, dbias = _parameter_sums(dy, summed, mean, rstd)
     if dsummed is not None:
         dx.add_(dsummed)
-    return dx, *(None if p is None else p.to(weight.dtype) for p in (dweight, dbias))
+    return dx, *(None if p is None else p.to(weight.dtype) for p in (dweight, dbias)), None
 
 
 def _parameter_sums(dy, summed, mean, rstd):
@@ -251,23 +129,40 @@ def _layer_norm_forward(
     bias: torch.Tensor | None,
     eps: float,
     impl: str,
+    row_keys: torch.Tensor | None = None,
+    column_keys: torch.Tensor | None = None,
+    dropout_p: float = 0.0,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """y, summed (empty without a residual: an operator may not return its input), mean, rstd."""
-    chosen = choose("layer_norm", impl, x)
-    if chosen == "reference":
-        y, summed, mean, rstd = reference.layer_norm_ref(x, weight, bias, eps, residual)
+    chosen = choose("layer_norm", impl, x, dropout_p=dropout_p)
+    keys = None if row_keys is None else (row_keys, column_keys)
+    if chosen == "triton":
+        y, summed, mean, rstd = norm_kernels.forward(
+            x, residual, weight, bias, eps, centred=True, keys=keys, p=dropout_p
+        )
+    elif chosen == "reference":
+        dropped = dropout_factors(keys, dropout_p, x)
+        y, summed, mean, rstd = reference.layer_norm_ref(x, weight, bias, eps, residual, dropped)
         # A formula's result takes the layout of its inputs, an operator's must not.
         y, summed = y.contiguous(), summed.contiguous()
     else:
-        by = {"triton": _forward_triton, "cpu": _forward_cpu, "torch": _forward_torch}[chosen]
+        x = x if keys is None else _drop(x, keys, dropout_p)
+        by = {"cpu": _forward_cpu, "torch": _forward_torch}[chosen]
         y, summed, mean, rstd = by(x, residual, weight, bias, eps)
     return y, x.new_empty(0) if residual is None else summed, mean, rstd
 
 
 @_layer_norm_forward.register_fake
-def _fake_forward(x, residual, weight, bias, eps, impl):
+def _fake_forward(
+    x, residual, weight, bias, eps, impl, row_keys=None, column_keys=None, dropout_p=0.0
+):
     mean, rstd = (x.new_empty((x.shape[0], 1), dtype=reference.compute_dtype(x)) for _ in range(2))
     return x.new_empty(x.shape), x.new_empty(0 if residual is None else x.shape), mean, rstd
+
+
+def _drop(x: torch.Tensor, keys, p: float) -> torch.Tensor:
+    """dropout(x), rounded to its dtype."""
+    return reference.dropout_ref(x, dropout_factors(keys, p, x))
 
 
 @torch.library.custom_op("stellarator::layer_norm_backward", mutates_args=())
@@ -281,52 +176,73 @@ def _layer_norm_backward(
     has_bias: bool,
     need_params: bool,
     impl: str,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """dx, dweight, dbias; those that are not needed are empty."""
-    chosen = choose("layer_norm", impl, summed)
-    if chosen == "reference":
-        gradients = reference.layer_norm_backward_ref(dy, summed, weight, mean, rstd, dsummed)
+    row_keys: torch.Tensor | None = None,
+    column_keys: torch.Tensor | None = None,
+    dropout_p: float = 0.0,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """dx, dweight, dbias, dresidual; empty if not needed, dresidual also where dx is the same."""
+    chosen = choose("layer_norm", impl, summed, dropout_p=dropout_p)
+    keys = None if row_keys is None else (row_keys, column_keys)
+    rows = (dy, dsummed, summed, weight, mean, rstd)
+    if chosen == "triton":
+        gradients = norm_kernels.backward(*rows, has_bias, need_params, keys=keys, p=dropout_p)
+    elif chosen == "reference":
+        dropped = dropout_factors(keys, dropout_p, summed)
+        rows = (dy, summed, weight, mean, rstd, dsummed)
+        gradients = reference.layer_norm_backward_ref(*rows, dropped)
     else:
-        by = {"triton": _backward_triton, "cpu": _backward_cpu, "torch": _backward_torch}[chosen]
-        gradients = by(dy, dsummed, summed, weight, mean, rstd, has_bias, need_params)
+        by = {"cpu": _backward_cpu, "torch": _backward_torch}[chosen]
+        gradients = by(*rows, has_bias, need_params)
+        if keys is not None:
+            gradients = _drop(gradients[0], keys, dropout_p), *gradients[1:3], gradients[0]
     return (
         gradients[0].contiguous(),
         gradients[1] if need_params else weight.new_empty(0),
         gradients[2] if need_params and has_bias else weight.new_empty(0),
+        gradients[3].contiguous() if keys is not None else summed.new_empty(0),
     )
 
 
 @_layer_norm_backward.register_fake
-def _fake_backward(dy, dsummed, summed, weight, mean, rstd, has_bias, need_params, impl):
+def _fake_backward(
+    dy, dsummed, summed, weight, mean, rstd, has_bias, need_params, impl, row_keys=None,
+    column_keys=None, dropout_p=0.0,
+):  # fmt: skip
     return (
         summed.new_empty(summed.shape),
         weight.new_empty(weight.shape if need_params else 0),
         weight.new_empty(weight.shape if need_params and has_bias else 0),
+        summed.new_empty(summed.shape if row_keys is not None else 0),
     )
 
 
 def _setup_context(ctx, inputs, output):
-    x, residual, weight, bias, _, ctx.impl = inputs
+    x, residual, weight, bias, _, ctx.impl, row_keys, column_keys, ctx.dropout_p = inputs
     _, summed, mean, rstd = output
     ctx.has_bias, ctx.has_residual = bias is not None, residual is not None
-    ctx.save_for_backward(summed if ctx.has_residual else x, weight, mean, rstd)
+    kept = summed if ctx.has_residual else x
+    ctx.save_for_backward(kept, weight, mean, rstd, row_keys, column_keys)
     ctx.mark_non_differentiable(mean, rstd)
     ctx.set_materialize_grads(False)
 
 
 def _backward(ctx, dy, dsummed, _dmean, _drstd):
-    """One gradient for x and the residual; either of dy and dsummed may be undefined."""
+    """Without dropout one gradient for x and the residual; dy or dsummed may be undefined."""
+    summed, weight, mean, rstd, row_keys, column_keys = ctx.saved_tensors
     dsummed = dsummed if ctx.has_residual else None
-    dx, dweight, dbias = dsummed, None, None
+    dx, dweight, dbias, dresidual = dsummed, None, None, dsummed
+    if dy is None and row_keys is not None and dsummed is not None:
+        dy = torch.zeros_like(dsummed)
     if dy is not None:
-        summed, weight, mean, rstd = ctx.saved_tensors
         need_params = ctx.needs_input_grad[2] or ctx.needs_input_grad[3]
-        dx, dweight, dbias = _layer_norm_backward(
-            dy, dsummed, summed, weight, mean, rstd, ctx.has_bias, need_params, ctx.impl
-        )
+        dx, dweight, dbias, dresidual = _layer_norm_backward(
+            dy, dsummed, summed, weight, mean, rstd, ctx.has_bias, need_params, ctx.impl,
+            row_keys, column_keys, ctx.dropout_p,
+        )  # fmt: skip
         dweight = dweight if need_params else None
         dbias = dbias if need_params and ctx.has_bias else None
-    return dx, dx if ctx.has_residual else None, dweight, dbias, None, None
+        dresidual = dx if row_keys is None else dresidual
+    return dx, dresidual if ctx.has_residual else None, dweight, dbias, *(None,) * 5
 
 
 _layer_norm_forward.register_autograd(_backward, setup_context=_setup_context)
@@ -339,9 +255,11 @@ def layer_norm(
     eps: float = 1e-5,
     residual: torch.Tensor | None = None,
     *,
+    dropout_p: float = 0.0,
+    dropout_keys: tuple[torch.Tensor, torch.Tensor] | None = None,
     impl: str = "auto",
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-    """Layer normalisation over the last dimension, of x or of x + residual.
+    """Layer normalisation over the last dimension, of x or of dropout(x) + residual.
 
     Args:
         x: (..., C) bf16/fp16/fp32/fp64.
@@ -349,16 +267,25 @@ def layer_norm(
         bias: (C,), dtype of x, or None.
         eps: added to the variance.
         residual: shape and dtype of x.
+        dropout_p: probability in [0, 1) with which an element of x becomes 0 before the residual is
+            added; the others are divided by 1 - dropout_p.
+        dropout_keys: `random.matrix_keys` of the N rows and C columns, needed for dropout.
+        impl: "auto", "triton", "cpu" (not with dropout), "torch" or "reference".
     Returns:
-        y like x, contiguous; with a residual (y, summed), summed = x + residual in the dtype of x.
+        y like x, contiguous; with a residual (y, summed), summed = dropout(x) + residual in the
+        dtype of x.
     Raises:
-        ValueError: shapes, dtypes or devices disagree.
+        ValueError: shapes, dtypes or devices disagree, or dropout without a residual or keys.
+        RuntimeError: the requested `impl` cannot run here.
     Cost: `cost.layer_norm`.
     """
     _check(x, weight, bias, residual)
+    keys = check_dropout("layer_norm", x, residual, dropout_p, dropout_keys)
     C = x.shape[-1]
     other = None if residual is None else residual.reshape(-1, C)
-    y, summed, _, _ = _layer_norm_forward(x.reshape(-1, C), other, weight, bias, eps, impl)
+    y, summed, _, _ = _layer_norm_forward(
+        x.reshape(-1, C), other, weight, bias, eps, impl, *keys, float(dropout_p)
+    )
     y = y.view(x.shape)
     return y if residual is None else (y, summed.view(x.shape))
 

@@ -28,6 +28,7 @@ from stellarator_kernels import extension, reference
 from stellarator_kernels.bias_gelu import bias_gelu
 from stellarator_kernels.checks import expect, expect_dtype, expect_same_device, expect_shape
 from stellarator_kernels.dispatch import choose
+from stellarator_kernels.dropout import check_dropout
 from stellarator_kernels.layer_norm import layer_norm
 from stellarator_kernels.layout import dense_rows
 from stellarator_kernels.memory import aligned_bytes, empty_like
@@ -129,22 +130,23 @@ class _LayerNormLinear(torch.autograd.Function):
     """Inputs: rows, residual rows or None, weight and bias of the norm, and of the product."""
 
     @staticmethod
-    def forward(ctx, x, residual, norm_weight, norm_bias, weight, bias, eps, impl):
+    def forward(ctx, x, residual, norm_weight, norm_bias, weight, bias, eps, impl, *dropout):
         y, summed, mean, rstd = _ops.layer_norm_forward(
-            x, residual, norm_weight, norm_bias, eps, impl
+            x, residual, norm_weight, norm_bias, eps, impl, *dropout
         )
         ctx.eps, ctx.impl, ctx.has_residual = eps, impl, residual is not None
-        kept = summed if ctx.has_residual else x
-        ctx.save_for_backward(kept, norm_weight, norm_bias, mean, rstd, weight)
+        kept, (*keys, ctx.dropout_p) = summed if ctx.has_residual else x, dropout
+        ctx.save_for_backward(kept, norm_weight, norm_bias, mean, rstd, weight, *keys)
         ctx.set_materialize_grads(False)
         return _product(y, weight.t(), bias, _of_product(impl)), summed
 
     @staticmethod
     def backward(ctx, dout, dsummed):
-        summed, norm_weight, norm_bias, mean, rstd, weight = ctx.saved_tensors
+        summed, norm_weight, norm_bias, mean, rstd, weight, *keys = ctx.saved_tensors
         dsummed = dsummed if ctx.has_residual else None
-        if dout is None:
-            return dsummed, dsummed if ctx.has_residual else None, *(None,) * 6
+        if dout is None and (keys[0] is None or dsummed is None):
+            return dsummed, dsummed if ctx.has_residual else None, *(None,) * 9
+        dout = summed.new_zeros(len(summed), len(weight)) if dout is None else dout
 
         def normalised():
             return _ops.layer_norm_forward(summed, None, norm_weight, norm_bias, ctx.eps, ctx.impl)[
@@ -155,16 +157,17 @@ class _LayerNormLinear(torch.autograd.Function):
         dweight, dbias = _parameter_gradients(ctx, dout, normalised, 4, impl)
         need_params = ctx.needs_input_grad[2] or ctx.needs_input_grad[3]
         has_bias = norm_bias is not None
-        dx, dnorm_weight, dnorm_bias = _ops.layer_norm_backward(
+        dx, dnorm_weight, dnorm_bias, dresidual = _ops.layer_norm_backward(
             _product(dout, weight, None, impl), dsummed, summed, norm_weight, mean, rstd, has_bias,
-            need_params, ctx.impl,
+            need_params, ctx.impl, *keys, ctx.dropout_p,
         )  # fmt: skip
+        dresidual = dx if keys[0] is None else dresidual
         return (
             dx,
-            dx if ctx.has_residual else None,
+            dresidual if ctx.has_residual else None,
             dnorm_weight if need_params else None,
             dnorm_bias if need_params and has_bias else None,
-            *(dweight, dbias, None, None),
+            *(dweight, dbias, *(None,) * 5),
         )
 
 
@@ -229,6 +232,8 @@ def layer_norm_linear(
     eps: float = 1e-5,
     residual: torch.Tensor | None = None,
     *,
+    dropout_p: float = 0.0,
+    dropout_keys: tuple[torch.Tensor, torch.Tensor] | None = None,
     impl: str = "auto",
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """linear(layer_norm(x), weight, bias), or of x + residual; the normalised rows are not kept.
@@ -239,6 +244,7 @@ def layer_norm_linear(
         weight, bias: (out, C) and (out,) or None.
         eps: added to the variance.
         residual: shape and dtype of x.
+        dropout_p, dropout_keys: as of `layer_norm`.
         impl: of the norm; "torch" and "reference" also of the product.
     Returns:
         y (..., out); with a residual (y, summed), summed = x + residual in the dtype of x.
@@ -247,7 +253,8 @@ def layer_norm_linear(
     Cost: `cost.layer_norm` and `linear`, and in the backward once more the forward of the norm.
     """
     if _autocast(x):  # the product has another dtype than the norm
-        y = layer_norm(x, norm_weight, norm_bias, eps, residual, impl=impl)
+        options = {"dropout_p": dropout_p, "dropout_keys": dropout_keys, "impl": impl}
+        y = layer_norm(x, norm_weight, norm_bias, eps, residual, **options)
         y, *summed = (y,) if residual is None else y
         y = linear(y, weight, bias, impl=_of_product(impl))
         return (y, *summed) if summed else y
@@ -258,9 +265,10 @@ def layer_norm_linear(
         expect_shape(op, "residual", residual, "like x", x.shape, "Pass rows of the same tokens")
         expect_dtype(op, "residual", residual, (x.dtype,), "Cast it to the dtype of x")
         expect_same_device(op, x=x, residual=residual)
+    keys = check_dropout(op, x, residual, dropout_p, dropout_keys)
     y, summed = _LayerNormLinear.apply(
         _rows(x), None if residual is None else _rows(residual), norm_weight, norm_bias,
-        weight, bias, eps, impl,
+        weight, bias, eps, impl, *keys, float(dropout_p),
     )  # fmt: skip
     y = y.view(*x.shape[:-1], weight.shape[0])
     return y if residual is None else (y, summed.view(x.shape))

@@ -13,12 +13,13 @@ in the backward alone, which computes the logits of a chunk again (8*N*V*C).
 `cpu` is `torch` with the losses and their gradient in C++, and on AMX the product of dweight
 (linear.py); the other two products are those of torch.
 
-Precision: the logits of a chunk have the dtype of hidden, rounded once from an fp32 accumulator,
-and are overwritten in place. (fp32 logits out of a 16-bit product do not exist on a CPU, where the
-fp32 product takes 7 times as long; on a GPU they would triple the memory of a chunk.) Softmax and
-losses are fp32. dweight and dbias are added over the chunks in fp32 and cast once; on a CPU the
-product of each chunk is rounded first, but not in bf16 on AMX. With fp16 and "mean" the gradient of
-many tokens can underflow: use "sum".
+Precision: the logits of a chunk have the dtype of hidden (under autocast that of F.linear), rounded
+once from an fp32 accumulator, and are overwritten in place. (fp32 logits out of a 16-bit product do
+not exist on a CPU, where the fp32 product takes 7 times as long; on a GPU they would triple the
+memory of a chunk.) Softmax and losses are fp32. dweight and dbias are added over the chunks in fp32
+and cast once, or not at all where the caller gives memory to add dweight to; on a CPU the product
+of each chunk is rounded first, but not in bf16 on AMX. With fp16 and "mean" the gradient of many
+tokens can underflow: use "sum".
 
 Memory beside the results: one chunk of logits, the product and the fp32 sum of dweight.
 Source: chunking, pytorch issue 124480; gradient in the forward pass, Liger, arXiv:2410.10989.
@@ -35,7 +36,6 @@ from stellarator_kernels.cross_entropy import (
     launch_forward,
 )
 from stellarator_kernels.dispatch import choose
-from stellarator_kernels.linear import add_weight_gradient
 from stellarator_kernels.memory import empty_like
 
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -74,19 +74,20 @@ def counted(targets: torch.Tensor, ignore_index: int) -> tuple[torch.Tensor, int
     return kept, count
 
 
-def _add_product(total, product, dlogits, h, only, impl):
+def add_product(total, product, dlogits, h, only, impl):
     """total += dlogits^T @ h, in fp32 or more; returns it and a buffer for the next call.
 
     The only chunk needs no sum: its product already has the dtype of the result.
-    impl: of `linear`.
+    impl: of `linear` and `add_weight_gradient_`.
     """
     dtype = reference.compute_dtype(h)
     if total is None and (only or h.dtype == dtype):
         return torch.ops.stellarator.weight_gradient(dlogits, h, impl), None
-    if choose("linear", impl, dlogits) == "cpu":
+    chosen = choose("add_weight_gradient_", impl, dlogits, x=h)
+    if chosen in ("triton", "cpu"):
         if total is None:
             total = empty_like(h, dlogits.shape[1], h.shape[1], dtype=dtype).zero_()
-        add_weight_gradient(total, dlogits, h)
+        torch.ops.stellarator.add_weight_gradient_(total, dlogits, h, chosen)
         return total, None
     left, right = dlogits.t(), h
     if left.dtype == dtype:
@@ -99,28 +100,25 @@ def _add_product(total, product, dlogits, h, only, impl):
     return product.to(dtype) if total is None else total.add_(product), product
 
 
-def _chunked(
-    hidden, weight, bias, targets, kept, dloss, ignore_index, z_loss, rows, need, chosen
-):  # fmt: skip
-    """Losses of all tokens and, unless `dloss` (N,) is None, the gradients that `need` asks for.
+def put_product(out, index, left, right):
+    """out[index] = left @ right, written once if index is a slice."""
+    if isinstance(index, slice):
+        torch.mm(left, right, out=out[index])
+    else:
+        out[index] = torch.mm(left, right)
 
-    kept: (K,) indices and how many of them count, from `counted`.  need: for hidden, weight, bias.
+
+def logits_in_chunks(hidden, weight, bias, kept, rows):
+    """(index, hidden[index], logits) of at most `rows` tokens at a time, by what `counted` gave.
+
+    The logits lie in memory that the next chunk overwrites.
     """
     kept, count = kept
     N, K, V = hidden.shape[0], kept.numel(), weight.shape[0]
-    all_count = count == N
-    dtype = reference.compute_dtype(hidden)
-    losses = hidden.new_zeros(N, dtype=dtype)
-    dhidden = dweight = product = dbias = None
-    if need[0]:
-        dhidden = empty_like(hidden)
-        if not all_count:
-            dhidden.zero_()
     buffer = empty_like(hidden, min(rows, K), V)
-    compute = {"triton": launch_forward, "cpu": forward_cpu, "torch": forward_torch}[chosen]
     for start in range(0, K, rows):
         stop = min(K, start + rows)
-        index = slice(start, stop) if all_count else kept[start:stop]
+        index = slice(start, stop) if count == N else kept[start:stop]
         h, logits = hidden[index], buffer[: stop - start]
         if stop > count:
             h[max(0, count - start) :] = 0  # a copy; ignored tokens may hold anything, also NaN
@@ -128,48 +126,73 @@ def _chunked(
             torch.mm(h, weight.t(), out=logits)
         else:
             torch.addmm(bias, h, weight.t(), out=logits)
+        yield index, h, logits
+
+
+def _chunked(
+    hidden, weight, bias, targets, kept, dloss, ignore_index, z_loss, rows, need, wide, chosen
+):  # fmt: skip
+    """Losses of all tokens and, unless `dloss` (N,) is None, the gradients that `need` asks for.
+
+    kept: (K,) indices and how many of them count, from `counted`.  need: for hidden, weight, bias.
+    wide: dweight in fp32 (fp64).
+    """
+    N, all_count = hidden.shape[0], kept[1] == hidden.shape[0]
+    dtype = reference.compute_dtype(hidden)
+    losses = hidden.new_zeros(N, dtype=dtype)
+    dhidden = dweight = product = dbias = None
+    if need[0]:
+        dhidden = empty_like(hidden)
+        if not all_count:
+            dhidden.zero_()
+    compute = {"triton": launch_forward, "cpu": forward_cpu, "torch": forward_torch}[chosen]
+    only = rows >= kept[0].numel() and not wide
+    for index, h, logits in logits_in_chunks(hidden, weight, bias, kept, rows):
         scale = None if dloss is None else dloss[index].contiguous()
         losses[index] = compute(logits, targets[index], scale, ignore_index, z_loss)[0]
         if dloss is None:
             continue
-        if need[0] and all_count:
-            torch.mm(logits, weight, out=dhidden[index])
-        elif need[0]:
-            dhidden[index] = torch.mm(logits, weight)
+        if need[0]:
+            put_product(dhidden, index, logits, weight)
         if need[1]:
-            only = start == 0 and stop == K
             impl = "torch" if chosen == "torch" else "auto"
-            dweight, product = _add_product(dweight, product, logits, h, only, impl)
+            dweight, product = add_product(dweight, product, logits, h, only, impl)
         if need[2]:
             partial = logits.sum(0).to(dtype)
             dbias = partial if dbias is None else dbias.add_(partial)
     if need[1]:
-        dweight = torch.zeros_like(weight) if dweight is None else dweight.to(weight.dtype)
+        kind = dtype if wide else weight.dtype
+        dweight = torch.zeros_like(weight, dtype=kind) if dweight is None else dweight.to(kind)
     if need[2]:
         dbias = torch.zeros_like(bias) if dbias is None else dbias.to(bias.dtype)
     return losses, dhidden, dweight, dbias
 
 
-def _whole(hidden, weight, bias, targets, dloss, ignore_index, z_loss):
+def _whole(hidden, weight, bias, targets, dloss, ignore_index, z_loss, wide):
     """The same by the formulas of reference.py."""
     losses, lse, logits = reference.linear_cross_entropy_ref(
         hidden, weight, targets, bias, ignore_index, z_loss
     )
     if dloss is None:
         return losses, None, None, None
+    # The gradient has the dtype of the weight.
+    weight = weight.to(reference.compute_dtype(hidden)) if wide else weight
     return losses, *reference.linear_cross_entropy_backward_ref(
         dloss, hidden, weight, targets, lse, logits, bias, ignore_index, z_loss
     )
 
 
-def _compute(hidden, weight, bias, targets, kept, dloss, ignore_index, z_loss, rows, need, impl):
+def _compute(
+    hidden, weight, bias, targets, kept, dloss, ignore_index, z_loss, rows, need, wide, impl
+):  # fmt: skip
     """losses and the three gradients by the chosen implementation; what is not needed is empty."""
     chosen = choose("linear_cross_entropy", impl, hidden)
     if chosen == "reference":
-        results = _whole(hidden, weight, bias, targets, dloss, ignore_index, z_loss)
+        results = _whole(hidden, weight, bias, targets, dloss, ignore_index, z_loss, wide)
     else:
         results = _chunked(
-            hidden, weight, bias, targets, kept, dloss, ignore_index, z_loss, rows, need, chosen
+            hidden, weight, bias, targets, kept, dloss, ignore_index, z_loss, rows, need, wide,
+            chosen,
         )  # fmt: skip
     losses, *gradients = results
     return losses, *(
@@ -184,6 +207,7 @@ def _linear_cross_entropy_forward(
     weight: torch.Tensor,
     bias: torch.Tensor | None,
     targets: torch.Tensor,
+    total: torch.Tensor | None,
     ignore_index: int,
     z_loss: float,
     reduction: str,
@@ -193,7 +217,10 @@ def _linear_cross_entropy_forward(
     need_bias: bool,
     impl: str,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The loss, and for "mean" and "sum" its gradients where they are needed (else empty)."""
+    """The loss, and for "mean" and "sum" its gradients where they are needed (else empty).
+
+    total: only says that dweight is not to be rounded; the backward adds to it.
+    """
     check_targets("linear_cross_entropy", targets, weight.shape[0], ignore_index)
     need = (need_hidden, need_weight, need_bias)
     kept = counted(targets, ignore_index)
@@ -203,27 +230,31 @@ def _linear_cross_entropy_forward(
         dtype = reference.compute_dtype(hidden)
         dloss = torch.full(targets.shape, factor, dtype=dtype, device=hidden.device)
     losses, *gradients = _compute(
-        hidden, weight, bias, targets, kept, dloss, ignore_index, z_loss, rows, need, impl
-    )
+        hidden, weight, bias, targets, kept, dloss, ignore_index, z_loss, rows, need,
+        total is not None, impl,
+    )  # fmt: skip
     return losses if reduction == "none" else losses.sum() * factor, *gradients
 
 
 @_linear_cross_entropy_forward.register_fake
 def _fake_forward(
-    hidden, weight, bias, targets, ignore_index, z_loss, reduction, rows,
+    hidden, weight, bias, targets, total, ignore_index, z_loss, reduction, rows,
     need_hidden, need_weight, need_bias, impl,
 ):  # fmt: skip
     shape = targets.shape if reduction == "none" else ()
     loss = hidden.new_empty(shape, dtype=reference.compute_dtype(hidden))
-    return loss, *_fake_gradients(hidden, weight, bias, need_hidden, need_weight, need_bias)
+    need = (need_hidden, need_weight, need_bias)
+    return loss, *_fake_gradients(hidden, weight, bias, need, total is not None)
 
 
-def _fake_gradients(hidden, weight, bias, *need):
+def _fake_gradients(hidden, weight, bias, need, wide):
     """Shapes of the gradients; what is not needed is empty."""
-    return tuple(
+    dhidden, dweight, dbias = (
         hidden.new_empty(x.shape if n else 0)
         for x, n in zip((hidden, weight, bias), need, strict=True)
     )
+    wide = wide and need[1]
+    return dhidden, dweight.to(reference.compute_dtype(hidden)) if wide else dweight, dbias
 
 
 @torch.library.custom_op("stellarator::linear_cross_entropy_backward", mutates_args=())
@@ -239,26 +270,27 @@ def _linear_cross_entropy_backward(
     need_hidden: bool,
     need_weight: bool,
     need_bias: bool,
+    wide: bool,
     impl: str,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Gradients for "none", from dloss (N,)."""
+    """Gradients for "none", from dloss (N,); dweight is not rounded if it is to be `wide`."""
     need = (need_hidden, need_weight, need_bias)
     kept = counted(targets, ignore_index)
     return _compute(
-        hidden, weight, bias, targets, kept, dloss, ignore_index, z_loss, rows, need, impl
+        hidden, weight, bias, targets, kept, dloss, ignore_index, z_loss, rows, need, wide, impl
     )[1:]
 
 
 @_linear_cross_entropy_backward.register_fake
 def _fake_backward(
     dloss, hidden, weight, bias, targets, ignore_index, z_loss, rows,
-    need_hidden, need_weight, need_bias, impl,
+    need_hidden, need_weight, need_bias, wide, impl,
 ):  # fmt: skip
-    return _fake_gradients(hidden, weight, bias, need_hidden, need_weight, need_bias)
+    return _fake_gradients(hidden, weight, bias, (need_hidden, need_weight, need_bias), wide)
 
 
 def _setup_context(ctx, inputs, output):
-    hidden, weight, bias, targets, *options = inputs
+    hidden, weight, bias, targets, ctx.total, *options = inputs
     ctx.ignore_index, ctx.z_loss, ctx.reduction, ctx.rows, *ctx.need, ctx.impl = options
     if ctx.reduction == "none":
         ctx.need = ctx.needs_input_grad[:3]
@@ -284,18 +316,35 @@ def _times(gradient, dloss):
 
 def _backward(ctx, dloss, *_):
     if dloss is None:
-        return (None,) * 12
+        return (None,) * 13
+    wide = ctx.total is not None
     if ctx.reduction == "none":
-        gradients = _linear_cross_entropy_backward(
-            dloss, *ctx.saved_tensors, ctx.ignore_index, ctx.z_loss, ctx.rows, *ctx.need, ctx.impl
-        )
+        gradients = list(
+            _linear_cross_entropy_backward(
+                dloss, *ctx.saved_tensors, ctx.ignore_index, ctx.z_loss, ctx.rows, *ctx.need, wide,
+                ctx.impl,
+            )
+        )  # fmt: skip
+        factor = None
     else:
-        gradients = [
-            _times(g, dloss) if need else None
-            for g, need in zip(ctx.saved_tensors, ctx.need, strict=True)
-        ]
-    dhidden, dweight, dbias = (g if n else None for g, n in zip(gradients, ctx.need, strict=True))
-    return dhidden, dweight, dbias, *(None,) * 9
+        gradients, factor = list(ctx.saved_tensors), dloss
+    if wide and ctx.need[1]:
+        _add(ctx.total, gradients[1], factor)
+        gradients[1] = None
+    dhidden, dweight, dbias = (
+        None if g is None or not n else g if factor is None else _times(g, factor)
+        for g, n in zip(gradients, ctx.need, strict=True)
+    )
+    return dhidden, dweight, dbias, *(None,) * 10
+
+
+@torch.no_grad()
+def _add(total, gradient, factor):
+    """total += gradient * factor, in one pass."""
+    if factor is None:
+        total.add_(gradient)
+    else:
+        total.addcmul_(gradient, factor.reshape(1, 1))
 
 
 _linear_cross_entropy_forward.register_autograd(_backward, setup_context=_setup_context)
@@ -310,6 +359,7 @@ def linear_cross_entropy(
     ignore_index: int = -100,
     z_loss: float = 0.0,
     reduction: str = "mean",
+    dweight: torch.Tensor | None = None,
     chunk_size: int | None = None,
     impl: str = "auto",
 ) -> torch.Tensor:
@@ -323,6 +373,9 @@ def linear_cross_entropy(
         ignore_index: target of tokens without a loss and without a gradient.
         z_loss: weight of lse^2.
         reduction: "mean" over the tokens that count (0 if there is none), "sum", or "none".
+        dweight: (V, C) fp32 (fp64 for fp64), to which the backward adds the gradient of the weight
+            without rounding it; autograd then hands on none. Another layer that shares the weight,
+            as the embedding of a tied model, can add to the same memory.
         chunk_size: tokens whose logits exist at one time; None: `chunk_rows`.
     Returns:
         loss: fp32 (fp64 for fp64) scalar, or (N,) for "none", nats.
@@ -330,19 +383,31 @@ def linear_cross_entropy(
         ValueError: shapes, dtypes or devices disagree; on a CPU also a target that is no class.
     Cost: `cost.linear_cross_entropy`. On a GPU it waits once for the number of tokens that count.
     """
-    _check(hidden, weight, targets, bias, reduction, chunk_size)
+    op = "linear_cross_entropy"
+    kind = hidden.device.type
+    if torch.is_autocast_enabled(kind) and hidden.dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(kind)
+        hidden, weight = hidden.to(dtype), weight.to(dtype)
+        bias = None if bias is None else bias.to(dtype)
+    check_arguments(op, hidden, weight, targets, bias, chunk_size)
+    if reduction not in _REDUCTIONS:
+        expect(False, op, f"reduction in {_REDUCTIONS}", repr(reduction), "Use one of them")
+    if dweight is not None:
+        expect_shape(op, "dweight", dweight, "like weight", weight.shape, "Match the weight")
+        allowed = (reference.compute_dtype(hidden),)
+        expect_dtype(op, "dweight", dweight, allowed, "Pass memory of that dtype")
+        expect_same_device(op, hidden=hidden, dweight=dweight)
     (N, C), V = hidden.shape, weight.shape[0]
     rows = chunk_rows(N, C, V, hidden.element_size()) if chunk_size is None else chunk_size
     wanted = torch.is_grad_enabled() and reduction != "none"
     need = (wanted and x is not None and x.requires_grad for x in (hidden, weight, bias))
     return _linear_cross_entropy_forward(
-        hidden, weight, bias, targets, ignore_index, z_loss, reduction, rows, *need, impl
+        hidden, weight, bias, targets, dweight, ignore_index, z_loss, reduction, rows, *need, impl
     )[0]
 
 
-def _check(hidden, weight, targets, bias, reduction, chunk_size):
+def check_arguments(op, hidden, weight, targets, bias, chunk_size):
     """Raise ValueError for arguments that do not fit together."""
-    op = "linear_cross_entropy"
     if hidden.dim() != 2:
         expect(False, op, "hidden (N, C)", tuple(hidden.shape), "Flatten the tokens")
     if weight.dim() != 2 or weight.shape[1] != hidden.shape[1] or weight.shape[0] < 1:
@@ -356,7 +421,5 @@ def _check(hidden, weight, targets, bias, reduction, chunk_size):
         expect_shape(op, "bias", bias, "(V,)", weight.shape[:1], "Pass one value per class")
         expect_dtype(op, "bias", bias, (hidden.dtype,), "Cast it to the dtype of hidden")
     expect_same_device(op, hidden=hidden, weight=weight, targets=targets, bias=bias)
-    if reduction not in _REDUCTIONS:
-        expect(False, op, f"reduction in {_REDUCTIONS}", repr(reduction), "Use one of them")
     if chunk_size is not None and chunk_size < 1:
         expect(False, op, "chunk_size >= 1 or None", chunk_size, "Pass a number of tokens")

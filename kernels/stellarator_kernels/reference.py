@@ -1,9 +1,9 @@
 """The specification: every op in plain torch, forward and backward, in any float dtype.
 
-Sections, in the order of a model: attention, embedding, rope, layer_norm, linear, bias_gelu,
-cross_entropy, linear_cross_entropy, adamw, grad_norm. Each computes in float32, or in float64 for
-float64 input, and returns the dtype of its input. No Triton, no cleverness: this file is meant to
-be read.
+Sections, in the order of a model: attention, embedding, rope, bias_rope, dropout, layer_norm,
+rms_norm, linear, bias_gelu, mlp, swiglu, cross_entropy, linear_cross_entropy, adamw, grad_norm.
+Each computes in float32, or in float64 for float64 input, and returns the dtype of its input. No
+Triton, no cleverness: this file is meant to be read.
 """
 
 import math
@@ -107,6 +107,14 @@ def decode_attention_ref(q, k_cache, v_cache, lengths, window, scale):
     return torch.cat(rows) if rows else torch.empty_like(q)
 
 
+def embedding_ref(ids, weight, positions=None, position_weight=None):
+    """weight[ids] + position_weight[positions], rounded once."""
+    if positions is None:
+        return weight[ids]
+    dtype = compute_dtype(weight)
+    return (weight[ids].to(dtype) + position_weight[positions].to(dtype)).to(weight.dtype)
+
+
 def embedding_backward_ref(dy, ids, num_rows):
     """dweight (num_rows, C): row v is the sum of dy[i] over all i with ids[i] = v."""
     dtype = compute_dtype(dy)
@@ -133,13 +141,44 @@ def rope_ref(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Ten
     return torch.cat((first * cos - second * sin, second * cos + first * sin), -1).to(x.dtype)
 
 
-def layer_norm_ref(x, weight, bias, eps, residual=None):
-    """y = (s - mean) * rstd * weight + bias with s = x + residual; returns y, s, mean, rstd.
+def bias_rope_ref(qkv, bias, cos, sin, H, G):
+    """q (N, H, D), k and v (N, G, D) of x = qkv + bias (N, (H + 2G) * D), q and k rotated."""
+    dtype = compute_dtype(qkv)
+    x = qkv.to(dtype) if bias is None else qkv.to(dtype) + bias.to(dtype)
+    q, k, v = x.unflatten(1, (H + 2 * G, -1)).split((H, G, G), 1)
+    if cos is not None:
+        q, k = rope_ref(q, cos, sin), rope_ref(k, cos, sin)
+    return tuple(part.to(qkv.dtype, copy=True).contiguous() for part in (q, k, v))
+
+
+def bias_rope_backward_ref(dq, dk, dv, cos, sin, need_bias=True):
+    """dqkv = [dq turned back | dk turned back | dv]; dbias = sum(dqkv) before it is rounded."""
+    parts = [part.to(compute_dtype(dq)) for part in (dq, dk, dv)]
+    if cos is not None:
+        parts[:2] = (rope_ref(part, cos, -sin) for part in parts[:2])
+    dqkv = torch.cat([part.flatten(1) for part in parts], 1)
+    return dqkv.to(dq.dtype), dqkv.sum(0).to(dq.dtype) if need_bias else None
+
+
+def dropout_ref(x, dropped):
+    """x * dropped; `dropped`: factors (N, C), 0 or 1/(1 - p). Also its own backward."""
+    return (x.to(dropped.dtype) * dropped).to(x.dtype)
+
+
+def dropped_sum_ref(x, residual=None, dropped=None):
+    """x * dropped + residual, rounded once; `dropped`: factors (N, C), 0 or 1/(1 - p)."""
+    s = x.to(compute_dtype(x))
+    s = s if dropped is None else s * dropped
+    return x if residual is None else (s + residual.to(s.dtype)).to(x.dtype)
+
+
+def layer_norm_ref(x, weight, bias, eps, residual=None, dropped=None):
+    """y = (s - mean) * rstd * weight + bias with s = x * dropped + residual; y, s, mean, rstd.
 
     s is rounded to the dtype of x before its statistics are taken. mean and rstd are (N, 1).
     """
     dtype = compute_dtype(x)
-    summed = x if residual is None else (x.to(dtype) + residual.to(dtype)).to(x.dtype)
+    summed = dropped_sum_ref(x, residual, dropped)
     s = summed.to(dtype)
     mean = s.mean(-1, keepdim=True)
     rstd = ((s - mean).square().mean(-1, keepdim=True) + eps).rsqrt()
@@ -148,22 +187,49 @@ def layer_norm_ref(x, weight, bias, eps, residual=None):
     return y.to(x.dtype), summed, mean, rstd
 
 
-def layer_norm_backward_ref(dy, summed, weight, mean, rstd, dsummed=None):
-    """dx (also the gradient of the residual), dweight, dbias.
+def layer_norm_backward_ref(dy, summed, weight, mean, rstd, dsummed=None, dropped=None):
+    """dx, dweight, dbias, and the gradient of the residual, which is dx without dropout.
 
     With g = dy * weight and n = (s - mean) * rstd:
-    dx = rstd * (g - mean(g) - n * mean(g * n)) + dsummed;  dweight = sum(dy * n);  dbias = sum(dy)
+    ds = rstd * (g - mean(g) - n * mean(g * n)) + dsummed;  dx = ds * dropped
+    dweight = sum(dy * n);  dbias = sum(dy)
     """
     dtype = compute_dtype(summed)
     dy = dy.to(dtype)
     normalised = (summed.to(dtype) - mean) * rstd
     g = dy * weight.to(dtype)
-    dx = rstd * (
+    ds = rstd * (
         g - g.mean(-1, keepdim=True) - normalised * (g * normalised).mean(-1, keepdim=True)
     )
-    dx = dx if dsummed is None else dx + dsummed.to(dtype)
+    ds = ds if dsummed is None else ds + dsummed.to(dtype)
+    dx = (ds if dropped is None else ds * dropped).to(summed.dtype)
     dweight, dbias = (dy * normalised).sum(0), dy.sum(0)
-    return dx.to(summed.dtype), dweight.to(weight.dtype), dbias.to(weight.dtype)
+    return dx, dweight.to(weight.dtype), dbias.to(weight.dtype), ds.to(summed.dtype)
+
+
+def rms_norm_ref(x, weight, eps, residual=None, dropped=None):
+    """y = s * rstd * weight with s = x * dropped + residual; returns y, s, rstd (N, 1)."""
+    summed = dropped_sum_ref(x, residual, dropped)
+    s = summed.to(compute_dtype(x))
+    rstd = (s.square().mean(-1, keepdim=True) + eps).rsqrt()
+    y = s * rstd if weight is None else s * rstd * weight.to(s.dtype)
+    return y.to(x.dtype), summed, rstd
+
+
+def rms_norm_backward_ref(dy, summed, weight, rstd, dsummed=None, dropped=None):
+    """dx, dweight (None without a weight), and the gradient of the residual.
+
+    With g = dy * weight and n = s * rstd:
+    ds = rstd * (g - n * mean(g * n)) + dsummed;  dx = ds * dropped;  dweight = sum(dy * n)
+    """
+    dtype = compute_dtype(summed)
+    dy, n = dy.to(dtype), summed.to(dtype) * rstd
+    g = dy if weight is None else dy * weight.to(dtype)
+    ds = rstd * (g - n * (g * n).mean(-1, keepdim=True))
+    ds = ds if dsummed is None else ds + dsummed.to(dtype)
+    dx = (ds if dropped is None else ds * dropped).to(summed.dtype)
+    dweight = None if weight is None else (dy * n).sum(0).to(weight.dtype)
+    return dx, dweight, ds.to(summed.dtype)
 
 
 def product_ref(left, right, bias=None):
@@ -202,6 +268,56 @@ def bias_gelu_backward_ref(dy, x, bias, approximate="tanh"):
     return dx.to(x.dtype), None if bias is None else dx.sum(0).to(bias.dtype)
 
 
+def mlp_up_ref(x, weight, bias, approximate="tanh"):
+    """y = gelu(pre) and pre = x @ weight^T + bias, which is rounded before its gelu."""
+    pre = product_ref(x, weight.t(), bias)
+    return bias_gelu_ref(pre, None, approximate), pre
+
+
+def mlp_down_gradient_ref(dout, weight, pre, approximate="tanh"):
+    """dpre = (dout @ weight) * gelu'(pre), dbias = sum(dpre) before dpre is rounded, y = gelu(pre).
+
+    dout (N, C), weight (C, F), pre (N, F).
+    """
+    dtype = compute_dtype(pre)
+    dy = dout.to(dtype) @ weight.to(dtype)
+    dpre, _ = bias_gelu_backward_ref(dy, pre.to(dtype), None, approximate)
+    y = bias_gelu_ref(pre, None, approximate)
+    return dpre.to(pre.dtype), dpre.sum(0).to(pre.dtype), y
+
+
+def add_weight_gradient_ref(total, dy, x):
+    """total + dy^T @ x, of (M, K), (N, M) and (N, K), in the dtype of total."""
+    return total + dy.to(total.dtype).t() @ x.to(total.dtype)
+
+
+def _activation(gate, activation):
+    """The value and the slope of silu or gelu."""
+    if activation != "silu":
+        approximate = {"gelu_tanh": "tanh", "gelu_erf": "none"}[activation]
+        slope, _ = bias_gelu_backward_ref(torch.ones_like(gate), gate, None, approximate)
+        return bias_gelu_ref(gate, None, approximate), slope
+    sigmoid = torch.sigmoid(gate)
+    return gate * sigmoid, sigmoid * (1 + gate * (1 - sigmoid))
+
+
+def swiglu_ref(gate, up, activation="silu"):
+    """activation(gate) * up."""
+    dtype = compute_dtype(gate)
+    return (_activation(gate.to(dtype), activation)[0] * up.to(dtype)).to(gate.dtype)
+
+
+def swiglu_backward_ref(dy, gate, up, activation="silu"):
+    """dgate = dy * up * activation'(gate), dup = dy * activation(gate).
+
+    silu(x) = x s, s = sigmoid(x): silu' = s (1 + x (1 - s)).
+    """
+    dtype = compute_dtype(gate)
+    value, slope = _activation(gate.to(dtype), activation)
+    dy = dy.to(dtype)
+    return (dy * up.to(dtype) * slope).to(gate.dtype), (dy * value).to(gate.dtype)
+
+
 def cross_entropy_ref(logits, targets, ignore_index=-100, z_loss=0.0):
     """lse - logits[target] + z_loss * lse^2, 0 where ignored; returns losses and lse (N,)."""
     x = logits.to(compute_dtype(logits))
@@ -221,6 +337,24 @@ def cross_entropy_backward_ref(dloss, logits, targets, lse, ignore_index=-100, z
     gradient = torch.exp(x - lse[:, None]) * (1 + 2 * z_loss * lse)[:, None]
     gradient -= (torch.arange(x.shape[1], device=x.device) == targets[:, None]).to(x.dtype)
     return torch.where(valid, gradient * dloss.to(lse.dtype)[:, None], 0.0).to(logits.dtype)
+
+
+def cross_entropy_statistics_ref(logits, targets, ignored=None):
+    """(3, N) of one shard of the classes: largest logit, sum exp(logit - largest), target's logit.
+
+    targets: (N,) as classes of the shard; others are no class of it, their logit counts as 0. A
+    token that is `ignored` (N,) has 0, 1, 0.
+    """
+    x = logits.to(compute_dtype(logits))
+    largest = x.amax(-1)
+    shift = torch.where(largest == -math.inf, 0.0, largest)
+    inside = (targets >= 0) & (targets < x.shape[1])
+    picked = x.gather(1, torch.where(inside, targets, 0)[:, None])[:, 0]
+    total = (x - shift[:, None]).exp().sum(-1)
+    found = torch.stack([largest, total, torch.where(inside, picked, 0.0)])
+    if ignored is None:
+        return found
+    return torch.where(ignored, found.new_tensor([0.0, 1.0, 0.0])[:, None], found)
 
 
 def linear_cross_entropy_ref(hidden, weight, targets, bias=None, ignore_index=-100, z_loss=0.0):
@@ -258,6 +392,7 @@ def adamw_ref(weight, grad, exp_avg, exp_avg_sq, factors, *, beta1, beta2, eps, 
     return w, m, v
 
 
-def grad_norm_ref(tensors):
-    """sqrt(sum x^2) over all elements of all tensors, in float64, 0-d."""
-    return torch.stack([x.double().square().sum() for x in tensors]).sum().sqrt()
+def sum_of_squares_ref(tensors, weights):
+    """sum weight * x^2 over all elements of all tensors, in float64, 0-d; the norm is its root."""
+    sums = [w * x.double().square().sum() for x, w in zip(tensors, weights, strict=True)]
+    return torch.stack(sums).sum()

@@ -116,7 +116,7 @@ def rotate_into(q_out, k_out, q, k, cos, sin, conjugate):
     )
 
 
-def _rotate_torch(x, cos, sin):
+def rotate_torch(x, cos, sin):
     """The rotation with ATen's elementwise kernels.
 
     On a CPU by blocks of tokens that stay in the cache in fp32: as fast as 16-bit arithmetic over
@@ -149,7 +149,7 @@ def _rotate(q, k, cos, sin, conjugate, impl):
         rotate = _rotate_triton if chosen == "triton" else _rotate_cpu
         return rotate(q, k, cos, sin, conjugate)
     sin = -sin if conjugate else sin
-    rotate = _rotate_torch if chosen == "torch" else reference.rope_ref
+    rotate = rotate_torch if chosen == "torch" else reference.rope_ref
     return rotate(q, cos, sin), rotate(k, cos, sin)
 
 

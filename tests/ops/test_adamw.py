@@ -366,12 +366,16 @@ def operator_arguments(param_dtype, clip):
         [s.exp_avg for s in states],
         [s.exp_avg_sq for s in states],
         masters,
+        [],
+        [],
         torch.tensor(LR, dtype=torch.float64),
         torch.tensor(1.0, dtype=torch.float64),
         torch.tensor(0.5) if clip else None,
+        None,
         *BETAS,
         EPS,
         [0.1, 0.0],
+        [0, 33],
         "auto",
     )
 
@@ -470,26 +474,42 @@ def test_cost():
     """bfloat16 parameters with float32 gradients move 30 bytes per element."""
     assert cost.adamw(10, 2, 4, master=True).forward_bytes == 300
     assert cost.adamw(10, 4, 4, master=False).forward_bytes == 280
+    assert cost.adamw(10, 2, 4, master=False, remainder=True).forward_bytes == 280
+    assert cost.adamw(10, 2, 4, master=False).forward_bytes == 240
+    assert cost.adamw(512, 2, 4, master=False, eight_bits=True).forward_bytes == 512 * 12 + 32
 
 
 COMPILE = """
 import itertools
-from stellarator_kernels.adamw import _adamw_kernel
+from stellarator_kernels.adamw import _adamw_kernel, warps
 from stellarator_kernels.testing import compile_kernel
 
-pointers = {f"{n}_ptr": "*fp32" for n in ("weight", "exp_avg", "exp_avg_sq", "clip", "factors")}
+names = "weight exp_avg exp_avg_sq exp_avg_scale exp_avg_sq_scale clip factors".split()
+pointers = {f"{n}_ptr": "*fp32" for n in names} | {"key_ptr": "*i64", "remainder_ptr": "*i16"}
 scalars = "decay step_size root_correction beta1_rest beta2 beta2_rest eps".split()
-signature = pointers | {"n": "i64"} | dict.fromkeys(scalars, "fp32")
-grads = ["*fp32", "*bf16"]
-for capability, grad, master in itertools.product([(8, 0), (9, 0)], grads, [False, True]):
-    param = "*bf16" if master else "*fp32"
+signature = pointers | {"n": "i64", "first_index": "i64"} | dict.fromkeys(scalars, "fp32")
+bf16 = {"param_ptr": "*bf16", "weight_ptr": "*bf16"}
+eight = {"exp_avg_ptr": "*u8", "exp_avg_sq_ptr": "*u8"}
+weights = {
+    None: {"param_ptr": "*fp32"},
+    "HAS_MASTER": {"param_ptr": "*bf16"},
+    "HAS_REMAINDER": bf16,
+    "STOCHASTIC": bf16,
+}
+flags = {"HAS_MASTER": False, "HAS_REMAINDER": False, "STOCHASTIC": False}
+grads, capabilities = ["*fp32", "*bf16"], [(8, 0), (9, 0)]
+for capability, grad, weight, is_eight in itertools.product(
+    capabilities, grads, weights, [False, True]
+):
+    values = flags | ({weight: True} if weight else {}) | {"EIGHT_BITS": is_eight}
     built = compile_kernel(
         _adamw_kernel,
-        signature | {"param_ptr": param, "grad_ptr": grad},
-        {"HAS_MASTER": master, "HAS_CLIP": True, "HAS_FACTORS": True, "BLOCK": 1024},
+        signature | weights[weight] | {"grad_ptr": grad} | (eight if is_eight else {}),
+        values | {"HAS_CLIP": True, "HAS_FACTORS": True, "BLOCK": 1024, "GROUP": 256},
         capability,
+        num_warps=warps(is_eight),
     )
-    assert built.spill_bytes == 0, built.spill_bytes
+    assert built.spill_bytes == 0, (capability, weight, is_eight, built.spill_bytes)
 """
 
 

@@ -1,4 +1,4 @@
-"""The kernels of the five elementwise and loss ops compile for GPUs that are not here.
+"""The kernels of the elementwise and loss ops compile for GPUs that are not here.
 
 One process with TRITON_INTERPRET=0 compiles every kernel for sm_80 and sm_90, in bf16, at the
 widths of StarCoder2 (3072, 4608, 6144), and reports what ptxas says. Gates: no register is spilled,
@@ -25,7 +25,10 @@ TEXTS = ("ttir", "ptx")
 SCALAR_LOAD = re.compile(r"tt\.load .* : !tt\.ptr<bf16>")
 FP32_POINTERS = {
     "mean_ptr", "rstd_ptr", "dweight_ptr", "dbias_ptr", "cos_ptr", "sin_ptr",
-    "dloss_ptr", "loss_ptr", "lse_ptr",
+    "dloss_ptr", "loss_ptr", "lse_ptr", "largest_ptr", "total_ptr", "picked_ptr", "part_ptr",
+}  # fmt: skip
+INT64_POINTERS = {
+    "targets_ptr", "ids_ptr", "positions_ptr", "order_ptr", "starts_ptr", "ends_ptr",
 }  # fmt: skip
 
 
@@ -33,22 +36,33 @@ def type_of(name: str) -> str:
     """Triton's type of an argument, from its name; strides as of tensors beyond 2^31 elements."""
     if name in FP32_POINTERS:
         return "*fp32"
+    if name.endswith("_key_ptr"):
+        return "*i32"
     if name.endswith("_ptr"):
-        return "*i64" if name == "targets_ptr" else "*bf16"
-    if name in ("eps", "z_loss"):
+        return "*i64" if name in INT64_POINTERS else "*bf16"
+    if name in ("eps", "z_loss", "keep_scale"):
         return "fp32"
     return "i64" if "stride" in name else "i32"
 
 
-def layer_norm_cases():
-    """Forward and backward, with everything switched on."""
-    module = sys.modules["stellarator_kernels.layer_norm"]
+def norm_cases():
+    """Forward and backward of both norms, the one that subtracts the mean also with dropout."""
+    module = sys.modules["stellarator_kernels.norm_kernels"]
     for C in WIDTHS:
-        BLOCK, num_warps = module.tiles(C)
-        values = {"C": C, "HAS_RESIDUAL": True, "HAS_BIAS": True, "BLOCK": BLOCK}
-        yield f"forward {C}", module._layer_norm_fwd_kernel, values, num_warps
-        values = {"C": C, "HAS_DSUMMED": True, "HAS_BIAS": True, "NEED_PARAMS": True}
-        yield f"backward {C}", module._layer_norm_bwd_kernel, values | {"BLOCK": BLOCK}, num_warps
+        BLOCK, CHUNKS, num_warps = module.tiles(C)
+        values = {"C": C, "HAS_WEIGHT": True, "BLOCK": BLOCK, "CHUNKS": CHUNKS}
+        for centred, dropout in ((True, False), (True, True), (False, False)):
+            values |= {"CENTRED": centred, "HAS_BIAS": centred, "DROPOUT": dropout}
+            case, more = f"{C} {centred} {dropout}", {"HAS_RESIDUAL": True}
+            yield f"forward {case}", module._norm_fwd_kernel, values | more, num_warps
+            more = {"HAS_DSUMMED": True, "NEED_PARAMS": True}
+            yield f"backward {case}", module._norm_bwd_kernel, values | more, num_warps
+
+
+def dropout_cases():
+    """One kernel; the width is no constant of it."""
+    module = sys.modules["stellarator_kernels.dropout"]
+    yield "dropout", module._dropout_kernel, {"BLOCK": module._BLOCK}, 4
 
 
 def bias_gelu_cases():
@@ -62,6 +76,16 @@ def bias_gelu_cases():
         yield f"backward {tanh}", module._bias_gelu_bwd_kernel, values, num_warps
 
 
+def swiglu_cases():
+    """Its three activations; the tiles are those of bias_gelu."""
+    module = sys.modules["stellarator_kernels.swiglu"]
+    BLOCK_N, BLOCK_F, num_warps = module.tiles(4 * WIDTHS[0])
+    for number, activation in enumerate(module._ACTIVATIONS):
+        values = {"ACTIVATION": number, "BLOCK_N": BLOCK_N, "BLOCK_F": BLOCK_F}
+        yield f"forward {activation}", module._swiglu_fwd_kernel, values, num_warps
+        yield f"backward {activation}", module._swiglu_bwd_kernel, values, num_warps
+
+
 def rope_cases():
     """Heads of 128 at each size, and one of 80, whose half is no power of two."""
     module = sys.modules["stellarator_kernels.rope"]
@@ -71,20 +95,52 @@ def rope_cases():
         yield f"{H} heads of {D}", module._rope_kernel, values, num_warps
 
 
+def bias_rope_cases():
+    """Both directions with a bias at each size, and heads of 80."""
+    module = sys.modules["stellarator_kernels.bias_rope"]
+    for D in (128, 80):
+        BLOCK_T, BLOCK_H, BLOCK_D, num_warps = module.tiles(D)
+        values = {"D": D, "BLOCK_T": BLOCK_T, "BLOCK_H": BLOCK_H, "BLOCK_D": BLOCK_D}
+        for rotated in (True, False):
+            forward = values | {"HAS_BIAS": True, "ROTATED": rotated}
+            yield f"forward {D} {rotated}", module._bias_rope_fwd_kernel, forward, num_warps
+            backward = values | {"NEED_BIAS": True, "ROTATED": rotated}
+            yield f"backward {D} {rotated}", module._bias_rope_bwd_kernel, backward, num_warps
+
+
+def embedding_cases():
+    """With learned positions; the backward into an fp32 buffer and into bf16."""
+    module = sys.modules["stellarator_kernels.embedding"]
+    values = {"HAS_POSITIONS": True, "BLOCK": module._BLOCK}
+    yield "forward", module._embedding_fwd_kernel, values, 4
+    for add in (False, True):
+        values = {"ADD": add, "UNIT": module._UNIT, "BLOCK": module._SUM_BLOCK}
+        units = values | {"ROWS": module._ROWS}
+        yield f"units {add}", module._embedding_units_kernel, units, 4
+        yield f"parts {add}", module._embedding_parts_kernel, values, 4
+
+
 def cross_entropy_cases():
-    """Forward, forward with the gradient in place (linear_cross_entropy), backward."""
+    """Forward, forward with the gradient in place (linear_cross_entropy), backward, a shard's."""
     module = sys.modules["stellarator_kernels.cross_entropy"]
     BLOCK, num_warps = module.tiles(49152)
     for gradient in (False, True):
         values = {"GRADIENT": gradient, "BLOCK": BLOCK}
         yield f"forward {gradient}", module._cross_entropy_fwd_kernel, values, num_warps
     yield "backward", module._cross_entropy_bwd_kernel, {"BLOCK": BLOCK}, num_warps
+    shard = sys.modules["stellarator_kernels.cross_entropy_shard"]
+    values = {"IGNORED": shard.IGNORED, "NO_CLASS": shard.NO_CLASS, "BLOCK": BLOCK}
+    yield "statistics", shard._statistics_kernel, values, num_warps
 
 
 OPS = {
-    "layer_norm": layer_norm_cases,
+    "norms": norm_cases,
+    "dropout": dropout_cases,
+    "embedding": embedding_cases,
     "bias_gelu": bias_gelu_cases,
+    "swiglu": swiglu_cases,
     "rope": rope_cases,
+    "bias_rope": bias_rope_cases,
     "cross_entropy": cross_entropy_cases,
 }
 

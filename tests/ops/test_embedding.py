@@ -1,13 +1,27 @@
-"""embedding against plain indexing and a loop over ids in float64. Not covered: other devices."""
+"""embedding against plain indexing and a loop over ids in float64. Where Triton runs: grid.py."""
 
 import pytest
 import torch
+from grid import TRITON
 
-from stellarator_kernels import embedding
-from stellarator_kernels.embedding import _embedding_backward, _embedding_forward
+from stellarator_kernels import cost, embedding
+from stellarator_kernels.embedding import (
+    _embedding_backward,
+    _embedding_forward,
+    add_embedding_gradient,
+)
 from stellarator_kernels.testing import poison_empty
 
 IMPLS = ["torch", "reference"]
+ALL = [*IMPLS, pytest.param("triton", marks=TRITON)]
+# Rows of one id: more and fewer than a program adds, several long ones side by side, none.
+COUNTS = {
+    "one": [1],
+    "a_unit_and_one_more": [32, 33, 0, 1, 64],
+    "long_ones_side_by_side": [40, 50, 3, 33, 97, 0, 65],
+    "one_long": [0, 300],
+    "short": [3, 1, 8, 9, 0, 31, 2],
+}
 
 
 def case(dtype, N=300, V=7, C=5, seed=0):
@@ -35,6 +49,91 @@ def test_rows_and_sums(impl, dtype):
     assert (error <= torch.finfo(dtype).eps * exact.abs() + terms).all()
 
 
+def exact_sums(ids, dy, V):
+    """A loop over rows in float64."""
+    sums = torch.zeros(V, dy.shape[1], dtype=torch.float64, device="cpu")
+    for i, row in zip(ids.tolist(), dy.double().cpu(), strict=True):
+        sums[i] += row
+    return sums
+
+
+@TRITON
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("C", [5, 700])
+@pytest.mark.parametrize("counts", COUNTS)
+def test_triton_sums_of_short_and_long_runs(counts, C, dtype):
+    g = torch.Generator().manual_seed(3)
+    V = len(COUNTS[counts])
+    ids = torch.arange(V, device="cpu").repeat_interleave(
+        torch.tensor(COUNTS[counts], device="cpu")
+    )
+    ids = ids[torch.randperm(len(ids), generator=g, device="cpu")]
+    dy = torch.randn(len(ids), 2 * C, generator=g, device="cpu").to(dtype)
+    exact = exact_sums(ids, dy[:, ::2], V)
+    ids, dy = (t.to(torch.get_default_device()) for t in (ids, dy))
+    with poison_empty():
+        found = [_embedding_backward(dy[:, ::2], ids, V, "triton") for _ in range(2)]
+        total = torch.ones(V, C)
+        add_embedding_gradient(total, dy[:, ::2], ids, impl="triton")
+    assert torch.equal(*found) and found[0].dtype == dtype
+    scale = torch.finfo(dtype).eps * exact.abs() + 1e-6 * len(ids) ** 0.5
+    assert ((found[0].double().cpu() - exact).abs() <= scale).all()
+    assert ((total.double().cpu() - 1 - exact).abs() <= 1e-6 * (3 + exact.abs())).all()
+
+
+@pytest.mark.parametrize("impl", ALL)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_learned_positions_and_both_gradients(impl, dtype):
+    N, V, P, C = 120, 9, 40, 1030
+    g = torch.Generator(torch.get_default_device()).manual_seed(5)
+    ids, positions = torch.randint(V, (3, 40), generator=g), torch.arange(40).repeat(3, 1)
+    weight, table, dy = (torch.randn(n, C, generator=g).to(dtype) for n in (V, P, N))
+    leaves = weight.requires_grad_(), table.requires_grad_()
+    with poison_empty():
+        y = embedding(ids, weight, positions=positions, position_weight=table, impl=impl)
+        found = torch.autograd.grad(y, leaves, dy.view(3, 40, C))
+    assert torch.equal(y, weight[ids] + table[positions])  # rounded once, as a sum is
+    for numbers, size, gradient in ((ids, V, found[0]), (positions, P, found[1])):
+        exact = exact_sums(numbers.flatten(), dy, size)
+        scale = torch.finfo(dtype).eps * exact.abs() + 1e-5
+        assert ((gradient.double().cpu() - exact).abs() <= scale).all()
+
+
+@pytest.mark.parametrize("impl", ALL)
+def test_no_ids_a_frozen_weight_and_the_added_gradient(impl):
+    weight, table = torch.randn(4, 6, requires_grad=True), torch.randn(3, 6, requires_grad=True)
+    none = torch.zeros(0, dtype=torch.int64)
+    y = embedding(none, weight, positions=none, position_weight=table, impl=impl)
+    dweight, dtable = torch.autograd.grad(y.sum(), (weight, table))
+    assert not dweight.any() and not dtable.any() and y.shape == (0, 6)
+    ids = torch.tensor([1, 1, 3])
+    rows = {"positions": torch.tensor([0, 2, 2]), "position_weight": table}
+    embedding(ids, weight.detach(), **rows, impl=impl).sum().backward()
+    assert table.grad.tolist() == [[1.0] * 6, [0.0] * 6, [2.0] * 6] and weight.grad is None
+    total = torch.full((4, 6), 0.5)
+    add_embedding_gradient(total, torch.ones(3, 6), ids, impl=impl)
+    assert total[:, 0].tolist() == [0.5, 2.5, 0.5, 1.5]
+    with pytest.raises(ValueError, match="add_embedding_gradient: expected total with dtype in"):
+        add_embedding_gradient(total.double(), torch.ones(3, 6), ids, impl=impl)
+
+
+@pytest.mark.parametrize("impl", ["torch", pytest.param("triton", marks=TRITON)])
+def test_compiled_in_one_graph(impl):
+    weight, table = (torch.randn(7, 8, requires_grad=True) for _ in range(2))
+    ids, positions = torch.tensor([1, 1, 6]), torch.tensor([0, 5, 5])
+
+    def function(weight, table):
+        rows = {"positions": positions, "position_weight": table}
+        return embedding(ids, weight, **rows, impl=impl)
+
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+    expected, actual = (
+        [y := f(weight, table), *torch.autograd.grad(y, (weight, table), torch.ones(3, 8))]
+        for f in (function, compiled)
+    )
+    assert all(torch.equal(a, b) for a, b in zip(actual, expected, strict=True))
+
+
 @pytest.mark.parametrize("impl", IMPLS)
 def test_many_gradients_of_one_id_are_not_lost(impl):
     """In bf16 sums 256 + 1 is 256, which is where ATen's own kernel stays."""
@@ -59,6 +158,8 @@ def test_the_same_to_the_bit_with_any_number_of_threads():
 def test_opcheck():
     ids, weight, dy = case(torch.float32)
     torch.library.opcheck(_embedding_forward, (ids, weight.requires_grad_(), "torch"))
+    learned = (ids % 3, weight.detach()[:3].clone().requires_grad_())
+    torch.library.opcheck(_embedding_forward, (ids, weight, "torch", *learned))
     torch.library.opcheck(_embedding_backward, (dy, ids, 7, "torch"))
 
 
@@ -71,5 +172,20 @@ def test_errors():
     ):
         with pytest.raises(ValueError, match=f"embedding: {message}"):
             embedding(*arguments)
+    for options, message in (
+        ({"positions": ids}, "expected positions with position_weight"),
+        ({"positions": ids[1:], "position_weight": weight}, r"expected positions like ids"),
+        ({"positions": ids.int(), "position_weight": weight}, "expected positions with dtype in"),
+        ({"positions": ids, "position_weight": weight[:, 1:]}, r"position_weight \(P, C\)"),
+        ({"positions": ids, "position_weight": weight.half()}, "position_weight with dtype in"),
+    ):
+        with pytest.raises(ValueError, match=f"embedding: .*{message}"):
+            embedding(ids, weight, **options)
     with pytest.raises(IndexError):
         embedding(ids + 7, weight)
+
+
+def test_cost():
+    plain, learned = cost.embedding(8, 4, 2, 2), cost.embedding(8, 4, 2, 2, P=3)
+    assert plain.forward_bytes == 2 * 32 and learned.forward_bytes == 3 * 32
+    assert learned.backward_bytes - plain.backward_bytes == 32 + 3 * 2 * 2

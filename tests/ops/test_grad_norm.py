@@ -119,14 +119,70 @@ def test_float64_is_not_rounded_to_float32(impl):
 
 def test_opcheck():
     tensors = [random(10), random(5, 1, torch.bfloat16)]
-    torch.library.opcheck(torch.ops.stellarator.grad_norm.default, (tensors, "auto"))
+    operator = torch.ops.stellarator.grad_norm.default
+    torch.library.opcheck(operator, (tensors, [1.0, 0.5], True, "auto"))
     tensors.append(random(5, 2, torch.float64))
-    torch.library.opcheck(torch.ops.stellarator.grad_norm.default, (tensors, "auto"))
+    torch.library.opcheck(operator, (tensors, [1.0, 0.5, 0.0], False, "auto"))
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_weights(impl):
+    """Against sums of exact squares; 1/3 is no float32."""
+    sizes = (70000, 5, 33, 40000)
+    tensors = [random(n, seed) for seed, n in enumerate(sizes)]
+    weights = [1 / 3, 2, 1, 0.125]
+    wanted = math.fsum(w * exact([x]) ** 2 for x, w in zip(tensors, weights, strict=True))
+    squares = grad_norm(tensors, weights=weights, squared=True, impl=impl)
+    assert squares.dtype == torch.float64 and squares.item() == pytest.approx(wanted, rel=1e-14)
+    norm = grad_norm(tensors, weights=weights, impl=impl)
+    assert norm.dtype == torch.float32
+    assert norm.item() == pytest.approx(math.sqrt(wanted), rel=2**-23)
+    equal = grad_norm(tensors, weights=[1.0] * 4, impl=impl)
+    assert torch.equal(equal, grad_norm(tensors, impl=impl)) and not torch.equal(equal, norm)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_each_parameter_counts_once(impl):
+    """Two ranks with half of one tensor each, and both with all of another, which two ways share.
+
+    A rank has nothing of a tensor of weight 0, so what lies there may be NaN.
+    """
+    split, shared = random(3000, 1), random(700, 2)
+    wanted = exact([split, shared]) ** 2
+    halves = split.split(1500)
+    by_halves = [grad_norm([h, shared], weights=[1, 0.5], squared=True, impl=impl) for h in halves]
+    nan = torch.full((700,), math.nan)
+    by_owner = [
+        grad_norm([h, x], weights=[1, w], squared=True, impl=impl)
+        for h, x, w in zip(halves, (shared, nan), (1, 0), strict=True)
+    ]
+    for parts in (by_halves, by_owner):
+        assert sum(parts).item() == pytest.approx(wanted, rel=1e-14)
+    nothing = grad_norm([nan], weights=[0], impl=impl)
+    assert nothing.item() == 0 and nothing.dtype == torch.float32
+    nothing = grad_norm([nan], weights=[0], squared=True, impl=impl)
+    assert nothing.item() == 0 and nothing.dtype == torch.float64
+
+
+@pytest.mark.parametrize("impl", [IMPLS[1], IMPLS[3]])
+def test_compiled_in_one_graph(impl):
+    tensors = [random(50), random(7, 1)]
+
+    def function(*tensors):
+        return grad_norm(tensors, weights=[1.0, 0.5], impl=impl) * 2
+
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(*tensors), function(*tensors))
 
 
 def test_errors():
     with pytest.raises(ValueError, match="grad_norm: expected at least one tensor, got an empty"):
         grad_norm([])
+    with pytest.raises(ValueError, match="grad_norm: expected a weight for each tensor, 2, got 1"):
+        grad_norm([torch.zeros(2)] * 2, weights=[1])
+    for wrong in (-0.5, math.nan, math.inf):
+        with pytest.raises(ValueError, match=f"grad_norm: expected weights >= 0, got {wrong}"):
+            grad_norm([torch.zeros(2)], weights=[wrong])
     with pytest.raises(ValueError, match=r"grad_norm: expected tensors\[1\] with dtype in"):
         grad_norm([torch.zeros(2), torch.zeros(2, dtype=torch.int64)])
     with pytest.raises(ValueError, match="grad_norm: expected all tensors on one device"):
@@ -153,8 +209,8 @@ for capability in [(8, 0), (9, 0)]:
         )
         assert built.spill_bytes == 0, built.spill_bytes
     built = compile_kernel(
-        module._root_kernel,
-        {"sums_ptr": "*fp64", "norm_ptr": "*fp32", "n": "i32"},
+        module._total_kernel,
+        {"sums_ptr": "*fp64", "total_ptr": "*fp64", "n": "i32"},
         {"BLOCK": module._BLOCK},
         capability,
     )

@@ -11,12 +11,8 @@ import torch.nn.functional as F
 from grid import CASES, CPU_CASES, TRITON, generator
 
 from stellarator_kernels import cost, explain, extension, layer_norm
-from stellarator_kernels.layer_norm import (
-    _layer_norm_backward,
-    _layer_norm_forward,
-    num_partials,
-    tiles,
-)
+from stellarator_kernels.layer_norm import _layer_norm_backward, _layer_norm_forward
+from stellarator_kernels.norm_kernels import num_partials, tiles
 from stellarator_kernels.testing import assert_close_to_reference, poison_empty
 
 IMPLS, KERNELS = [grid.CPU, *grid.IMPLS], [grid.CPU, *grid.KERNELS]
@@ -274,9 +270,12 @@ def test_compiled_in_one_graph(impl):
 
 def test_tiles_and_partials():
     assert [tiles(C) for C in (1, 384, 3072, 4608, 6144, 8192)] == [
-        (1, 1), (512, 1), (4096, 8), (8192, 16), (8192, 16), (8192, 16)
+        (1, 1, 1), (512, 1, 2), (1024, 3, 4), (1024, 5, 4), (2048, 3, 8), (2048, 4, 8)
     ]  # fmt: skip
-    assert [num_partials(N, 132) for N in (0, 1, 100, 264, 10**6)] == [1, 1, 100, 264, 264]
+    assert [num_partials(N, 3072, 132) for N in (0, 1, 100, 396, 10**6)] == [1, 1, 100, 396, 396]
+    assert [num_partials(10**6, C, 100) for C in (64, 2048, 4608, 6144, 8192)] == [
+        800, 500, 200, 100, 100
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize("impl", [grid.CPU, pytest.param("triton", marks=TRITON)])

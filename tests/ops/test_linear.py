@@ -22,6 +22,7 @@ from stellarator_kernels import (
     layer_norm_linear,
     linear,
     linear_cross_entropy,
+    random,
 )
 from stellarator_kernels.testing import assert_close_to_reference, poison_empty
 
@@ -357,3 +358,31 @@ def test_autocast_as_in_torch_cpu(op):
         if a is not None:
             assert a.dtype == e.dtype
             assert (a.double() - e.double()).norm() <= 0.01 * e.double().norm()
+
+
+@pytest.mark.parametrize("impl", ["torch", "reference"])
+@pytest.mark.parametrize("with_dout", [True, False])
+def test_layer_norm_linear_with_dropout_is_the_ops_in_a_row(impl, with_dout):
+    x, weight, bias, dout, residual, scale = rows("odd", torch.float32, (7, 13), (13,))
+    dropout = {"dropout_p": 0.4, "dropout_keys": random.matrix_keys(5, 7, 13, "cpu", (9, 0))}
+
+    def apart(x, residual, scale, weight, bias):
+        y, summed = layer_norm(x, scale, None, 1e-5, residual, impl=impl, **dropout)
+        return linear(y, weight, bias, impl=impl), summed
+
+    def together(x, residual, scale, weight, bias):
+        given = (x, scale, None, weight, bias, 1e-5, residual)
+        return layer_norm_linear(*given, impl=impl, **dropout)
+
+    leaves = [t.requires_grad_() for t in (x, residual, scale, weight, bias)]
+    found = []
+    for function in (apart, together):
+        outputs = function(*leaves)
+        used = slice(0 if with_dout else 1, 2)
+        grads = torch.autograd.grad(
+            outputs[used], leaves, (dout, residual.detach())[used], allow_unused=not with_dout
+        )
+        found.append([*outputs, *grads])
+    for a, b in zip(*found, strict=True):
+        # Zeros may stand for the gradient of what was not used.
+        assert not b.any() if a is None else torch.equal(a, b)

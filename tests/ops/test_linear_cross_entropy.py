@@ -317,10 +317,145 @@ def test_opcheck(reduction):
     hidden, weight, bias, targets, dloss = make(5, 4, 8, torch.bfloat16)
     leaves = [t.clone().requires_grad_() for t in (hidden, weight, bias)]
     needs = [reduction != "none"] * 3
-    arguments = (*leaves, targets, -100, 0.1, reduction, 2, *needs, "torch")
+    arguments = (*leaves, targets, None, -100, 0.1, reduction, 2, *needs, "torch")
     torch.library.opcheck(_linear_cross_entropy_forward, arguments)
-    arguments = (dloss, hidden, weight, bias, targets, -100, 0.1, 2, True, False, True, "torch")
-    torch.library.opcheck(_linear_cross_entropy_backward, arguments)
+    for need_weight, wide in ((False, False), (True, False), (True, True)):
+        need = (True, need_weight, True, wide)
+        arguments = (dloss, hidden, weight, bias, targets, -100, 0.1, 2, *need, "torch")
+        torch.library.opcheck(_linear_cross_entropy_backward, arguments)
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+@pytest.mark.parametrize(("impl", "dtype"), CASES)
+def test_the_weight_gradient_added_to_memory_of_the_caller(impl, dtype, reduction):
+    """Twice, as of two micro-batches; against float64, and the peer is eager code in fp32."""
+    hidden, weight, bias, targets, dloss = make(12, 8, 20, dtype)
+    leaves = [t.requires_grad_() for t in (hidden, weight, bias)]
+    before = torch.randn(20, 8, generator=generator(8))
+    dweight = before.clone()
+    factor = dloss if reduction == "none" else dloss[0].abs() + 0.5  # as in `run`
+    for _ in range(2):
+        loss = linear_cross_entropy(
+            hidden, weight, targets, bias, z_loss=0.1, reduction=reduction, dweight=dweight,
+            chunk_size=5, impl=impl,
+        )  # fmt: skip
+        dhidden, none, dbias = torch.autograd.grad(loss, leaves, factor, allow_unused=True)
+        assert none is None and dhidden.dtype == dbias.dtype == dtype
+    theirs = lambda *x: eager(*x, targets, reduction, 0.1)  # noqa: E731
+    exact = run(theirs, *(t.double() for t in (hidden, weight, bias)), dloss)
+    peer = run(theirs, hidden, weight, bias, dloss)
+    wanted = before.double() + 2 * exact[2]
+    allowed = before.double() + 2 * peer[2].double()
+    assert dweight.dtype == torch.float32
+    assert_close_to_reference(dweight, wanted, allowed, reduction_length=24)
+
+
+@pytest.mark.parametrize("reduction", ["sum", "none"])
+@pytest.mark.parametrize("chunk_size", [1, None])
+def test_memory_of_the_caller_gets_digits_that_bf16_has_not(chunk_size, reduction):
+    """301 halves are 150.5, which bf16 rounds to 150 or 151."""
+    hidden, weight = torch.ones(301, 1).bfloat16(), torch.zeros(2, 1).bfloat16().requires_grad_()
+    targets, total = torch.zeros(301, dtype=torch.int64), torch.zeros(2, 1)
+    targets[300] = -100
+    for tokens in (slice(0, 300), slice(299, 301)):
+        linear_cross_entropy(
+            hidden[tokens], weight, targets[tokens], reduction=reduction, dweight=total,
+            chunk_size=chunk_size,
+        ).sum().backward()  # fmt: skip
+    assert total.tolist() == [[-150.5], [150.5]]
+    total.zero_()
+    targets[300] = 0
+    linear_cross_entropy(
+        hidden, weight, targets, reduction=reduction, dweight=total, chunk_size=1
+    ).sum().backward()
+    assert total.tolist() == [[-150.5], [150.5]]
+
+
+def test_a_tied_embedding_adds_to_the_same_memory():
+    """In bf16, as the engine's hook adds what autograd has of the other uses of the weight.
+
+    512 steps in which both gradients are far below the last place of a bf16 sum of them.
+    """
+    weight = torch.zeros(2, 1).bfloat16().requires_grad_()
+    total = torch.zeros(2, 1)
+
+    def add(p):
+        total.add_(p.grad)
+        p.grad = None
+
+    weight.register_post_accumulate_grad_hook(add)
+    for _ in range(512):
+        hidden = F.embedding(torch.tensor([0]), weight) + 1
+        loss = linear_cross_entropy(hidden, weight, torch.tensor([1]), dweight=total)
+        (loss + hidden.sum() * 2**-9).backward()
+    # d/dhidden = (p0 - 1/2, ...) of equal rows is 0, so the embedding gets 2^-9 alone.
+    assert total.tolist() == [[512 * (0.5 + 2**-9)], [-256.0]]
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_ignored_tokens_take_part_in_no_product(monkeypatch, reduction):
+    """1,000 tokens of which 200 count: 256 rows, a multiple of the granule, go through products."""
+    hidden, weight, _, targets, dloss = make(1000, 4, 8, torch.float32, bias=False, ignored=False)
+    targets[200:] = -100
+    shapes, real = [], torch.mm
+
+    def counting(left, right, **kwargs):
+        shapes.append((*left.shape, right.shape[1]))
+        return real(left, right, **kwargs)
+
+    monkeypatch.setattr(torch, "mm", counting)
+    ours = lambda h, w, b: linear_cross_entropy(  # noqa: E731
+        h, w, targets, reduction=reduction, chunk_size=100, impl="torch"
+    )
+    run(ours, hidden, weight, None, dloss)
+    computed = 2 if reduction == "none" else 1  # the logits, again in the backward
+    assert sum(n for n, k, m in shapes if (k, m) == (4, 8)) == 256 * computed
+    assert sum(n for n, k, m in shapes if (k, m) == (8, 4)) == 256
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_autocast(dtype, reduction):
+    """Products in autocast's dtype, the loss in fp32, gradients in the dtypes of the inputs."""
+    hidden, weight, bias, targets, dloss = make(9, 8, 20, torch.float32)
+    hidden = hidden.to(dtype)
+    kind = torch.get_default_device().type
+
+    def ours(h, w, b):
+        with torch.autocast(kind, dtype=torch.bfloat16):
+            return linear_cross_entropy(h, w, targets, b, reduction=reduction)
+
+    def cast(h, w, b):
+        bf16 = (x.bfloat16() for x in (h, w, b))
+        h, w, b = bf16
+        return linear_cross_entropy(h, w, targets, b, reduction=reduction)
+
+    actual, wanted = (run(f, hidden, weight, bias, dloss) for f in (ours, cast))
+    assert all(torch.equal(a, b) for a, b in zip(actual, wanted, strict=True))
+    assert [x.dtype for x in actual] == [torch.float32, dtype, torch.float32, torch.float32]
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("impl", KERNELS)
+def test_compiled_in_one_graph_with_the_memory_of_the_caller(impl, reduction):
+    hidden, weight, bias, targets, dloss = make(6, 8, 10, torch.float32)
+
+    def function(hidden, weight, bias, dweight):
+        return linear_cross_entropy(
+            hidden, weight, targets, bias, reduction=reduction, dweight=dweight, chunk_size=2,
+            impl=impl,
+        )  # fmt: skip
+
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+    found = []
+    for f in (function, compiled):
+        leaves = [t.clone().requires_grad_() for t in (hidden, weight, bias)]
+        total = torch.ones(10, 8)
+        f(*leaves, total).backward(dloss if reduction == "none" else dloss[0])
+        assert leaves[1].grad is None
+        found.append((total, leaves[0].grad, leaves[2].grad))
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+    assert not (found[0][0] == 1).any()
 
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])
@@ -411,6 +546,9 @@ def test_cost():
         ({"bias": torch.zeros(4)}, r"expected bias \(V,\) = \(8,\), got \(4,\)"),
         ({"bias": torch.zeros(8).half()}, "expected bias with dtype in"),
         ({"weight": torch.zeros(8, 4, device="meta")}, "expected all tensors on one device"),
+        ({"dweight": torch.zeros(4, 8)}, r"dweight like weight = \(8, 4\), got \(4, 8\)"),
+        ({"dweight": torch.zeros(8, 4).half()}, "expected dweight with dtype in"),
+        ({"dweight": torch.zeros(8, 4, device="meta")}, "expected all tensors on one device"),
         ({"reduction": "average"}, r"reduction in \('mean', 'sum', 'none'\), got 'average'"),
         ({"chunk_size": 0}, "expected chunk_size >= 1 or None, got 0"),
     ],

@@ -1,6 +1,6 @@
 """Runs of several processes, and how they are compared with one process.
 
-defines: changed, losses, assert_same_state, torchrun, stopping
+defines: losses, assert_same_state, torchrun, changed, stopping
 """
 
 import dataclasses
@@ -14,12 +14,6 @@ import torch
 from safetensors.torch import load_file
 
 from stellarator import settings
-
-
-def changed(config, **sections):
-    """The configuration with some fields of some sections changed."""
-    new = {n: dataclasses.replace(getattr(config, n), **f) for n, f in sections.items()}
-    return dataclasses.replace(config, **new)
 
 
 def losses(folder) -> list[float]:
@@ -48,6 +42,12 @@ def torchrun(
         "STELLARATOR_TRACEBACK": str(int(traceback)),
     }
     return subprocess.run(command, capture_output=True, text=True, timeout=200, env=environment)
+
+
+def changed(config, **sections):
+    """The configuration with some fields of some sections changed."""
+    new = {n: dataclasses.replace(getattr(config, n), **f) for n, f in sections.items()}
+    return dataclasses.replace(config, **new)
 
 
 def stopping(tmp_path, steps) -> Path:

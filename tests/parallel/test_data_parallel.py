@@ -34,6 +34,25 @@ def test_two_ranks_follow_one(one, tmp_path):
     assert_same_state(one.folder, two.folder, 6)
 
 
+def test_two_ranks_and_other_micro_batches_drop_what_one_drops(tiny_config, tmp_path):
+    """Masks are those of global tokens, whoever computes them; evaluations drop nothing."""
+    rates = {"residual_dropout": 0.2, "embedding_dropout": 0.1, "attention_dropout": 0.1}
+    model = dataclasses.replace(tiny_config.model, **rates)
+    train = dataclasses.replace(tiny_config.train, precision="fp64", steps=3, micro_batch_size=2)
+    one = dataclasses.replace(tiny_config, model=model, train=train, folder=str(tmp_path / "one"))
+    Trainer(one).run()
+    train = dataclasses.replace(train, micro_batch_size=1, recompute="full")
+    two = dataclasses.replace(one, train=train, folder=str(tmp_path / "two"))
+    done = torchrun(two, tmp_path, 2)
+    assert done.returncode == 0, done.stderr[-6000:]
+    assert losses(two.folder) == pytest.approx(losses(one.folder), rel=1e-12)
+    assert_same_state(one.folder, two.folder, 3)
+    off = dataclasses.replace(one, model=tiny_config.model, folder=str(tmp_path / "off"))
+    Trainer(off).run()
+    assert losses(off.folder)[0] == losses(one.folder)[0]  # before the first step
+    assert abs(losses(off.folder)[1] / losses(one.folder)[1] - 1) > 1e-6
+
+
 # A thread of gloo that still holds a tensor when Python ends aborts its process.
 LEAVES = """
 import pathlib, sys

@@ -63,7 +63,7 @@ def test_every_reason_is_given_at_once():
     sizes = {"seq_length": 64, "global_batch_size": 7, "micro_batch_size": 2}
     found = problems(model, given, 25, **sizes)
     text = "\n".join(found)
-    assert len(found) == 6, text
+    assert len(found) == 7, text
     for words in (
         "parallel: expected processes that tp * cp * pp = 24 divides, got 25. Start 48.",
         "parallel.tp: expected a divisor of num_heads = 6, got 4",
@@ -71,6 +71,7 @@ def test_every_reason_is_given_at_once():
         "expected at most num_layers = 3, got 4",
         "data.seq_length: expected a multiple of 24 for cp = 3 and sp = True, got 64. Pass 72.",
         "train.global_batch_size: expected a multiple of micro_batch_size * dp = 2 * 1, got 7",
+        "parallel.stages_per_rank: expected 1 for schedule 1f1b, got 2. Pass 1, or another",
     ):
         assert words in text
     odd = dataclasses.replace(model, num_heads=6, num_kv_heads=3, ffn_width=12)

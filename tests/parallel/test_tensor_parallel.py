@@ -32,18 +32,6 @@ CASES = {
 }  # fmt: skip
 
 
-@pytest.fixture
-def small(tiny_config, tmp_path):
-    """Four steps in float64, in two micro-batches a rank at most."""
-    config = changed(
-        tiny_config,
-        train={"precision": "fp64", "steps": 4, "micro_batch_size": 2, "global_batch_size": 4},
-        checkpoint={"interval": 2},
-        metrics={"report": False},
-    )
-    return dataclasses.replace(config, folder=str(tmp_path / "one"))
-
-
 @pytest.mark.parametrize("model,layout,processes", CASES.values(), ids=CASES)
 def test_ranks_follow_one_process(model, layout, processes, small, tmp_path):
     one = changed(small, model=model)
@@ -102,6 +90,12 @@ def test_layouts_that_cannot_work_are_refused(tiny_config, monkeypatch):
     text = "\n".join(refused.value.problems)
     assert "expected a divisor of num_heads = 4, got 3" in text and "ffn_width = 64, got 3" in text
     assert "micro_batch_size * dp" not in text or "dp = " in text
+    monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(settings.ConfigError) as refused:
-        Trainer(dataclasses.replace(tiny_config, parallel=ParallelConfig(pp=2, cp=2)))
-    assert [p.split(":")[0] for p in refused.value.problems] == ["parallel.pp", "parallel.cp"]
+        Trainer(dataclasses.replace(tiny_config, parallel=ParallelConfig(cp=2)))
+    assert [p.split(":")[0] for p in refused.value.problems] == ["parallel.cp"]
+    for layout in ({"pp": 2}, {"stages_per_rank": 2, "schedule": "interleaved"}):
+        with pytest.raises(settings.ConfigError) as refused:
+            parallel = ParallelConfig(zero=2, **layout)
+            Trainer(dataclasses.replace(tiny_config, parallel=parallel))
+        assert "parallel.zero: expected 0 or 1 with 2 pipeline stages, got 2" in str(refused.value)

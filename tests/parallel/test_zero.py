@@ -5,6 +5,7 @@ how much time the overlap saves.
 """
 
 import dataclasses
+import itertools
 import json
 import signal
 from pathlib import Path
@@ -18,10 +19,11 @@ from stellarator import settings
 from stellarator.config import OptimConfig, ParallelConfig
 from stellarator.model import build_model
 from stellarator.parallel.buckets import DataParallel
+from stellarator.parallel.layout import Part
 from stellarator.parallel.mesh import Axis
 from stellarator.parallel.tensor import TensorParallel
+from stellarator.sizes import bytes_per_parameter
 from stellarator.train.loop import Trainer
-from stellarator.train.memory import bytes_per_parameter
 from stellarator.train.optimizer import FlatOptimizer
 
 BUCKET_MIB = 0.03  # five buckets of the tiny model in float64
@@ -41,6 +43,8 @@ FOUR = {
     "zero 2 sp": ({"zero": 2, "tp": 2, "sp": True}, "none"),
     "zero 3 sp": ({"zero": 3, "tp": 2, "sp": True}, "none"),
     "zero 3 of four": ({"zero": 3}, "none"),
+    "zero 0 pp": ({"zero": 0, "pp": 2}, "none"),
+    "zero 1 pp": ({"zero": 1, "pp": 2, "schedule": "zb_h1"}, "none"),
 }
 # One process group for all runs: to make another one in the same processes may hang.
 ONE_BY_ONE = """
@@ -51,11 +55,13 @@ from stellarator.config import RunConfig
 from stellarator.parallel import mesh
 from stellarator.train.loop import Trainer
 
-stop, mesh.stop = mesh.stop, lambda: None
+stop, meshes = mesh.Mesh.stop, []
+mesh.Mesh.stop = lambda self: meshes.append(self)
 for path in open(sys.argv[1]).read().splitlines():
     with set_checkpoint_early_stop("to the end" not in path):
         Trainer(settings.resolve(RunConfig(), path)).run()
-stop()
+for each in meshes:
+    stop(each)
 """
 
 
@@ -162,17 +168,19 @@ class Looking(Trainer):
         if self.mesh.dp.rank == 1:
             bucket.grads[0] = float("nan")
         optimizer.complete_grads()
-        found["not_finite"] = optimizer.not_finite()
+        found["not_finite"] = optimizer.not_finite(self.whole)
         found["at"] = [n for n in bucket.names if bucket.own_view(bucket.grads, n).isnan().any()]
         path = pathlib.Path(self.folder, f"rank{self.mesh.dp.rank}.json")
         path.write_text(json.dumps(found))
 
-stop, mesh.stop = mesh.stop, lambda: None
+stop, meshes = mesh.Mesh.stop, []
+mesh.Mesh.stop = lambda self: meshes.append(self)
 for path in open(sys.argv[1]).read().splitlines():
     trainer = Looking(settings.resolve(RunConfig(), path))
     trainer.run()
     trainer.look()
-stop()
+for each in meshes:
+    stop(each)
 """
 LOOKED_AT = {
     "zero 0": ({"zero": 0}, "none"),
@@ -250,9 +258,15 @@ def test_a_checkpoint_goes_from_one_stage_to_another(small, tmp_path):
         assert_same_state(small.folder, config.folder, 4)
 
 
+PARTS = (Part((0,), last=False), Part((1,), first=False))  # of a tied model in a pipeline
+UNEVEN = {"vocab_size": 421}
+
+
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
-@pytest.mark.parametrize("tp,model", [(1, {}), (2, {"vocab_size": 421}), (4, {})])
-def test_parts_make_up_each_element_once(stage, tp, model, tiny_config):
+@pytest.mark.parametrize(
+    "tp,parts,model", [(1, [None], {}), (2, [None], UNEVEN), (4, [None], {}), (2, PARTS, UNEVEN)]
+)
+def test_parts_make_up_each_element_once(stage, tp, parts, model, tiny_config):
     """Of states, to the bit, and of what the gradient norm counts; on three replicas."""
     config = dataclasses.replace(tiny_config.model, **model)
     whole = build_model(config, dtype=torch.float64).named_parameters()
@@ -262,29 +276,47 @@ def test_parts_make_up_each_element_once(stage, tp, model, tiny_config):
         value.view(-1)[::3] = -0.0
     found = {name: torch.zeros_like(value).view(torch.int64) for name, value in values.items()}
     squares = 0.0
-    for tp_rank in range(tp):
-        for rank in range(3 if stage else 1):  # without ZeRO replicas are alike
-            axis = Axis("dp", rank, 3)
-            ranks = TensorParallel(Axis("tp", tp_rank, tp), tp > 1)
-            part = build_model(config, dtype=torch.float64, tp=ranks)
-            data = DataParallel(axis, stage, bucket_bytes=20_000)
-            optimizer = FlatOptimizer(part, OptimConfig(), tp=ranks, data=data)
-            shards = optimizer.shards()
-            for name, tensor in optimizer.state().items():
-                kind, name = name.split(".", 1)
-                shard = shards[f"{kind}.{name}"]
-                if kind == "exp_avg":
-                    shard.take_(tensor, values[name])
-                    mine = shard.counted_into_(torch.zeros_like(values[name]), tensor)
-                    found[name] += mine.view(torch.int64)
-            for bucket in optimizer.buckets:
-                bucket.grads.copy_(bucket.exp_avg)
-                squares += sum(float(x.square().sum()) for x in bucket.counted_grads())
+    replicas = range(3 if stage else 1)  # without ZeRO they are alike
+    for tp_rank, rank, part in itertools.product(range(tp), replicas, parts):
+        ranks = TensorParallel(Axis("tp", tp_rank, tp), tp > 1)
+        held = build_model(config, dtype=torch.float64, tp=ranks, part=part)
+        data = DataParallel(Axis("dp", rank, 3), stage, bucket_bytes=20_000)
+        optimizer = FlatOptimizer(held, OptimConfig(), tp=ranks, data=data)
+        shards = optimizer.shards()
+        for name, tensor in optimizer.state().items():
+            kind, name = name.split(".", 1)
+            shard = shards[f"{kind}.{name}"]
+            if kind == "exp_avg":
+                shard.take_(tensor, values[name])
+                mine = shard.counted_into_(torch.zeros_like(values[name]), tensor)
+                found[name] += mine.view(torch.int64)
+        for bucket in optimizer.buckets:
+            bucket.grads.copy_(bucket.exp_avg)
+            squares += sum(float(x.square().sum()) for x in bucket.counted_grads())
     for name, value in values.items():
         assert torch.equal(found[name], value.view(torch.int64)), name
     assert squares == pytest.approx(
         sum(float(v.square().sum()) for v in values.values()), rel=1e-12
     )
+
+
+def test_ranks_of_a_pipeline_name_the_same_gradients(tiny_config):
+    """They hold other parameters; what one has said before stands for the collective here."""
+    said = []
+
+    class Saying(Axis):
+        def max_(self, x):
+            said.append(x.clone())
+            return x.copy_(torch.stack(said).amax(0))
+
+    names = [name for name, _ in build_model(tiny_config.model).named_parameters()]
+    for rank, part in enumerate(PARTS):
+        model = build_model(tiny_config.model, part=part)
+        optimizer = FlatOptimizer(model, OptimConfig(), pp=Saying("pp", rank, 2))
+        if rank == 0:
+            optimizer.grad("layers.0.mlp.up.weight")[0, 0] = float("inf")
+        assert optimizer.not_finite(names) == ["layers.0.mlp.up.weight"]
+    assert len(said) == 2 and not said[1].any()
 
 
 def test_a_gradient_after_its_reduction_is_an_error(tiny_config):

@@ -13,6 +13,7 @@ from stellarator import recipes
 from stellarator.cli import main
 from stellarator.config import OptimConfig
 from stellarator.model import build_model
+from stellarator.sizes import bytes_per_parameter
 from stellarator.train import memory
 from stellarator.train.loop import DTYPES
 from stellarator.train.optimizer import FlatOptimizer
@@ -28,14 +29,14 @@ def test_bytes_are_those_of_the_buffers(precision):
     names = ("params", "grads", "exp_avg", "exp_avg_sq", "master")
     buffers = [getattr(bucket, name) for bucket in optimizer.buckets for name in names]
     held = sum(b.numel() * b.element_size() for b in buffers if b is not None)
-    assert held == memory.bytes_per_parameter(precision) * count
+    assert held == bytes_per_parameter(precision) * count
 
 
 def test_bytes_of_the_stages_of_zero():
     """By hand, on four ranks: weights, gradients, then masters with moments."""
-    stages = [memory.bytes_per_parameter("bf16", stage, 4) for stage in range(4)]
+    stages = [bytes_per_parameter("bf16", stage, 4) for stage in range(4)]
     assert stages == [2 + 4 + 12, 2 + 4 + 3, 2 + 1 + 3, 0.5 + 1 + 3]
-    stages = [memory.bytes_per_parameter("fp32", stage, 4) for stage in range(4)]
+    stages = [bytes_per_parameter("fp32", stage, 4) for stage in range(4)]
     assert stages == [4 + 4 + 8, 4 + 4 + 2, 4 + 1 + 2, 1 + 1 + 2]
 
 

@@ -36,6 +36,7 @@ class Batch:
     tokens: (B, T) int64.  targets: (B, T) int64, -100 where ignored.  positions: (B, T) int64.
     cu_seqlens: (E+1,) int32, bounds of documents over the flattened (B*T,) tokens.
     num_targets: how many targets are not ignored.
+    first_row: number of the first row among those of all steps; the others follow it.
     """
 
     tokens: torch.Tensor
@@ -43,6 +44,7 @@ class Batch:
     positions: torch.Tensor
     cu_seqlens: torch.Tensor
     num_targets: int
+    first_row: int = 0
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> "Batch":
         """The same batch on a device."""
@@ -111,7 +113,7 @@ class Batches:
         first = step * self.global_batch_size
         first += (micro_index * size + rank) * self.micro_batch_size
         rows = [self.dataset.row(first + k) for k in range(self.micro_batch_size)]
-        return collate(rows, self.dataset.attend_across_documents)
+        return replace(collate(rows, self.dataset.attend_across_documents), first_row=first)
 
     def micro_batches(self, step: int, rank: int = 0, size: int = 1) -> Iterator[Batch]:
         """The micro-batches of a step for one rank, made one at a time."""

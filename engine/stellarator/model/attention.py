@@ -13,10 +13,17 @@ import torch
 
 from stellarator.config import ModelConfig
 from stellarator.model.cache import KVCache
+from stellarator.model.dropout import Masks
 from stellarator.model.layers import LayerNorm, Linear, RowLinear, fusible
 from stellarator.parallel.layout import kv_heads_of
 from stellarator.parallel.tensor import ALONE, TensorParallel
-from stellarator_kernels import decode_attention, flash_attention, projected_attention, rope
+from stellarator_kernels import (
+    bias_rope,
+    decode_attention,
+    flash_attention,
+    projected_attention,
+    rope,
+)
 
 
 @dataclass(frozen=True)
@@ -27,6 +34,7 @@ class Context:
     rotation: tuple[torch.Tensor, torch.Tensor] | None  # cos and sin (N, D/2); None: no RoPE
     cu_seqlens: torch.Tensor | None = None  # (E+1,) int32: bounds of documents in N tokens
     cache: KVCache | None = None
+    masks: Masks | None = None  # None: nothing is dropped
 
 
 class Attention(torch.nn.Module):
@@ -52,14 +60,18 @@ class Attention(torch.nn.Module):
     def forward(
         self, norm: LayerNorm, branch, residual, context: Context, layer: int
     ) -> tuple[torch.Tensor, torch.Tensor]:
+        dropout = context.masks and context.masks.residual(2 * layer)
         if fusible(norm, self.qkv):
-            qkv, residual = norm.into(self.qkv.weight, self.qkv.bias, branch, residual)
+            product = (self.qkv.weight, self.qkv.bias)
+            qkv, residual = norm.into(*product, branch, residual, dropout)
         else:
-            y, residual = norm(branch, residual)
+            y, residual = norm(branch, residual, dropout)
             qkv = self.qkv(self.tp.enter(y, context.positions.shape))
         config, shape = self.config, qkv.shape[:2]
         if context.cache is not None:
             y = self._attend_cached(qkv, context, layer)
+        elif context.masks is not None and config.attention_dropout:
+            y = self._attend_dropping(qkv, context, layer)
         else:
             y = projected_attention(
                 qkv,
@@ -71,6 +83,26 @@ class Attention(torch.nn.Module):
                 impl=self.kernels,
             )
         return self.out(y.reshape(*shape, self.widths[0])), residual
+
+    def _attend_dropping(self, qkv, context: Context, layer: int):
+        """Attention with dropout of its weights."""
+        config, documents = self.config, context.cu_seqlens
+        rotated = context.rotation is not None
+        # It has fewer implementations than attention.
+        impl = self.kernels if self.kernels in ("triton", "reference") else "auto"
+        parts = bias_rope(
+            *(qkv, None, context.positions if rotated else None, None),
+            *(self.heads, self.kv_heads),
+            table=context.rotation,
+            impl=impl,
+        )
+        if documents is not None:
+            parts = [part.flatten(0, 1) for part in parts]
+        first_head = self.tp.axis.rank * self.heads
+        options = context.masks.attention(layer, documents is not None, first_head)
+        return flash_attention(
+            *parts, window=config.window, cu_seqlens=documents, impl=self.kernels, **options
+        )
 
     def _attend_cached(self, qkv, context: Context, layer: int):
         """Attention to everything in the cache, which takes the new keys and values first."""

@@ -26,6 +26,7 @@ import torch
 
 from stellarator.config import ModelConfig
 from stellarator.model.transformer import Transformer
+from stellarator.parallel.layout import Part
 from stellarator.parallel.shard import Shard, shards_of
 from stellarator.parallel.tensor import ALONE, TensorParallel
 
@@ -58,6 +59,7 @@ def build_model(
     kernels: str = "auto",
     recompute: str = "none",
     tp: TensorParallel = ALONE,
+    part: Part | None = None,
 ) -> Transformer:
     """A model with fresh weights.
 
@@ -66,14 +68,14 @@ def build_model(
         device: where; on "meta" there are shapes and no values.
         dtype: of the parameters; None: float32. Weights are drawn in float32 and rounded once.
         seed: of the weights.
-        kernels, recompute, tp: see `Transformer`.
+        kernels, recompute, tp, part: see `Transformer`.
     Raises:
         ValueError: the configuration contradicts itself.
     Cost: 14 ns a weight on one core (measured), so 40 s for three billion.
         Memory of the model and of one parameter in float32.
     """
     to = {"device": device, "dtype": dtype or torch.float32}
-    model = Transformer(config, kernels, recompute, tp, **to)
+    model = Transformer(config, kernels, recompute, tp, part, **to)
     if torch.device(device).type != "meta":
         initialize(model, seed)
     return model

@@ -8,6 +8,7 @@ random weights when they are made, which costs minutes for a large model and mov
 
 import torch
 
+from stellarator.parallel.pipeline.deferred import Deferred, split_linear
 from stellarator.parallel.shard import Shard
 from stellarator.parallel.tensor import ALONE, TensorParallel
 from stellarator_kernels import layer_norm, layer_norm_linear, linear
@@ -21,11 +22,13 @@ def parameter(shard: Shard, *, device, dtype) -> torch.nn.Parameter:
 def fusible(*modules: torch.nn.Module) -> bool:
     """Whether ops that span these modules may run in place of their `forward`.
 
-    Not if one is of another class (an adapter), somebody watches it by hooks, or ranks share it.
+    Not if one is of another class (an adapter), somebody watches it by hooks, ranks share it, or
+    its weight gradient is made apart.
     """
     return all(
         type(module) in (Linear, RowLinear, LayerNorm)
         and getattr(module, "tp", ALONE).alone
+        and getattr(module, "deferred", None) is None
         and not module._forward_hooks
         and not module._forward_pre_hooks
         and not module._backward_hooks
@@ -37,6 +40,8 @@ def fusible(*modules: torch.nn.Module) -> bool:
 class Linear(torch.nn.Module):
     """y = x @ weight^T + bias; weight (out, in), bias (out,): the outputs that this rank makes."""
 
+    deferred: Deferred | None = None  # of a schedule that makes weight gradients apart
+
     def __init__(self, weight: Shard, bias: Shard, *, device, dtype):
         super().__init__()
         self.shards = {"weight": weight, "bias": bias}
@@ -44,11 +49,13 @@ class Linear(torch.nn.Module):
         self.bias = parameter(bias, device=device, dtype=dtype)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return linear(x, self.weight, self.bias)
+        return _product(x, self.weight, self.bias, self.deferred)
 
 
 class RowLinear(torch.nn.Module):
     """y = x @ weight^T + bias of the inputs that this rank has, summed over the tensor ranks."""
+
+    deferred: Deferred | None = None
 
     def __init__(self, in_width: int, out_width: int, tp: TensorParallel, *, device, dtype):
         super().__init__()
@@ -59,8 +66,14 @@ class RowLinear(torch.nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if self.tp.alone:
-            return linear(x, self.weight, self.bias)
-        return self.tp.leave(linear(x, self.weight)) + self.bias
+            return _product(x, self.weight, self.bias, self.deferred)
+        return self.tp.leave(_product(x, self.weight, None, self.deferred)) + self.bias
+
+
+def _product(x, weight, bias, deferred: Deferred | None) -> torch.Tensor:
+    if deferred is None:
+        return linear(x, weight, bias)
+    return split_linear(x, weight, bias, deferred)
 
 
 class LayerNorm(torch.nn.Module):
@@ -76,13 +89,16 @@ class LayerNorm(torch.nn.Module):
         self.bias = parameter(tp.whole(width), device=device, dtype=dtype)
 
     def forward(
-        self, branch: torch.Tensor | None, residual: torch.Tensor
+        self, branch: torch.Tensor | None, residual: torch.Tensor, dropout: dict | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """(normalised, summed) of summed = branch + residual; without a branch, of the residual."""
+        """(normalised, summed) of summed = branch + residual; without a branch, of the residual.
+
+        dropout: of the branch, from `Masks.residual`.
+        """
+        norm = (self.weight, self.bias, self.eps)
         if branch is None:
-            y = layer_norm(residual, self.weight, self.bias, self.eps, impl=self.kernels)
-            return y, residual
-        return layer_norm(branch, self.weight, self.bias, self.eps, residual, impl=self.kernels)
+            return layer_norm(residual, *norm, impl=self.kernels), residual
+        return layer_norm(branch, *norm, residual, **(dropout or {}), impl=self.kernels)
 
     def into(
         self,
@@ -90,6 +106,7 @@ class LayerNorm(torch.nn.Module):
         bias: torch.Tensor | None,
         branch: torch.Tensor | None,
         residual: torch.Tensor,
+        dropout: dict | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """(normalised @ weight^T + bias, summed); the normalised rows are not kept.
 
@@ -99,4 +116,5 @@ class LayerNorm(torch.nn.Module):
         options = {"impl": self.kernels}
         if branch is None:
             return layer_norm_linear(residual, *norm, weight, bias, self.eps, **options), residual
+        options |= dropout or {}
         return layer_norm_linear(branch, *norm, weight, bias, self.eps, residual, **options)

@@ -28,12 +28,12 @@ class Mlp(torch.nn.Module):
         self.down = RowLinear(F, C, tp, **to)
 
     def forward(
-        self, norm: LayerNorm, branch, residual, shape: torch.Size
+        self, norm: LayerNorm, branch, residual, shape: torch.Size, dropout: dict | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
         up, down = self.up, self.down
         options = {"approximate": self.approximate, "impl": self.kernels}
         if fusible(norm, up, down):
-            h, residual = norm.into(up.weight, None, branch, residual)
+            h, residual = norm.into(up.weight, None, branch, residual, dropout)
             return bias_gelu_linear(h, up.bias, down.weight, down.bias, **options), residual
-        y, residual = norm(branch, residual)
+        y, residual = norm(branch, residual, dropout)
         return down(bias_gelu(up(self.tp.enter(y, shape)), None, **options)), residual

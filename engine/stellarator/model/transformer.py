@@ -1,7 +1,7 @@
 """The decoder: StarCoder (learned positions, one key/value head) and StarCoder2 (RoPE, grouped
 heads, window) by configuration alone.
 
-defines: Transformer, RECOMPUTE
+defines: Transformer, Layers, RECOMPUTE
 
     x = embedding[token] (+ position_embedding[position])
     per layer:  x += attention(norm(x));  x += mlp(norm(x))
@@ -13,6 +13,8 @@ passes on both: `branch` (its last product) and `residual` (everything before).
 Letters: B rows, T tokens, N = B*T, C width, V vocabulary, D head width.
 """
 
+from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -26,11 +28,14 @@ from torch.utils.checkpoint import (
 from stellarator.config import ModelConfig
 from stellarator.model.attention import Attention, Context
 from stellarator.model.cache import KVCache
+from stellarator.model.dropout import Dropout, Masks
 from stellarator.model.layers import LayerNorm, parameter
 from stellarator.model.mlp import Mlp
+from stellarator.parallel.layout import Part
 from stellarator.parallel.loss import vocabulary_cross_entropy
 from stellarator.parallel.shard import Shard
 from stellarator.parallel.tensor import ALONE, TensorParallel
+from stellarator_kernels import dropout as drop
 from stellarator_kernels import embedding, linear_cross_entropy
 from stellarator_kernels.checks import expect, expect_dtype, expect_shape
 from stellarator_kernels.rope import rope_table
@@ -61,7 +66,9 @@ class Layer(torch.nn.Module):
 
     def forward(self, branch, residual, context: Context, index: int):
         branch, residual = self.attention(self.attention_norm, branch, residual, context, index)
-        return self.mlp(self.mlp_norm, branch, residual, context.positions.shape)
+        shape = context.positions.shape
+        dropout = context.masks and context.masks.residual(2 * index + 1)
+        return self.mlp(self.mlp_norm, branch, residual, shape, dropout)
 
 
 class Embedding(torch.nn.Module):
@@ -70,14 +77,20 @@ class Embedding(torch.nn.Module):
     def __init__(self, weight: Shard, kernels: str, *, device, dtype):
         super().__init__()
         # Other ops have implementations that this one lacks.
-        self.kernels = "reference" if kernels == "reference" else "auto"
+        self.kernels = _narrower(kernels)
         self.shards = {"weight": weight}
         self.weight = parameter(weight, device=device, dtype=dtype)
 
-    def forward(self, ids: torch.Tensor) -> torch.Tensor:
-        rows, (part,) = self.shards["weight"].shape[0], self.shards["weight"].pieces
-        if part.length == rows:
-            return embedding(ids, self.weight, impl=self.kernels)
+    @property
+    def whole(self) -> bool:
+        """Whether all rows are here."""
+        return self.weight.shape[0] == self.shards["weight"].shape[0]
+
+    def forward(self, ids: torch.Tensor, **positions: torch.Tensor) -> torch.Tensor:
+        if self.whole:
+            return embedding(ids, self.weight, **positions, impl=self.kernels)
+        assert not positions, "positions are added behind the sum over the ranks"
+        (part,) = self.shards["weight"].pieces
         local = ids - part.start
         here = (local >= 0) & (local < part.length)
         found = embedding(torch.where(here, local, 0), self.weight, impl=self.kernels)
@@ -93,16 +106,49 @@ class Head(torch.nn.Module):
         self.weight = parameter(weight, device=device, dtype=dtype)
 
 
+class Layers(torch.nn.Module):
+    """Layers under their numbers in the whole model, all of them or some."""
+
+    def __init__(self, layers: dict[int, Layer]):
+        super().__init__()
+        for index, layer in layers.items():
+            self.add_module(str(index), layer)
+
+    def __getitem__(self, index: int) -> Layer:
+        return self._modules[str(index)]
+
+    def __len__(self) -> int:
+        return len(self._modules)
+
+    def __iter__(self) -> Iterator[Layer]:
+        return iter(self._modules.values())
+
+    def items(self) -> Iterator[tuple[int, Layer]]:
+        """(number, layer) in their order."""
+        return ((int(index), layer) for index, layer in self._modules.items())
+
+
+def _narrower(kernels: str) -> str:
+    """`kernels` for ops that have fewer implementations than others."""
+    return kernels if kernels in ("triton", "reference") else "auto"
+
+
+def _second(shard: Shard) -> Shard:
+    """Of a parameter that the first stage holds, too: here it does not count."""
+    return replace(shard, pieces=tuple(replace(p, copies=2, copy=1) for p in shard.pieces))
+
+
 class Transformer(torch.nn.Module):
     """A decoder whose weights are not set yet: `build_model` and `load_pretrained` set them.
 
     Args:
-        config: its shape. Dropout rates are carried for export and are not applied.
+        config: its shape. Dropout rates are applied where `forward` is given a `Dropout`.
         kernels: `impl` of every op.
         recompute: what the backward pass computes again instead of keeping, beside norms and
             gelu. "none"; "selective": RoPE and the MLP's first product, whose result is the widest
             tensor; "full": whole layers. The gradients are the same to the bit.
         tp: the ranks that share every layer.
+        part: what of the layers is here, on a rank of a pipeline; None: all.
         device, dtype: of the parameters.
     Raises:
         ValueError: the configuration contradicts itself.
@@ -114,6 +160,7 @@ class Transformer(torch.nn.Module):
         kernels: str = "auto",
         recompute: str = "none",
         tp: TensorParallel = ALONE,
+        part: Part | None = None,
         *,
         device=None,
         dtype=None,
@@ -124,15 +171,18 @@ class Transformer(torch.nn.Module):
         to, C = {"device": device, "dtype": dtype}, config.width
         vocabulary = tp.by_columns(config.vocab_size, C)
         (self.vocabulary,) = vocabulary.pieces
-        self.embedding = Embedding(vocabulary, kernels, **to)
-        if config.positions == "learned":
+        self.part = part = part or Part(tuple(range(config.num_layers)))
+        if part.first:
+            self.embedding = Embedding(vocabulary, kernels, **to)
+        elif part.last and config.tie_embeddings:
+            self.embedding = Embedding(_second(vocabulary), kernels, **to)
+        if part.first and config.positions == "learned":
             self.position_embedding = Embedding(tp.whole(config.max_positions, C), kernels, **to)
-        self.layers = torch.nn.ModuleList(
-            Layer(config, kernels, tp, **to) for _ in range(config.num_layers)
-        )
-        self.final_norm = LayerNorm(C, config.norm_eps, kernels, tp, **to)
-        if not config.tie_embeddings:
-            self.head = Head(vocabulary, **to)
+        self.layers = Layers({i: Layer(config, kernels, tp, **to) for i in part.layers})
+        if part.last:
+            self.final_norm = LayerNorm(C, config.norm_eps, kernels, tp, **to)
+            if not config.tie_embeddings:
+                self.head = Head(vocabulary, **to)
 
     @property
     def head_weight(self) -> torch.Tensor:
@@ -148,6 +198,7 @@ class Transformer(torch.nn.Module):
         cu_seqlens: torch.Tensor | None = None,
         reduction: str = "mean",
         cache: KVCache | None = None,
+        dropout: Dropout | None = None,
     ) -> torch.Tensor:
         """Logits, or with targets the loss.
 
@@ -159,6 +210,7 @@ class Transformer(torch.nn.Module):
                 stays within a document. None: a row is one document.
             reduction: of the losses: "mean" over the targets, "sum", or "none".
             cache: takes the keys and values of these tokens, which see all that it holds.
+            dropout: what to drop, at the rates of the configuration; None: nothing.
         Returns:
             without targets (B, T, V) fp32 (fp64 in a float64 model); with targets a scalar in nats
             of that dtype, or (B, T) for reduction="none", 0 where the target is -100.
@@ -166,8 +218,8 @@ class Transformer(torch.nn.Module):
             ValueError: shapes or dtypes disagree, or learned positions are fewer than T.
         """
         if targets is None:
-            states = self.hidden(tokens, positions=positions, cu_seqlens=cu_seqlens, cache=cache)
-            return self.logits(states)
+            options = {"cu_seqlens": cu_seqlens, "cache": cache, "dropout": dropout}
+            return self.logits(self.hidden(tokens, positions=positions, **options))
         todo = "Shift the tokens by one, keep the shape"
         expect_shape("model", "targets", targets, "(B, T)", tuple(tokens.shape), todo)
         expect_dtype("model", "targets", targets, (torch.int64,), "Pass targets.long()")
@@ -175,7 +227,8 @@ class Transformer(torch.nn.Module):
                "Pass one of them")  # fmt: skip
         expect(cache is None, "model", "no cache with targets", "both",
                "Compute the loss in one pass")  # fmt: skip
-        states = self.hidden(tokens, positions=positions, cu_seqlens=cu_seqlens)
+        options = {"positions": positions, "cu_seqlens": cu_seqlens, "dropout": dropout}
+        states = self.hidden(tokens, **options)
         loss = self._loss(states.flatten(0, 1), targets.flatten(), reduction)
         return loss.view(tokens.shape) if reduction == "none" else loss
 
@@ -199,22 +252,81 @@ class Transformer(torch.nn.Module):
         positions: torch.Tensor | None = None,
         cu_seqlens: torch.Tensor | None = None,
         cache: KVCache | None = None,
+        dropout: Dropout | None = None,
     ) -> torch.Tensor:
         """The states (B, T, C) after the final norm; arguments as in `forward`."""
         positions = self._check_inputs(tokens, positions, cu_seqlens, cache)
-        x = self.tp.leave(self.embedding(tokens))
-        rotation = None
-        if self.config.positions == "learned":
-            x = x + self.position_embedding(self.tp.own_tokens(positions))
-        else:
-            rotation = rope_table(positions, self.config.head_width, self.config.rope_theta)
-        context = Context(positions, rotation, cu_seqlens, cache)
-        branch, residual = None, x
-        for index, layer in enumerate(self.layers):
+        expect(cache is None or dropout is None, "model", "no dropout with a cache", "both",
+               "Generate without")  # fmt: skip
+        context = self._context(tokens, positions, cu_seqlens, cache, dropout)
+        branch, residual = None, self._embed(tokens, context)
+        for index, layer in self.layers.items():
             branch, residual = self._run_layer(layer, branch, residual, context, index)
         if cache is not None:
             cache.advance(tokens.shape[1])
-        return self.tp.enter(self.final_norm(branch, residual)[0], tokens.shape)
+        return self._finish(branch, residual, context)
+
+    def stage(
+        self,
+        layers: range,
+        x: torch.Tensor | None,
+        tokens: torch.Tensor,
+        targets: torch.Tensor,
+        *,
+        positions: torch.Tensor | None = None,
+        cu_seqlens: torch.Tensor | None = None,
+        dropout: Dropout | None = None,
+    ) -> torch.Tensor:
+        """Some layers, with the embedding before the first and the loss behind the last.
+
+        Args:
+            layers: of this rank, one behind the other.
+            x: the residual stream before them, (B, T, C) or with sp (1, N_sp, C); None: the first.
+            tokens, targets, positions, cu_seqlens, dropout: as in `forward`.
+        Returns:
+            the residual stream behind them, or behind the last layer the sum of the losses.
+        """
+        positions = self._check_inputs(tokens, positions, cu_seqlens, None)
+        context = self._context(tokens, positions, cu_seqlens, None, dropout)
+        branch, residual = None, self._embed(tokens, context) if x is None else x
+        for index in layers:
+            branch, residual = self._run_layer(self.layers[index], branch, residual, context, index)
+        if layers.stop == self.config.num_layers:
+            states = self._finish(branch, residual, context)
+            return self._loss(states.flatten(0, 1), targets.flatten(), "sum")
+        if context.masks is not None:  # what the next norm would drop
+            options = context.masks.residual(2 * layers.stop)
+            keys = {"p": options["dropout_p"], "keys": options["dropout_keys"]}
+            branch = drop(branch, **keys, impl=_narrower(self.kernels))
+        return branch + residual
+
+    def _embed(self, tokens: torch.Tensor, context: Context) -> torch.Tensor:
+        """The residual stream before the first layer."""
+        learned, positions = self.config.positions == "learned", context.positions
+        if learned and self.embedding.whole and self.tp.alone:
+            table = self.position_embedding.weight
+            x = self.embedding(tokens, positions=positions, position_weight=table)
+        else:
+            x = self.tp.leave(self.embedding(tokens))
+            if learned:
+                x = x + self.position_embedding(self.tp.own_tokens(positions))
+        if context.masks is not None:
+            x = drop(x, **context.masks.embedding(), impl=_narrower(self.kernels))
+        return x
+
+    def _context(self, tokens, positions, cu_seqlens, cache, dropout: Dropout | None) -> Context:
+        """What all layers share."""
+        rotation = masks = None
+        if self.config.positions == "rope":
+            rotation = rope_table(positions, self.config.head_width, self.config.rope_theta)
+        if dropout is not None:
+            masks = Masks(dropout, self.config, tokens.shape, tokens.device, self.tp)
+        return Context(positions, rotation, cu_seqlens, cache, masks)
+
+    def _finish(self, branch, residual, context: Context) -> torch.Tensor:
+        """The states (B, T, C) of all tokens behind the final norm."""
+        last = context.masks and context.masks.residual(2 * self.config.num_layers)
+        return self.tp.enter(self.final_norm(branch, residual, last)[0], context.positions.shape)
 
     def logits(self, states: torch.Tensor) -> torch.Tensor:
         """(..., C) -> (..., V) in fp32, or fp64 for float64 states; all of V on every rank."""
@@ -233,7 +345,7 @@ class Transformer(torch.nn.Module):
         options = {}
         if self.recompute == "selective":
             options["context_fn"] = partial(create_selective_checkpoint_contexts, _selective_policy)
-        # Nothing in a layer is random, so there is no random state to keep.
+        # Masks of dropout are functions of their keys, so there is no random state to keep.
         return checkpoint(
             *(layer, branch, residual, context, index),
             use_reentrant=False,

@@ -19,9 +19,11 @@ class Wholes:
     Who does not want them calls `rest`, and so does who stops in the middle: the others wait.
 
     Args:
-        parts: this rank's part of each tensor, by name, in the same order on every rank.
-        shards: what part that is.
-        axes: the ranks that hold parts.
+        parts: of the tensors of which this rank holds something: that, by name.
+        shards: what part of the whole that is.
+        described: all tensors, without values ("meta"), in one order on every rank.
+        axes: over which the parts are spread.
+        device: where the wholes are put together.
     Cost: memory of one whole tensor; a sum over the ranks of each, of its bits as integers: zeros
         elsewhere, so it is exact.
     """
@@ -30,26 +32,23 @@ class Wholes:
         self,
         parts: dict[str, torch.Tensor],
         shards: dict[str, Shard | FlatPart],
+        described: dict[str, torch.Tensor],
         axes: Sequence[Axis],
+        device: torch.device,
     ):
-        self._parts, self._shards = parts, shards
-        self._axes = [axis for axis in axes if axis.size > 1]
-        self._left = list(parts)
-
-    def described(self) -> dict[str, torch.Tensor]:
-        """Tensors without values, of the whole shapes."""
-        return {
-            name: torch.empty(self._shards[name].shape, dtype=part.dtype, device="meta")
-            for name, part in self._parts.items()
-        }
+        self._parts, self._shards, self.described = parts, shards, described
+        self._axes, self._device = [axis for axis in axes if axis.size > 1], device
+        self._left = list(described)
 
     def read(self, name: str) -> torch.Tensor:
         """The next tensor; `name` must be its name."""
         assert self._left.pop(0) == name, "tensors are read in their order"
-        part, shard = self._parts[name], self._shards[name]
+        part = self._parts.get(name)
         if not self._axes:
             return part
-        whole = shard.counted_into_(part.new_zeros(shard.shape), part)
+        whole = torch.zeros_like(self.described[name], device=self._device)
+        if part is not None:
+            self._shards[name].counted_into_(whole, part)
         bits = whole.view(_BITS[whole.element_size()])
         for axis in self._axes:
             axis.sum_(bits)

@@ -1,6 +1,6 @@
 """Who is where, and which layouts cannot work: arithmetic on ranks, without torch.
 
-defines: AXES, Layout, layout_of, problems, kv_heads_of
+defines: AXES, Layout, Part, layout_of, problems, kv_heads_of
 
 Ranks are numbered with the tensor axis fastest and the pipeline axis slowest: what talks most sits
 closest. Sizes of axes have the names of ParallelConfig; dp is what the other axes leave.
@@ -9,6 +9,7 @@ closest. Sizes of axes have the names of ParallelConfig; dp is what the other ax
 from dataclasses import dataclass
 
 from stellarator.config import ModelConfig, ParallelConfig
+from stellarator.parallel.pipeline import schedules
 
 AXES = ("tp", "cp", "dp", "pp")  # fastest first
 
@@ -49,6 +50,15 @@ class Layout:
             key = tuple(place[axis] for axis in AXES if axis not in axes)
             found.setdefault(key, []).append(rank)
         return list(found.values())
+
+
+@dataclass(frozen=True)
+class Part:
+    """What a rank of a pipeline holds: the numbers of its layers, and what is at the ends."""
+
+    layers: tuple[int, ...]
+    first: bool = True  # the embedding
+    last: bool = True  # the final norm and the output matrix
 
 
 def layout_of(parallel: ParallelConfig, world_size: int) -> Layout:
@@ -147,4 +157,5 @@ def problems(
         global_batch_size,
         f"Pass {-(-global_batch_size // (micro_batch_size * dp)) * micro_batch_size * dp}",
     )
-    return found
+    num_micro_batches = max(1, global_batch_size // (micro_batch_size * dp))
+    return found + schedules.problems(p.schedule, p.pp, num_micro_batches, p.stages_per_rank)

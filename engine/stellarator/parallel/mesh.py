@@ -1,6 +1,6 @@
 """Who this process is among all processes, as one explicit object.
 
-defines: Axis, Mesh, start, stop
+defines: Group, Axis, Mesh, start
 
 A mesh has an axis for each kind of parallelism and one, `world`, for all processes. There is no
 other record of process groups: who needs one is given it.
@@ -10,7 +10,7 @@ import contextlib
 import hashlib
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from datetime import timedelta
 
 import torch
@@ -25,6 +25,13 @@ from stellarator.config import ParallelConfig
 from stellarator.parallel.layout import AXES, Layout, layout_of
 
 
+class Group:
+    """A process group until its mesh stops: gloo's threads end with the last reference to it."""
+
+    def __init__(self, process_group: dist.ProcessGroup):
+        self.process_group: dist.ProcessGroup | None = process_group
+
+
 @dataclass(frozen=True)
 class Axis:
     """Ranks that share one kind of work: this one is `rank` of `size`. Of one rank: all no-ops."""
@@ -32,18 +39,18 @@ class Axis:
     name: str
     rank: int = 0
     size: int = 1
-    group: dist.ProcessGroup | None = None
+    group: Group | None = None
 
     def sum_(self, x: torch.Tensor) -> torch.Tensor:
         """Sum over the ranks, in place; the same bits on every rank."""
         if self.size > 1:
-            dist.all_reduce(x, group=self.group)
+            dist.all_reduce(x, group=self.group.process_group)
         return x
 
     def max_(self, x: torch.Tensor) -> torch.Tensor:
         """Maximum over the ranks, in place."""
         if self.size > 1:
-            dist.all_reduce(x, op=dist.ReduceOp.MAX, group=self.group)
+            dist.all_reduce(x, op=dist.ReduceOp.MAX, group=self.group.process_group)
         return x
 
     def gather(self, x: torch.Tensor) -> torch.Tensor:
@@ -51,7 +58,7 @@ class Axis:
         if self.size == 1:
             return x
         found = x.new_empty((self.size * x.shape[0], *x.shape[1:]))
-        dist.all_gather_into_tensor(found, x.contiguous(), group=self.group)
+        dist.all_gather_into_tensor(found, x.contiguous(), group=self.group.process_group)
         return found
 
     def scatter_sum(self, x: torch.Tensor) -> torch.Tensor:
@@ -59,23 +66,23 @@ class Axis:
         if self.size == 1:
             return x
         found = x.new_empty((x.shape[0] // self.size, *x.shape[1:]))
-        dist.reduce_scatter_tensor(found, x.contiguous(), group=self.group)
+        dist.reduce_scatter_tensor(found, x.contiguous(), group=self.group.process_group)
         return found
 
     # Begun here, and done when `wait` of what is returned comes back; flat tensors, in place.
 
     def begin_sum_(self, x: torch.Tensor) -> dist.Work:
         """Sum over the ranks."""
-        return dist.all_reduce(x, group=self.group, async_op=True)
+        return dist.all_reduce(x, group=self.group.process_group, async_op=True)
 
     def begin_scatter_sum_(self, x: torch.Tensor) -> dist.Work:
         """This rank's part of x becomes that of the sum; what the rest becomes is undefined."""
         part = x.view(self.size, -1)[self.rank]
-        return dist.reduce_scatter_tensor(part, x, group=self.group, async_op=True)
+        return dist.reduce_scatter_tensor(part, x, group=self.group.process_group, async_op=True)
 
     def begin_gather(self, x: torch.Tensor, part: torch.Tensor) -> dist.Work:
         """x becomes the parts of all ranks, one behind the other; `part` may be a view of x."""
-        return dist.all_gather_into_tensor(x, part, group=self.group, async_op=True)
+        return dist.all_gather_into_tensor(x, part, group=self.group.process_group, async_op=True)
 
 
 @dataclass(frozen=True)
@@ -89,6 +96,27 @@ class Mesh:
     cp: Axis = Axis("cp")
     dp: Axis = Axis("dp")
     pp: Axis = Axis("pp")
+    groups: list[Group] = field(default_factory=list)
+
+    def among(self, name: str, sets: list[list[int]]) -> Axis:
+        """The axis of that set of ranks of the world which this one is in; alone if in none.
+
+        Every process calls this with the same sets, as torch asks for.
+        """
+        found, rank = Axis(name), self.world.rank
+        for ranks in sets:
+            process_group = dist.new_group(ranks)
+            if rank in ranks:
+                self.groups.append(Group(process_group))
+                found = Axis(name, ranks.index(rank), len(ranks), self.groups[-1])
+        return found
+
+    def stop(self) -> None:
+        """Leave all process groups; nothing of this mesh can be used for collectives any more."""
+        for group in self.groups:
+            group.process_group = None
+        if dist.is_initialized():
+            dist.destroy_process_group()
 
     @property
     def main(self) -> bool:
@@ -164,23 +192,14 @@ def start(
     if size > 1 and not dist.is_initialized():
         backend = "nccl" if device == "cuda" else "gloo"
         dist.init_process_group(backend, timeout=timedelta(seconds=timeout_seconds))
-    axes = {name: _axis(name, layout, rank) for name in AXES}
-    return Mesh(place, layout, Axis("world", rank, size), **axes)
-
-
-def _axis(name: str, layout: Layout, rank: int) -> Axis:
-    """One axis; every process makes the groups of all, in one order, as torch asks for."""
-    size = getattr(layout, name)
-    if size == 1:
-        return Axis(name)
-    mine = None
-    for ranks in layout.groups(name):
-        group = dist.new_group(ranks) if size < layout.size else dist.group.WORLD
-        mine = group if rank in ranks else mine
-    return Axis(name, layout.place(rank)[name], size, mine)
-
-
-def stop() -> None:
-    """Leave the process group, if there is one."""
-    if dist.is_initialized():
-        dist.destroy_process_group()
+    world = Axis("world", rank, size, Group(dist.group.WORLD) if size > 1 else None)
+    mesh = Mesh(place, layout, world)
+    mesh.groups.extend([world.group] if size > 1 else [])
+    axes = {}
+    for name in AXES:  # groups only where an axis has more than one rank
+        length, at = getattr(layout, name), layout.place(rank)[name]
+        if length == size > 1:
+            axes[name] = Axis(name, at, length, world.group)
+        elif length > 1:
+            axes[name] = mesh.among(name, layout.groups(name))
+    return replace(mesh, **axes)

@@ -39,9 +39,11 @@ class Reducer:
     def _attach(self, index: int, name: str, parameter: torch.nn.Parameter) -> None:
         """Have autograd add a gradient into its bucket, and say so."""
         bucket = self._buckets[index]
+        if self._stage < 2:  # for who makes gradients without autograd
+            parameter.main_grad = bucket.view(bucket.full_grads, name)
         in_place = self._stage < 2 and parameter.dtype == bucket.grads.dtype
         if in_place:  # autograd adds in place to a gradient that is there
-            parameter.grad = bucket.view(bucket.full_grads, name)
+            parameter.grad = parameter.main_grad
             if bucket.data.axis.size == 1:
                 return
         made = partial(self._made, index, name, in_place)

@@ -1,11 +1,10 @@
 """Model FLOPs of a batch and the peak of the machine, for the MFU figure.
 
-defines: FORMULA, batch_flops, matmul_parameters, peak_flops, device_name
+defines: batch_flops, peak_flops, device_name
 
-MFU counts what the model needs, not what is recomputed: 6 FLOPs per token and parameter of a matrix
-product, and for attention 12 * D * H * L per visible (query, key) pair (forward 4, backward 8);
-pairs are counted exactly from causality, window and document boundaries. Padding (about 1% of a
-row with FIM) is computed like any token and counted as such.
+The formula is `stellarator.sizes.FORMULA`; pairs are counted exactly from causality, window and
+document boundaries. Padding (about 1% of a row with FIM) is computed like any token and counted as
+such.
 """
 
 import time
@@ -13,9 +12,8 @@ import time
 import torch
 
 from stellarator.config import ModelConfig
+from stellarator.sizes import model_flops
 from stellarator_kernels.cost import visible_pairs
-
-FORMULA = "6*N_matmul*tokens + 12*D*H*L*visible_pairs"
 
 # Dense bf16 peak of the data sheets, FLOP/s.
 _PEAKS = {
@@ -29,18 +27,10 @@ _PEAKS = {
 }
 
 
-def matmul_parameters(model: ModelConfig) -> int:
-    """Parameters that take part in a matrix product: layers and head, not embeddings or norms."""
-    C, D, F = model.width, model.head_width, model.ffn_width
-    qkv = C * (model.num_heads + 2 * model.num_kv_heads) * D
-    return model.num_layers * (qkv + C * C + 2 * C * F) + C * model.vocab_size
-
-
 def batch_flops(model: ModelConfig, document_lengths: list[int]) -> int:
     """FLOPs of one forward and backward pass over documents of these lengths."""
     pairs = sum(visible_pairs(length, window=model.window) for length in document_lengths)
-    attention = 12 * model.head_width * model.num_heads * model.num_layers * pairs
-    return 6 * matmul_parameters(model) * sum(document_lengths) + attention
+    return model_flops(model, sum(document_lengths), pairs)
 
 
 def peak_flops(device: torch.device, dtype: torch.dtype, given_tflops: float | None):

@@ -23,9 +23,11 @@ def check(config: RunConfig, device: torch.device, dtype: torch.dtype) -> None:
     impl = config.train.kernels
     if impl == "auto":
         return
-    refused = []
+    refused, model = [], config.model
+    rates = {"flash_attention": model.attention_dropout, "layer_norm": model.residual_dropout}
     for op, (shape, kind) in _deciding(config.model, dtype).items():
-        given = dispatch.facts(op, torch.empty(shape, dtype=kind, device=device))
+        options = {"dropout_p": rates.get(op, 0.0)}
+        given = dispatch.facts(op, torch.empty(shape, dtype=kind, device=device), options)
         if reason := dispatch.refusal(op, impl, given):
             refused.append(f"{op}: {reason}")
     if refused:

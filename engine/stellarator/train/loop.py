@@ -29,14 +29,18 @@ from stellarator.data.shards import Shard, check_tokenizer
 from stellarator.data.tokenizer import Tokenizer
 from stellarator.files import replace_text
 from stellarator.model import Transformer, build_model, load_pretrained
+from stellarator.model.dropout import Dropout
 from stellarator.parallel import mesh as meshes
 from stellarator.parallel.buckets import DataParallel
+from stellarator.parallel.gather import Wholes
 from stellarator.parallel.shard import shards_of
 from stellarator.parallel.tensor import TensorParallel
 from stellarator.progress import show
+from stellarator.sizes import FORMULA
 from stellarator.train import checkpoint, flops, kernels, memory, metrics, resume
 from stellarator.train.metrics import RunLog, StepMetrics, ZScore, step_line, write_status
-from stellarator.train.optimizer import FlatOptimizer
+from stellarator.train.optimizer import KINDS, FlatOptimizer
+from stellarator.train.pipeline import Pipeline
 from stellarator.train.resume import RefusedError, TrainingError
 from stellarator.train.schedule import learning_rate
 from stellarator.train.signals import Stopped, StopRequest, folder_lock
@@ -88,6 +92,7 @@ class Trainer:
             int(parallel.bucket_mib * 2**20),
             torch.bfloat16 if parallel.reduce_dtype == "bf16" else None,
         )
+        self.pipeline = self.part = None
         try:
             with StopRequest() as self.stop:
                 if not self.mesh.main:
@@ -98,7 +103,7 @@ class Trainer:
         except Stopped:
             return self._summary(float("nan"), time.monotonic())
         # Not after an error: other ranks may be inside a collective that leaving would wait for.
-        meshes.stop()
+        self.mesh.stop()
         return summary
 
     def _run_and_tell(self) -> dict:
@@ -164,30 +169,33 @@ class Trainer:
         """Data, the checkpoint to go on from, model, optimizer."""
         config, device = self.config, self.mesh.device
         self.dtype = DTYPES[config.train.precision]
+        if self.mesh.pp.size * config.parallel.stages_per_rank > 1:
+            self.pipeline = Pipeline(config, self.mesh)
+            self.part = self.pipeline.part
         with self.mesh.together():
             kernels.check(config, device, self.dtype)
             self._open_data()
             # Of a model without values, so that one that is too large costs nothing.
-            shapes = Transformer(config.model, device="meta").parameters()
-            num_parameters = sum(p.numel() for p in shapes)
-            self._print_header(num_parameters)
-            held = Transformer(config.model, tp=self.tp, device="meta").parameters()
-            count = sum(p.numel() for p in held)
-            memory.check(
-                count, config.train.precision, device, self.data.stage, self.data.axis.size
-            )
+            whole = Transformer(config.model, device="meta", dtype=self._state_dtype)
+            self.whole = dict(whole.named_parameters())
+            self._print_header(sum(p.numel() for p in self.whole.values()))
+            held = Transformer(config.model, tp=self.tp, part=self.part, device="meta").parameters()
+            count, replicas = sum(p.numel() for p in held), self.mesh.dp.size
+            memory.check(count, config.train.precision, device, self.data.stage, replicas)
         self._find_checkpoint()
         self.model = self._make_model()
+        ranks = (self.tp, self.data, self.mesh.pp)
         self.optimizer = FlatOptimizer(
-            self.model, config.optim, config.train.kernels, self.dtype, self.tp, self.data
+            self.model, config.optim, config.train.kernels, self.dtype, *ranks
         )
+        if self.pipeline is not None:
+            self.pipeline.attach(self.model)
         self.clock = Stopwatch(device)
         self.peak, self.peak_source = flops.peak_flops(
             device, self.dtype, config.metrics.peak_tflops
         )
         self.log.say(
-            f"mfu: {flops.FORMULA} over {self.peak / 1e12:.3g} TFLOP/s a device "
-            f"({self.peak_source})"
+            f"mfu: {FORMULA} over {self.peak / 1e12:.3g} TFLOP/s a device ({self.peak_source})"
         )
 
     def _open_data(self) -> None:
@@ -237,29 +245,36 @@ class Trainer:
             for line in resume.compare(found, self.config, self.fingerprint):
                 self.log.say(line)
 
+    @property
+    def _state_dtype(self) -> torch.dtype:
+        """Of masters and moments."""
+        return torch.float32 if self.dtype == torch.bfloat16 else self.dtype
+
     def _make_model(self) -> Transformer:
         """The model with its first weights; without any where a checkpoint holds them."""
         config, start = self.config, self.config.train.init_from
         options = {
             "device": self.mesh.device,
             # bf16 is rounded from masters that keep all digits of the initial or loaded weights.
-            "dtype": torch.float32 if self.dtype == torch.bfloat16 else self.dtype,
+            "dtype": self._state_dtype,
             "kernels": config.train.kernels,
             "recompute": config.train.recompute,
         }
+        held = {"tp": self.tp, "part": self.part}
         if self.found is not None:
-            return Transformer(config.model, tp=self.tp, **options)
+            return Transformer(config.model, **held, **options)
         if start is None:
-            return build_model(config.model, seed=config.train.seed, tp=self.tp, **options)
+            return build_model(config.model, seed=config.train.seed, **held, **options)
         model = load_pretrained(start, **options)
         if wrong := resume.model_difference(start, model.config, config.model):
             raise RefusedError(wrong)
-        return model if self.tp.alone else self._part_of(model, options)
+        if self.tp.alone and self.part is None:
+            return model
+        return self._part_of(model, Transformer(config.model, **held, **options))
 
     @torch.no_grad()
-    def _part_of(self, model: Transformer, options: dict) -> Transformer:
+    def _part_of(self, model: Transformer, found: Transformer) -> Transformer:
         """What this rank holds of a whole model."""
-        found = Transformer(self.config.model, tp=self.tp, **options)
         wholes, shards = dict(model.named_parameters()), shards_of(found)
         for name, parameter in found.named_parameters():
             shards[name].take_(parameter, wholes[name])
@@ -269,7 +284,8 @@ class Trainer:
         """Take over the state of the checkpoint that was found."""
         found, self._saved_step = self.found, None
         if found is not None:
-            found.load_into(self.optimizer.state(), shards=self.optimizer.shards())
+            shards, some = self.optimizer.shards(), self.part is not None
+            found.load_into(self.optimizer.state(), partly=some, shards=shards)
             self.optimizer.after_load()
             self.progress = resume.Progress(**found.manifest["state"]["progress"])
             self.log.say(f"resumed {found.folder} at step {self.step}")
@@ -281,6 +297,17 @@ class Trainer:
         self.zscore = ZScore(self.progress.recent_losses)
         self.log.rewind(self.step if found is not None else -1)
 
+    def wholes(self) -> Wholes | None:
+        """The whole tensors of the training state; None on a replica of who puts them together.
+
+        All ranks that get them read them in turn: each holds other parts.
+        """
+        if self.mesh.dp.rank > 0 and not self.data.stage:
+            return None
+        named = {f"{kind}.{n}": p.detach() for kind in KINDS for n, p in self.whole.items()}
+        parts, shards = self.optimizer.state(), self.optimizer.shards()
+        return Wholes(parts, shards, named, self.optimizer.axes, self.mesh.device)
+
     def _save(self, required: bool = True, keep_older: bool = False) -> None:
         """Write a checkpoint (rank 0, with those that hold other parts), unless this step has one.
 
@@ -288,7 +315,7 @@ class Trainer:
         """
         folder = self.folder / "checkpoints"
         failed: checkpoint.CheckpointError | None = None
-        wholes, due = self.optimizer.wholes(), self.step != self._saved_step
+        wholes, due = self.wholes(), self.step != self._saved_step
         if self.mesh.main and due:
             self.progress.recent_losses = list(self.zscore.values)
             state = {
@@ -298,11 +325,11 @@ class Trainer:
                 "torch": torch.__version__,
             }
             try:
-                checkpoint.save(folder, self.step, wholes.described(), state, wholes.read)
+                checkpoint.save(folder, self.step, wholes.described, state, wholes.read)
                 checkpoint.rotate(folder, None if keep_older else self.config.checkpoint.keep)
             except checkpoint.CheckpointError as error:
                 failed = error
-        if due and (self.mesh.dp.rank == 0 or self.data.stage):
+        if due and wholes is not None:
             wholes.rest()
         told = torch.tensor([int(failed is not None)], device=self.mesh.device)
         if not self.mesh.world.max_(
@@ -360,12 +387,20 @@ class Trainer:
         for batch in micro_batches:
             totals[1] += batch.num_targets
             totals[2] += flops.batch_flops(config.model, batch.cu_seqlens.diff().tolist())
-            loss = self._loss_sum(batch.to(mesh.device, non_blocking=True))
-            clock.mark("forward")
-            with optimizer.last_micro_batch(batch is micro_batches[-1]):
-                loss.backward()
-            totals[0] += loss.detach()
-            clock.mark("backward")
+        micro_batches = [batch.to(mesh.device, non_blocking=True) for batch in micro_batches]
+        if self.pipeline is not None:
+            totals[0] += self.pipeline.step(micro_batches, self._dropout)
+            mesh.pp.sum_(totals[:1])
+            self.pipeline.sum_tied_(optimizer.grad)
+            clock.mark("pipeline")
+        else:
+            for batch in micro_batches:
+                loss = self._loss_sum(batch, self._dropout(batch))
+                clock.mark("forward")
+                with optimizer.last_micro_batch(batch is micro_batches[-1]):
+                    loss.backward()
+                totals[0] += loss.detach()
+                clock.mark("backward")
         optimizer.complete_grads()
         mesh.dp.sum_(totals)
         clock.mark("reduce")
@@ -399,14 +434,21 @@ class Trainer:
             skipped=not update,
         )
 
-    def _loss_sum(self, batch: Batch) -> torch.Tensor:
-        """Sum of the token losses of one micro-batch."""
+    def _dropout(self, batch: Batch) -> Dropout | None:
+        """What a micro-batch drops; None where every rate is 0."""
+        model = self.config.model
+        rates = (model.residual_dropout, model.embedding_dropout, model.attention_dropout)
+        return Dropout(self.config.train.seed, batch.first_row) if any(rates) else None
+
+    def _loss_sum(self, batch: Batch, dropout: Dropout | None = None) -> torch.Tensor:
+        """Sum of the token losses of one micro-batch; an evaluation gives no dropout."""
         return self.model(
             batch.tokens,
             batch.targets,
             positions=batch.positions,
             cu_seqlens=batch.cu_seqlens,
             reduction="sum",
+            dropout=dropout,
         )
 
     def _may_update(self, step: int, loss: float, norm: float) -> bool:
@@ -416,7 +458,7 @@ class Trainer:
         if self.config.train.on_nonfinite == "skip":
             self.log.warn(f"step {step}: loss {loss}, gradient norm {norm}: update skipped")
             return False
-        names = self.optimizer.not_finite()
+        names = self.optimizer.not_finite(self.whole)
         self._save(keep_older=True)  # these weights may be spoilt already
         raise TrainingError(
             f"step {step}: expected a finite loss and gradient, got loss {loss}, norm {norm}; "
@@ -445,9 +487,14 @@ class Trainer:
         rows = config.train.eval_batches * config.train.global_batch_size
         self.model.eval()
         for batch in self.validation.evaluation(rows, mesh.dp.rank, mesh.dp.size):
-            totals[0] += self._loss_sum(batch.to(mesh.device))
+            batch = batch.to(mesh.device)
+            if self.pipeline is not None:
+                totals[0] += self.pipeline.evaluate(batch)
+            else:
+                totals[0] += self._loss_sum(batch)
             totals[1] += batch.num_targets
         self.model.train()
+        mesh.pp.sum_(totals[:1])
         loss_sum, count = mesh.dp.sum_(totals).tolist()
         loss = self.progress.last_eval = loss_sum / max(1.0, count)
         self.log.record("eval", {"step": self.step, "loss": loss, "tokens": int(count)})

@@ -1,6 +1,6 @@
 """Whether what a run certainly holds fits into the memory of its machine.
 
-defines: bytes_per_parameter, check, available_bytes
+defines: check, available_bytes
 
 Weights, gradients and the two moments, and in bf16 the masters: see `FlatOptimizer`; of what ZeRO
 shares out, a rank's part. Activations, buffers and what ZeRO gathers for a while come on top, so a
@@ -14,17 +14,7 @@ from pathlib import Path
 
 import torch
 
-_AT_FIRST = {"bf16": 4, "fp32": 4, "fp64": 8}  # of the model before ZeRO shares it out
-# Of weights, gradients, and masters with moments.
-_BYTES = {"bf16": (2, 4, 12), "fp32": (4, 4, 8), "fp64": (8, 8, 16)}
-
-
-def bytes_per_parameter(precision: str, stage: int = 0, data_size: int = 1) -> float:
-    """What a rank holds for each parameter, with this stage of ZeRO over so many ranks."""
-    weights, grads, states = _BYTES[precision]
-    shared = (states if stage >= 1 else 0) + (grads if stage >= 2 else 0)
-    shared += weights if stage == 3 else 0
-    return weights + grads + states - shared + shared / data_size
+from stellarator.sizes import ITEMSIZE, bytes_per_parameter
 
 
 def check(
@@ -44,7 +34,8 @@ def check(
     Raises:
         RuntimeError: it needs more than there is; the message has both figures.
     """
-    each = max(bytes_per_parameter(precision, stage, data_size), _AT_FIRST[precision])
+    # Before it is shared out the model is there whole, with all digits.
+    each = max(bytes_per_parameter(precision, stage, data_size), 4, ITEMSIZE[precision])
     ranks = 1 if device.type == "cuda" else int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     needed, available = ranks * num_parameters * each, available_bytes(device)
     if needed <= available:

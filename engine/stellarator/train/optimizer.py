@@ -1,6 +1,6 @@
 """Parameters, gradients and AdamW state in flat buffers: one bucket, or some where ranks share.
 
-defines: FlatOptimizer
+defines: FlatOptimizer, KINDS
 
 The parameters of the model become views of flat buffers, so that the norm is one pass and the
 update one launch for each weight decay. In bf16 the buffers are: bf16 parameters, fp32 masters,
@@ -9,13 +9,13 @@ the parameters are the masters: 16 bytes. Of what ZeRO shares out a data-paralle
 see stellarator.parallel.buckets.
 """
 
+from collections.abc import Iterable
 from contextlib import AbstractContextManager
 
 import torch
 
 from stellarator.config import OptimConfig
 from stellarator.parallel.buckets import Bucket, DataParallel, plan
-from stellarator.parallel.gather import Wholes
 from stellarator.parallel.mesh import Axis
 from stellarator.parallel.reducer import Reducer
 from stellarator.parallel.shard import FlatPart, Shard, shards_of
@@ -23,6 +23,7 @@ from stellarator.parallel.tensor import ALONE, TensorParallel
 from stellarator.parallel.zero import Gatherer
 from stellarator_kernels import adamw_, grad_norm
 
+KINDS = ("master", "exp_avg", "exp_avg_sq")  # what a checkpoint holds of each parameter
 # Added to the norm before dividing, as Megatron-LM and torch's clip_grad_norm_ do.
 _CLIP_EPS = 1e-6
 
@@ -49,6 +50,9 @@ class FlatOptimizer:
         kernels: `impl` of the ops.
         tp: the ranks that share the parameters.
         data: the ranks that sum their gradients.
+        pp: the ranks that hold the other layers.
+    Attributes:
+        axes: over which parameters, or their states, are shared out.
     Cost: memory 18 bytes a parameter (bf16) or 16 (fp32), less what ZeRO shares out.
     """
 
@@ -60,17 +64,25 @@ class FlatOptimizer:
         dtype: torch.dtype | None = None,
         tp: TensorParallel = ALONE,
         data: DataParallel = DataParallel(),  # noqa: B008, it is frozen
+        pp: Axis = Axis("pp"),  # noqa: B008, it is frozen
     ):
-        self.config, self.kernels, self.tp, self.data = config, kernels, tp, data
+        self.config, self.kernels, self.data = config, kernels, data
+        holders = (tp.axis, pp, *((data.axis,) if data.stage else ()))
+        self.axes = [axis for axis in holders if axis.size > 1]
         named, shards = list(model.named_parameters()), shards_of(model)
         dtype, layers = dtype or named[0][1].dtype, list(getattr(model, "layers", ()))
         self.buckets = [
             Bucket(part, shards, dtype, config.weight_decay, tp, data)
             for part in plan(named, shards, layers, data)
         ]
+        self._counted = [x for bucket in self.buckets for x in bucket.counted_grads()]
         self._reducer = Reducer(self.buckets, dict(named))
         if data.stage == 3:
             Gatherer(model, layers, self.buckets[-2::-1], self.buckets[-1])
+
+    def grad(self, name: str) -> torch.Tensor:
+        """What this rank's backward passes have made for one parameter; ZeRO 2 does not keep it."""
+        return next(b.view(b.full_grads, name) for b in self.buckets if name in b.spans)
 
     @property
     def flat_grads(self) -> list[torch.Tensor]:
@@ -94,10 +106,12 @@ class FlatOptimizer:
 
     def norm(self, num_targets: int) -> torch.Tensor:
         """L2 norm of the gradient of the mean loss: 0-d on the device, fp32 (fp64 for fp64)."""
-        counted = [x for bucket in self.buckets for x in bucket.counted_grads()]
-        norm = grad_norm(counted, impl=self.kernels)
-        for axis in self._axes():
-            norm = axis.sum_(norm.square()).sqrt()
+        norm = grad_norm(self._counted, impl=self.kernels)
+        if self.axes:
+            squares = norm.square()
+            for axis in self.axes:
+                axis.sum_(squares)
+            norm = squares.sqrt()
         return norm / num_targets
 
     def step(self, step: int, lr: float, num_targets: int, norm: torch.Tensor) -> None:
@@ -140,39 +154,26 @@ class FlatOptimizer:
             for bucket in self.buckets:
                 bucket.gather()
 
-    def _axes(self) -> list[Axis]:
-        """The ranks that hold other elements."""
-        axes = (self.tp.axis, *((self.data.axis,) if self.data.stage else ()))
-        return [axis for axis in axes if axis.size > 1]
-
     # What a checkpoint has.
 
     def state(self) -> dict[str, torch.Tensor]:
         """Views of what a checkpoint needs: master.*, exp_avg.*, exp_avg_sq.* by logical name."""
-        return {
-            f"{kind}.{name}": bucket.own_view(flat, name)
-            for bucket in self.buckets
-            for kind, flat in self._kinds(bucket).items()
-            for name in bucket.names
-        }
+        found = {}
+        for bucket in self.buckets:
+            master = bucket.params if bucket.master is None else bucket.master
+            buffers = (master, bucket.exp_avg, bucket.exp_avg_sq)
+            for kind, flat in zip(KINDS, buffers, strict=True):
+                found |= {f"{kind}.{name}": bucket.own_view(flat, name) for name in bucket.names}
+        return found
 
     def shards(self) -> dict[str, Shard | FlatPart]:
         """What part each tensor of `state` is, of which whole."""
         return {
             f"{kind}.{name}": bucket.part_of(name)
             for bucket in self.buckets
-            for kind in self._kinds(bucket)
+            for kind in KINDS
             for name in bucket.names
         }
-
-    def wholes(self) -> Wholes:
-        """The whole tensors of `state`, for which all ranks that hold parts are needed."""
-        return Wholes(self.state(), self.shards(), self._axes())
-
-    @staticmethod
-    def _kinds(bucket: Bucket) -> dict[str, torch.Tensor]:
-        master = bucket.params if bucket.master is None else bucket.master
-        return {"master": master, "exp_avg": bucket.exp_avg, "exp_avg_sq": bucket.exp_avg_sq}
 
     def after_load(self) -> None:
         """Make the parameters follow the masters that `state()` was filled with."""
@@ -181,10 +182,15 @@ class FlatOptimizer:
                 bucket.params.copy_(bucket.master)
         self._publish()
 
-    def not_finite(self) -> list[str]:
-        """Names of the parameters whose gradient holds a value that is not finite, on any rank."""
+    def not_finite(self, names: Iterable[str]) -> list[str]:
+        """Those of the parameters whose gradient holds a value that is not finite, on any rank.
+
+        names: of all parameters, whoever holds them, in one order on every rank.
+        """
         views = {n: b.own_view(b.grads, n) for b in self.buckets for n in b.names}
-        found = torch.stack([(~torch.isfinite(x)).any() for x in views.values()]).int()
-        for axis in self._axes():
+        wrong = {name: ~torch.isfinite(view).all() for name, view in views.items()}
+        none = torch.zeros_like(next(iter(wrong.values())))
+        found = torch.stack([wrong.get(name, none) for name in names]).int()
+        for axis in self.axes:
             axis.max_(found)
-        return [name for name, wrong in zip(views, found.tolist(), strict=True) if wrong]
+        return [name for name, is_wrong in zip(names, found.tolist(), strict=True) if is_wrong]

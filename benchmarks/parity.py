@@ -1,0 +1,315 @@
+"""`python -m benchmarks parity`: every layout trains the same model as one process.
+
+A few steps of a small model on real text, FIM and packed documents on, in float64 (and fp32): by
+one process, and by every layout of a list in processes on gloo. Compared are the weights before
+the first step (to the bit), the losses of all steps, and weights and moments after the last one.
+Time is not measured. What a layout is: `ParallelConfig`.
+"""
+
+import argparse
+import dataclasses
+import itertools
+import json
+import os
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from benchmarks import results
+from benchmarks.harness import environment
+from benchmarks.usage import one_of
+from stellarator import settings
+from stellarator.config import ModelConfig, ParallelConfig, RunConfig
+from stellarator.data.documents import Document
+from stellarator.data.formats import starcoder2_repository
+from stellarator.data.shards import ShardWriter
+from stellarator.data.tokenizer import Tokenizer
+from stellarator.progress import Progress
+
+STEPS = 5
+BUCKET_MIB = 0.1  # seven of the model in float64
+TIMEOUT_SECONDS = 120  # without any run being done
+# Largest difference of a loss, relative; of weights and moments, beside the largest of a tensor.
+LIMITS = {"fp64": (1e-12, 1e-10), "fp32": (1e-5, 1e-3)}
+_BASE = ModelConfig(
+    vocab_size=419, num_layers=8, width=32, num_heads=4, num_kv_heads=2, ffn_width=64,
+    max_positions=256, window=24,
+)  # fmt: skip
+_DROPOUT = {f"{name}_dropout": 0.1 for name in ("residual", "embedding", "attention")}
+MODELS = {
+    "starcoder2": _BASE,
+    "starcoder2 dropout": dataclasses.replace(_BASE, **_DROPOUT),
+    "starcoder2 untied": dataclasses.replace(_BASE, tie_embeddings=False),
+    "starcoder": dataclasses.replace(
+        _BASE, family="gpt_bigcode", positions="learned", num_kv_heads=1, window=None
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """A layout of a model; `dp` is what is left of the processes."""
+
+    model: str
+    parallel: ParallelConfig
+    dp: int = 1
+
+    @property
+    def processes(self) -> int:
+        """All ranks."""
+        return self.dp * self.parallel.tp * self.parallel.pp * self.parallel.cp
+
+    @property
+    def name(self) -> str:
+        """The axes that are not 1."""
+        p = self.parallel
+        words = [f"tp {p.tp}"] * (p.tp > 1) + ["sp"] * p.sp
+        if p.pp * p.stages_per_rank > 1:
+            words.append(f"pp {p.pp} {p.schedule}")
+        words += [f"cp {p.cp}"] * (p.cp > 1) + [f"dp {self.dp}"] * (self.dp > 1)
+        return " ".join(words + [f"zero {p.zero}"] * (p.zero > 0))
+
+
+def _cases() -> list[Case]:
+    """tp 1, 2, 4; sp; pp 1, 2, 4 by each schedule; dp 1, 2, 4; zero 1, 2, 3; mixtures."""
+    found = []
+
+    def add(model: str, dp: int = 1, **parallel) -> None:
+        found.append(Case(model, ParallelConfig(bucket_mib=BUCKET_MIB, **parallel), dp))
+
+    two, dropping, untied, one = MODELS
+    for dp in (2, 4):
+        add(two, dp)
+    for zero in (1, 2, 3):
+        add(two, 2, zero=zero)
+    add(two, 4, zero=3)
+    for tp in (2, 4):
+        for sp in (False, True):
+            add(two, tp=tp, sp=sp)
+    for pp in (2, 4):
+        for schedule in ("gpipe", "1f1b", "zb_h1"):
+            add(two, pp=pp, schedule=schedule)
+        for schedule in ("interleaved", "zb_v"):
+            add(two, pp=pp, schedule=schedule, stages_per_rank=2)
+    add(two, 2, tp=2, sp=True)
+    for zero in (1, 3):
+        add(two, 2, tp=2, sp=True, zero=zero)
+    add(two, 2, pp=2)
+    add(two, 2, pp=2, zero=1)
+    add(two, tp=2, sp=True, pp=2, schedule="zb_h1")
+    add(two, 2, tp=2, sp=True, pp=2)
+    add(two, 2, tp=2, pp=2, schedule="zb_v", stages_per_rank=2)
+    add(dropping, 2, tp=2, sp=True)
+    add(dropping, tp=2, pp=2)
+    add(dropping, pp=2, schedule="zb_v", stages_per_rank=2)
+    add(untied, tp=4, sp=True)
+    add(untied, pp=2, schedule="zb_v", stages_per_rank=2)
+    add(untied, 2, tp=2, pp=2, schedule="interleaved", stages_per_rank=2)
+    add(one, tp=2, sp=True)
+    add(one, tp=4)
+    add(one, pp=4)
+    add(one, 2, tp=2, sp=True, pp=2, schedule="zb_h1")
+    return found
+
+
+CASES = _cases()
+
+
+def corpus(folder: Path) -> None:
+    """A tokenizer and training shards of this project's own sources."""
+    root = Path(__file__).resolve().parents[1]
+    paths = sorted(root.glob("engine/**/*.py"))[:40]
+    texts = [path.read_text(encoding="utf-8")[:3000] for path in paths]
+    tokenizer = Tokenizer.train(texts, MODELS["starcoder2"].vocab_size - 7, "starcoder2")
+    tokenizer.save(folder / "tokenizer")
+    writer = ShardWriter(folder / "train", np.uint16)
+    for number in range(0, len(texts), 3):  # three files a repository
+        documents = [
+            Document(text, f"r{number}", f"f{i}.py", "Python", None)
+            for i, text in enumerate(texts[number : number + 3])
+        ]
+        pieces = starcoder2_repository(documents, np.random.default_rng(number))
+        writer.add_document([*tokenizer.encode_pieces(pieces), tokenizer.eod])
+    writer.close()
+
+
+def configuration(folder: Path, model: str, precision: str) -> RunConfig:
+    """Of the run of one process: 8 rows a step in micro-batches of one."""
+    base = RunConfig()
+    return dataclasses.replace(
+        base,
+        name="parity",
+        model=MODELS[model],
+        data=dataclasses.replace(
+            base.data,
+            train=(str(folder / "train"),),
+            tokenizer=str(folder / "tokenizer"),
+            seq_length=64,
+        ),
+        optim=dataclasses.replace(base.optim, lr=3e-3, min_lr=3e-4, warmup_steps=2),
+        train=dataclasses.replace(
+            base.train,
+            steps=STEPS,
+            global_batch_size=8,
+            micro_batch_size=1,
+            precision=precision,
+            device="cpu",
+        ),
+        metrics=dataclasses.replace(base.metrics, report=False, tensorboard=False, peak_tflops=1.0),
+    )
+
+
+def run_all(runs: list[tuple[RunConfig, Path]], processes: int, show: Callable[[int], None]) -> str:
+    """Train one after the other, in so many processes.
+
+    Args:
+        runs: configuration and folder of each.
+        processes: that share each run.
+        show: told how many are done, now and then.
+    Returns:
+        what the processes said of the first run that failed; those behind it were not begun. Empty
+        where all are done.
+    """
+    words = []
+    for config, folder in runs:
+        path = folder.with_suffix(".toml")
+        path.write_text(settings.to_toml(dataclasses.replace(config, folder=str(folder))))
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            words.append(f"{free.getsockname()[1]}={path}")
+    root = Path(__file__).resolve().parents[1]
+    paths = [*(str(root / part) for part in ("engine", "kernels", "")), *sys.path]
+    shared = {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(paths)}
+    shared |= {"WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1"}
+    folder = runs[0][1].parent
+    started, logs = [], [folder / f"log {processes} {rank}.txt" for rank in range(processes)]
+    try:
+        for rank, log in enumerate(logs):
+            with open(log, "w") as file:
+                started.append(subprocess.Popen(
+                    [sys.executable, "-m", "benchmarks.parity_run", *words],
+                    env=os.environ | shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+                    stdout=subprocess.DEVNULL, stderr=file,
+                ))  # fmt: skip
+        moved, done = time.monotonic(), 0
+        while any(process.poll() is None for process in started):
+            count = sum((folder / "checkpoints" / "latest").exists() for _, folder in runs)
+            if count > done:
+                moved, done = time.monotonic(), count
+                show(done)
+            failed = any(process.poll() not in (None, 0) for process in started)
+            if failed or time.monotonic() - moved > TIMEOUT_SECONDS:
+                break
+            time.sleep(0.2)
+    finally:
+        for process in started:
+            if process.poll() is None and any(p.poll() != 0 for p in started):
+                process.kill()
+            process.wait()
+    if all(process.returncode == 0 for process in started):
+        return ""
+    said = [line for log in logs for line in log.read_text().splitlines() if "Error" in line]
+    return "; ".join(said[:3]) or f"no run was done within {TIMEOUT_SECONDS} s"
+
+
+def read(folder: Path) -> tuple[dict, list[float], dict[str, np.ndarray]]:
+    """Hashes of the first weights, the losses, the last weights and moments."""
+    from safetensors.numpy import load_file
+
+    records = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
+    losses = [record["loss"] for record in records if record["kind"] == "train"]
+    last = folder / "checkpoints" / f"step_{STEPS:08d}" / "tensors.safetensors"
+    return json.loads((folder / "first.json").read_text()), losses, load_file(last)
+
+
+def differences(one: Path, many: Path) -> tuple[bool, float, float]:
+    """Same first weights; largest relative difference of a loss; and of a tensor."""
+    (first, losses, state), (first2, losses2, state2) = read(one), read(many)
+    assert len(losses) == len(losses2) == STEPS and state.keys() == state2.keys()
+    loss = max(abs(a - b) / abs(a) for a, b in zip(losses, losses2, strict=True))
+    tensor = max(
+        float(abs(state2[name] - x).max() / max(abs(x).max(), 1e-30)) for name, x in state.items()
+    )
+    return bool(first) and first == first2, loss, tensor
+
+
+def arguments(parser: argparse.ArgumentParser) -> None:
+    """Options of `parity`."""
+    text = "of the arithmetic, with commas between: fp64, fp32"
+    parser.add_argument("--precision", default="fp64,fp32", help=text)
+    parser.add_argument("--layout", default="", help="layouts that have these words in their name")
+    parser.add_argument("--output", metavar="FILE.md", help="the table as a Markdown page")
+
+
+def main(given: argparse.Namespace) -> int:
+    """Run all layouts; 1 if one of them trains another model."""
+    precisions = given.precision.split(",")
+    one_of("--precision", precisions, LIMITS)
+    words = given.layout.split()
+    cases = [case for case in CASES if all(w in f"{case.model} {case.name}".split() for w in words)]
+    one_of("--layout", [] if cases else [given.layout], [case.name for case in CASES])
+    rows, wrong, started = [], 0, time.monotonic()
+    with tempfile.TemporaryDirectory() as name, Progress("parity") as show:
+        folder = Path(name)
+        corpus(folder)
+        todo: dict[int, list[tuple[RunConfig, Path]]] = {}
+        places = {}
+        for precision, case in itertools.product(precisions, cases):
+            config, key = configuration(folder, case.model, precision), (precision, case.model)
+            if key not in places:
+                places[key] = folder / " ".join(key)
+                todo.setdefault(1, []).append((config, places[key]))
+            places[precision, case] = folder / f"{precision} {len(places)}"
+            config = dataclasses.replace(config, parallel=case.parallel)
+            todo.setdefault(case.processes, []).append((config, places[precision, case]))
+        total, before = sum(map(len, todo.values())), 0
+        for processes, runs in sorted(todo.items()):
+
+            def tell(done: int, before: int = before, processes: int = processes) -> None:
+                show((before + done) / total, f"{processes} processes")
+
+            tell(0)
+            if said := run_all(runs, processes, tell):
+                print(f"{processes} processes: {said}", file=sys.stderr)
+            before += len(runs)
+        for precision, case in itertools.product(precisions, cases):
+            one, many = places[precision, case.model], places[precision, case]
+            same, loss, state = False, float("nan"), float("nan")
+            if (many / "checkpoints" / "latest").exists():
+                same, loss, state = differences(one, many)
+            limits = LIMITS[precision]
+            right = same and loss <= limits[0] and state <= limits[1]
+            wrong += not right
+            rows.append([
+                precision, case.model, case.name, str(case.processes),
+                "equal" if same else "NOT EQUAL", f"{loss:.1e}", f"{state:.1e}",
+                "same" if right else "DIFFERENT",
+            ])  # fmt: skip
+    header = ["precision", "model", "layout", "processes", "first weights", "loss", "state", ""]
+    table = results.table(rows, header)
+    end = f"{len(rows) - wrong} of {len(rows)} layouts train the same model, "
+    end += f"in {time.monotonic() - started:.0f} s"
+    print(f"{table}\n\n{end}")
+    if given.output:
+        write_page(Path(given.output), table, end)
+    return 1 if wrong else 0
+
+
+def write_page(path: Path, table: str, end: str) -> None:
+    """The table with where and how it was made."""
+    where = environment()
+    limits = "; ".join(f"{name}: losses {a:g}, state {b:g}" for name, (a, b) in LIMITS.items())
+    path.write_text(
+        f"# Every layout trains the same model\n\n"
+        f"`python -m benchmarks parity`, commit {where['commit']}, torch {where['torch']}, "
+        f"{where['cpu']}, gloo on one machine.\n{STEPS} steps beside one process: largest "
+        f"relative difference of a loss, and of weights and moments beside the largest of their "
+        f"tensor. Limits: {limits}.\n\n{table}\n\n{end}.\n"
+    )

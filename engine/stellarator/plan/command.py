@@ -1,0 +1,47 @@
+"""The verb `stellarator plan`.
+
+defines: run
+"""
+
+from collections.abc import Iterator
+
+from stellarator.config import ParallelConfig, RunConfig
+from stellarator.parallel.pipeline.schedules import default_stages_per_rank
+from stellarator.plan.case import make_case
+from stellarator.plan.estimate import Machine, make_plan
+from stellarator.plan.report import plan_lines, search_lines
+from stellarator.plan.search import search
+
+
+def run(
+    config: RunConfig,
+    num_gpus: int,
+    parallel: dict[str, object],
+    figures: dict[str, float],
+    top: int | None = None,
+) -> Iterator[str]:
+    """The lines of a plan, or of a search.
+
+    Args:
+        config: of the run.
+        num_gpus: all of them.
+        parallel: values of ParallelConfig; those that are missing or None are the default ones.
+        figures: of the machine, by the names of `Machine`; the others are assumed.
+        top: how many layouts of a search to print; None: no search, plan the one of `parallel`.
+    Raises:
+        ValueError: the layout cannot work, with every reason; or a search was given a layout.
+    """
+    chosen = {name: value for name, value in parallel.items() if value not in (None, False)}
+    machine = Machine(**figures)
+    if top is not None:
+        if chosen:
+            raise ValueError(
+                f"plan: expected --search or a layout, got both: {', '.join(sorted(chosen))}. "
+                "Leave out one of them."
+            )
+        yield from search_lines(search(config, num_gpus, machine, top), machine, figures)
+        return
+    if "stages_per_rank" not in chosen:
+        chosen["stages_per_rank"] = default_stages_per_rank(str(chosen.get("schedule", "1f1b")))
+    case = make_case(config, ParallelConfig(**chosen), num_gpus)
+    yield from plan_lines(make_plan(case, machine), figures)

@@ -1,0 +1,119 @@
+"""Bytes that a GPU holds, by kind.
+
+defines: Memory, memory_of, stage_activation_bytes, logit_bytes
+
+Counted: what the engine allocates on purpose. Not counted: the CUDA context, the caching
+allocator's gaps, workspaces of libraries.
+"""
+
+from dataclasses import dataclass, fields
+
+from stellarator import sizes
+from stellarator.parallel.pipeline.simulate import Simulation
+from stellarator.plan.case import Case, Stage
+
+_MIN_LOGITS = 64 << 20  # as in stellarator_kernels.linear_cross_entropy.chunk_rows
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes of a GPU of one pipeline rank."""
+
+    parameters: int
+    gradients: int
+    masters: int
+    moments: int
+    activations: int  # at the worst moment of the schedule
+    working: int  # what is computed again for one layer, and the widest tensors of its backward
+    logits: int  # of one chunk, and the sum of the head's gradient over chunks
+    buffers: int  # messages of the pipeline, gathered tokens, keys and values, parameters (ZeRO 3)
+
+    @property
+    def total(self) -> int:
+        """All kinds."""
+        return sum(getattr(self, field.name) for field in fields(self))
+
+
+def memory_of(case: Case, rank: int, simulation: Simulation) -> Memory:
+    """Of a GPU of a pipeline rank.
+
+    Args:
+        case: the run.
+        rank: on the pipeline axis.
+        simulation: of the schedule, with `stage_activation_bytes` as activations.
+    """
+    count, dp, zero = case.parameters(rank), case.layout.dp, case.parallel.zero
+    shared = -(-count // dp)  # ZeRO shares out over the replicas
+    state = {
+        kind: size * (shared if zero >= sizes.SHARED_FROM[kind] else count)
+        for kind, size in case.state_bytes.items()
+    }
+    return Memory(
+        **state,
+        activations=int(simulation.peak_activations[rank]),
+        working=_working_bytes(case),
+        logits=logit_bytes(case) if case.stages[-1].rank == rank else 0,
+        buffers=_buffer_bytes(case, rank, simulation),
+    )
+
+
+def stage_activation_bytes(case: Case, stage: Stage) -> int:
+    """What the forward of a stage leaves, for one micro-batch.
+
+    The first layer of a stage has one input, as a message is the sum of two; "selective" keeps the
+    result of the last product instead. Behind the last layer there are the sum of the residual
+    stream with its statistics and, as the loss computes its gradients in the forward, those of the
+    states and of the head.
+    """
+    model, layout, sp = case.model, case.layout, case.parallel.sp
+    recompute, itemsize, N = case.config.train.recompute, case.itemsize, case.tokens
+    each = sizes.layer_activation_bytes(model, N, recompute, itemsize, tp=layout.tp, sp=sp)
+    stream = N // layout.tp if sp else N
+    kept = stage.num_layers * each
+    if recompute == "full":
+        kept -= stream * model.width * itemsize
+    if stage.last:
+        kept += stream * (model.width * itemsize + 2 * max(4, itemsize))
+        kept += (N * model.width + sizes.embedding_parameters(model, layout.tp)) * itemsize
+    return kept
+
+
+def logit_bytes(case: Case) -> int:
+    """The logits of a chunk and, where there are several chunks, the fp32 sum of dweight.
+
+    A chunk takes at most what its gradients take, see `linear_cross_entropy.chunk_rows`.
+    """
+    model, N, itemsize = case.model, case.tokens, case.itemsize
+    weight = sizes.embedding_parameters(model, case.layout.tp)
+    every = N * (weight // model.width) * itemsize
+    most = max(_MIN_LOGITS, (N * model.width + weight) * itemsize)
+    return min(every, most) + (weight * max(4, itemsize) if every > most else 0)
+
+
+def _working_bytes(case: Case) -> int:
+    """A layer that is computed again, and what its gelu gives with the gradient of that."""
+    model, train, tp = case.model, case.config.train, case.layout.tp
+    wide = 2 * case.tokens * (model.ffn_width // tp) * case.itemsize
+    if train.recompute == "none":
+        return wide
+    again = sizes.layer_activation_bytes(
+        model, case.tokens, "none", case.itemsize, tp=tp, sp=case.parallel.sp
+    )
+    return wide + again
+
+
+def _buffer_bytes(case: Case, rank: int, simulation: Simulation) -> int:
+    """What is received and not yet used, and what is gathered for a moment."""
+    model, layout, parallel = case.model, case.layout, case.parallel
+    row = case.tokens * model.width * case.itemsize
+    message = row // layout.tp if parallel.sp else row
+    arriving = [n for (_, to), n in simulation.peak_messages.items() if to == rank]
+    held = sum(max(1, n) for n in arriving) * message
+    if parallel.sp:
+        held += row  # the tokens of all tensor ranks, in front of a product
+    if layout.cp > 1:
+        kv_heads = max(1, model.num_kv_heads // layout.tp)
+        held += 2 * 2 * case.tokens * kv_heads * model.head_width * case.itemsize
+    if parallel.zero >= 3 and layout.dp > 1:
+        held += 2 * sizes.layer_parameters(model, layout.tp) * case.itemsize
+    return held

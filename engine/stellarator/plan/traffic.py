@@ -1,0 +1,157 @@
+"""What a GPU sends in one step, by axis.
+
+defines: Traffic, LayerTraffic, traffic_of, layer_traffic, message_bytes
+
+Rings: of n bytes over g ranks a gather or a reduce-scatter sends (g - 1) / g * n from each rank, an
+all-reduce twice that. A message is one call of a collective, or one send.
+"""
+
+import math
+from dataclasses import dataclass
+
+from stellarator import sizes
+from stellarator.plan.case import Case
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """What a GPU sends on one axis for one purpose."""
+
+    axis: str  # "tp", "cp", "dp", "pp"
+    purpose: str
+    num_bytes: int
+    num_messages: int
+
+
+@dataclass(frozen=True)
+class LayerTraffic:
+    """Of one layer and one micro-batch, in one direction."""
+
+    tp_bytes: float
+    tp_messages: int
+    cp_bytes: float
+    cp_messages: int
+
+
+def _gather(num_bytes: float, ranks: int) -> float:
+    """Bytes that each rank of a gather or reduce-scatter sends."""
+    return (ranks - 1) / ranks * num_bytes
+
+
+def message_bytes(case: Case) -> int:
+    """One micro-batch between two stages, one way; tensor ranks with sp send a part each."""
+    whole = case.tokens * case.model.width * case.itemsize
+    return whole // case.layout.tp if case.parallel.sp else whole
+
+
+def layer_traffic(case: Case, direction: str) -> LayerTraffic:
+    """Of a "forward" or a "backward", in which recompute="full" does the forward again.
+
+    Tensor axis: the results of the two row-parallel products forward, the input gradients of the
+    two column-parallel ones back. With sp each is a gather and a reduce-scatter, and the backward
+    gathers the inputs of the two products again. Context axis: keys and values go round as far as
+    the window sees; back, so do their gradients.
+    """
+    model, tp, cp = case.model, case.layout.tp, case.layout.cp
+    back = direction == "backward"
+    row = case.tokens * model.width * case.itemsize
+    passes = 2 if back and case.config.train.recompute == "full" else 1
+    calls = (4 if case.parallel.sp else 2) * passes
+    tp_bytes = 2 * 2 * passes * _gather(row, tp)
+    if case.parallel.sp and back:
+        calls += 2
+        tp_bytes += 2 * _gather(row, tp)
+    kv_heads = max(1, model.num_kv_heads // tp)
+    hops = _context_hops(case) * (passes + back)
+    kv = 2 * case.tokens * kv_heads * model.head_width * case.itemsize
+    return LayerTraffic(tp_bytes, calls if tp > 1 else 0, hops * kv, hops if cp > 1 else 0)
+
+
+def _context_hops(case: Case) -> int:
+    """How many other ranks' keys and values a rank needs, of cp - 1.
+
+    A rank has two of 2 * cp chunks of a row, so that causal work is even; a window of W reaches
+    back over the chunks that W - 1 tokens touch.
+    """
+    cp, window = case.layout.cp, case.model.window
+    if window is None:
+        return cp - 1
+    chunk = case.config.data.seq_length // (2 * cp)
+    return min(cp - 1, math.ceil((window - 1) / chunk))
+
+
+def traffic_of(case: Case, rank: int) -> list[Traffic]:
+    """What a GPU of a pipeline rank sends in a step; nothing for axes of one rank."""
+    layers = sum(stage.num_layers for stage in case.stages if stage.rank == rank)
+    found = [*_tensor(case, rank, layers), *_pipeline(case, rank), *_data(case, rank, layers)]
+    if case.layout.cp > 1:
+        ways = [layer_traffic(case, way) for way in ("forward", "backward")]
+        times = case.num_micro_batches * layers
+        num_bytes = round(times * sum(way.cp_bytes for way in ways))
+        num_messages = times * sum(way.cp_messages for way in ways)
+        found.append(Traffic("cp", "keys, values, their gradients", num_bytes, num_messages))
+    return found
+
+
+def _tensor(case: Case, rank: int, layers: int) -> list[Traffic]:
+    model, tp, sp, m = case.model, case.layout.tp, case.parallel.sp, case.num_micro_batches
+    if tp == 1:
+        return []
+    ways = [layer_traffic(case, way) for way in ("forward", "backward")]
+    num_bytes = round(m * layers * sum(way.tp_bytes for way in ways))
+    num_messages = m * layers * sum(way.tp_messages for way in ways)
+    found = [Traffic("tp", "results of products", num_bytes, num_messages)]
+    row = case.tokens * model.width * case.itemsize
+    ends = [s for s in case.stages if s.rank == rank for end in (s.first, s.last) if end]
+    if ends:
+        # Of the embedding its rows, of the head the gradient of its input.
+        num_bytes = round(len(ends) * m * 2 * _gather(row, tp))
+        num_messages = len(ends) * m * (2 if sp else 1)
+        found.append(Traffic("tp", "embedding and head", num_bytes, num_messages))
+    if case.stages[-1].rank == rank:
+        num_bytes = round(m * 2 * _gather(3 * case.tokens * 4, tp))
+        found.append(Traffic("tp", "softmax of the split vocabulary", num_bytes, 2 * m))
+    gradient = case.state_bytes["gradients"]
+    if sp:
+        num_bytes = round(2 * _gather(6 * model.width * layers * gradient, tp))
+        found.append(Traffic("tp", "gradients of norms and biases", num_bytes, 1))
+    copies = tp // model.num_kv_heads
+    if copies > 1:
+        kv = 2 * model.head_width * (model.width + 1) * layers * gradient
+        found.append(Traffic("tp", "gradients of shared keys", round(2 * _gather(kv, copies)), 1))
+    return found
+
+
+def _pipeline(case: Case, rank: int) -> list[Traffic]:
+    pairs = list(zip(case.stages, case.stages[1:], strict=False))
+    forward = sum(a.rank == rank and b.rank != rank for a, b in pairs)
+    back = sum(b.rank == rank and a.rank != rank for a, b in pairs)
+    found = []
+    if num_messages := case.num_micro_batches * (forward + back):
+        num_bytes = num_messages * message_bytes(case)
+        found.append(Traffic("pp", "states and their gradients", num_bytes, num_messages))
+    if case.ties_ranks and rank in (case.stages[0].rank, case.stages[-1].rank):
+        weight = sizes.embedding_parameters(case.model, case.layout.tp)
+        num_bytes = round(2 * _gather(weight * case.state_bytes["gradients"], 2))
+        found.append(Traffic("pp", "gradient of the tied embedding", num_bytes, 1))
+    return found
+
+
+def _data(case: Case, rank: int, layers: int) -> list[Traffic]:
+    """One bucket for each layer, one for the rest; ranks of the context axis are replicas, too."""
+    replicas, dp, zero = case.layout.dp * case.layout.cp, case.layout.dp, case.parallel.zero
+    if replicas == 1:
+        return []
+    count, buckets, m = case.parameters(rank), layers + 1, case.num_micro_batches
+    gradients = count * case.state_bytes["gradients"]
+    if zero == 0:
+        num_bytes = round(2 * _gather(gradients, replicas))
+        return [Traffic("dp", "sum of gradients", num_bytes, buckets)]
+    times = m if zero >= 2 else 1
+    num_bytes = round(times * _gather(gradients, replicas))
+    found = [Traffic("dp", "sum of gradients, in parts", num_bytes, times * buckets)]
+    if dp > 1:
+        gathers = 2 * m if zero >= 3 else 1  # for each forward and each backward
+        num_bytes = round(gathers * _gather(count * case.itemsize, dp))
+        found.append(Traffic("dp", "parameters from their parts", num_bytes, gathers * buckets))
+    return found

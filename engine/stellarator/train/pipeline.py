@@ -1,0 +1,104 @@
+"""A model in stages over the ranks of a pipeline.
+
+defines: Pipeline
+"""
+
+from collections.abc import Callable, Sequence
+
+import torch
+
+from stellarator.config import RunConfig
+from stellarator.data.batches import Batch
+from stellarator.model import Transformer
+from stellarator.model.dropout import Dropout
+from stellarator.parallel.layout import Part
+from stellarator.parallel.mesh import Axis, Mesh
+from stellarator.parallel.pipeline.deferred import Deferred
+from stellarator.parallel.pipeline.execute import Executor, Links
+from stellarator.parallel.pipeline.schedules import FORWARD, SPLIT, Action, make, placement
+from stellarator.parallel.pipeline.split import layer_ranges, split_layers
+
+
+class Pipeline:
+    """Which stages are here, and a step of them.
+
+    Args:
+        config: of the run.
+        mesh: of this process.
+    """
+
+    def __init__(self, config: RunConfig, mesh: Mesh):
+        model, self.parallel, self.axis = config.model, config.parallel, mesh.pp
+        self.ranks = placement(
+            self.parallel.schedule, self.axis.size, self.parallel.stages_per_rank
+        )
+        # The output matrix in layers: products of a layer are of C to (H + 2G) D, C and twice F.
+        heads = (2 * model.num_heads + 2 * model.num_kv_heads) * model.head_width
+        head = model.vocab_size / (heads + 2 * model.ffn_width)
+        counts = split_layers(model.num_layers, len(self.ranks), last_extra=head)
+        self.stages = layer_ranges(counts)
+        mine = [s for s, rank in enumerate(self.ranks) if rank == self.axis.rank]
+        layers = tuple(layer for stage in mine for layer in self.stages[stage])
+        self.last = len(self.ranks) - 1
+        self.part = Part(layers, first=0 in mine, last=self.last in mine)
+        self.deferred = Deferred()
+        # Both ends of a tied model have the embedding; where one rank has both ends, once.
+        first, end, columns = self.ranks[0], self.ranks[-1], mesh.layout.groups("pp")
+        links, self.tie = None, Axis("tie")
+        if self.axis.size > 1:
+            links = Links(mesh)
+        if model.tie_embeddings and first != end:
+            ends = [[column[first], column[end]] for column in columns]
+            self.tie = mesh.among("tie", ends)
+        self.executor = Executor(self.axis, links, self.ranks, self.deferred)
+
+    def attach(self, model: Transformer) -> None:
+        """Use the model; its layers make weight gradients apart if the schedule asks for it."""
+        self.model = model
+        if self.parallel.schedule in SPLIT:
+            for module in model.modules():
+                if hasattr(module, "deferred"):
+                    module.deferred = self.deferred
+
+    def step(
+        self, batches: Sequence[Batch], dropout: Callable[[Batch], Dropout | None]
+    ) -> torch.Tensor | float:
+        """Forward and backward of the micro-batches of a step; the sum of their losses, if here.
+
+        dropout: what a micro-batch drops.
+        """
+        v = self.parallel.stages_per_rank
+        schedule = make(self.parallel.schedule, self.axis.size, len(batches), v)
+        return self._run(schedule, batches, dropout)
+
+    def evaluate(self, batch: Batch) -> torch.Tensor | float:
+        """The sum of the losses of one batch, if here; forward only."""
+        schedule = [[] for _ in range(self.axis.size)]
+        for stage, rank in enumerate(self.ranks):
+            schedule[rank].append(Action(FORWARD, stage, 0))
+        return self._run(schedule, [batch], lambda _: None)
+
+    def _run(self, schedule: list[list[Action]], batches: Sequence[Batch], dropout):
+        def forward(stage: int, micro_batch: int, x: torch.Tensor | None) -> torch.Tensor:
+            batch = batches[micro_batch]
+            options = {"positions": batch.positions, "cu_seqlens": batch.cu_seqlens}
+            options["dropout"] = dropout(batch)
+            return self.model.stage(self.stages[stage], x, batch.tokens, batch.targets, **options)
+
+        def empty(micro_batch: int) -> torch.Tensor:
+            like, C = (
+                self.model.layers[self.part.layers[0]].mlp_norm.weight,
+                self.model.config.width,
+            )
+            shape = self.model.tp.own_tokens(batches[micro_batch].tokens).shape
+            return like.new_empty((*shape, C))
+
+        return self.executor.run(schedule, forward, empty)
+
+    def sum_tied_(self, grad_of) -> None:
+        """Make the gradient of the embedding whole where both ends have it.
+
+        grad_of: name of a parameter -> its gradient.
+        """
+        if self.tie.size > 1:
+            self.tie.sum_(grad_of("embedding.weight"))

@@ -1,0 +1,143 @@
+"""Tagged collectives and the journal that others read: gloo processes, closed forms."""
+
+import os
+import time
+
+import pytest
+import torch
+import torch.distributed as dist
+from ranks import on_ranks
+
+from stellarator.parallel.collectives import Group, Message
+from stellarator.parallel.journal import Entry, Journal, Tag, file_of, read
+
+pytestmark = pytest.mark.dist
+
+
+def every_call(rank, size, folder):
+    """What each call gives, with and without waiting, for tensors that tell ranks apart."""
+    group = Group(dist.group.WORLD, "tp", Journal(folder, rank))
+    x = torch.arange(6.0).view(2, 3) + 100 * rank
+    all_of = [torch.arange(6.0).view(2, 3) + 100 * r for r in range(size)]
+    total = sum(all_of)
+    assert torch.equal(group.all_reduce(x.clone(), "sum"), total)
+    assert torch.equal(group.all_reduce(x.clone(), "max", maximum=True), all_of[-1])
+    assert torch.equal(group.all_reduce(x.clone(), "sum", wait=False).wait(), total)
+    for dim in (0, 1):
+        assert torch.equal(group.all_gather(x, "gather", dim=dim), torch.cat(all_of, dim))
+        wide = torch.cat([x + 1000 * n for n in range(size)], dim)
+        part = group.reduce_scatter(wide, "scatter", dim=dim)
+        assert torch.equal(part, total + 1000 * size * rank)
+    assert torch.equal(group.all_gather(x, "gather", wait=False).wait(), torch.cat(all_of))
+    wide = group.reduce_scatter(torch.cat([x] * size), "scatter", wait=False).wait()
+    assert torch.equal(wide, total)
+    assert torch.equal(group.broadcast(x.clone(), size - 1, "first"), all_of[-1])
+    above, below = (rank + 1) % size, (rank - 1) % size
+    got = [torch.empty(2, 3), torch.empty(1)]
+    sends = [Message(x, above), Message(torch.full((1,), float(rank)), below)]
+    group.exchange(sends, [Message(got[0], below), Message(got[1], above)], "ring").wait()
+    assert torch.equal(got[0], all_of[below]) and got[1].item() == above
+    if rank == 0:
+        group.send(x, 1, "one")
+    elif rank == 1:
+        assert torch.equal(group.recv(torch.empty(2, 3), 0, "one"), all_of[0])
+    with pytest.raises(ValueError, match=f"that the {size} ranks of tp divide, got \\({size + 1},"):
+        group.reduce_scatter(torch.zeros(size + 1), "scatter")
+    assert group.journal.oldest() is None, group.journal.open
+
+
+@pytest.mark.parametrize("size", [2, 3])
+def test_every_collective(size, tmp_path):
+    on_ranks(every_call, size, size, str(tmp_path))
+    records = [read(tmp_path, rank) for rank in range(size)]
+    assert {record.count("tp") for record in records} == {10}
+    assert {record.groups["tp"] for record in records} == {tuple(range(size))}
+    assert records[0].find("tp:0>1", 2 if size > 2 else 3).tag.op == "one"
+
+
+def test_a_group_of_one_gives_back_what_it_got(tmp_path):
+    journal = Journal(tmp_path, 0)
+    group = Group(None, "tp", journal)
+    x = torch.zeros(4)
+    for call in (group.all_reduce, group.all_gather, group.reduce_scatter):
+        assert call(x, "a") is x and call(x, "a", wait=False).wait() is x
+    assert group.broadcast(x, 0, "a") is x and group.exchange([], [], "a").wait() is None
+    assert read(tmp_path, 0).last is None
+
+
+def test_a_journal_says_where_its_rank_is(tmp_path):
+    journal = Journal(tmp_path, 3)
+    journal.register("tp", (3, 7))
+    journal.at(step=12, micro_batch=2)
+    before = time.time()
+    first = journal.enter("tp", "all_reduce", Tag("mlp", layer=5), 4096)
+    second = journal.enter("tp:3>7", "send", "kv", 7)
+    record = read(tmp_path, 3)
+    assert (record.rank, record.pid, record.closed) == (3, os.getpid(), False)
+    assert before <= record.waits.entered <= time.time()
+    assert record.waits == first == journal.oldest() and record.last == second
+    assert str(first) == "all_reduce `mlp` (step 12, micro-batch 2, layer 5), number 1 of tp"
+    assert record.members("tp") == (3, 7) and record.members("tp:3>7") == (3, 7)
+    journal.leave(first)
+    assert read(tmp_path, 3).waits == second and read(tmp_path, 3).find("tp", 1).left
+    journal.leave(second)
+    journal.leave(second)
+    assert read(tmp_path, 3).waits is None and journal.oldest() is None
+    for n in range(50):
+        journal.leave(journal.enter("tp", "all_reduce", "x" * 300, n))
+    record = read(tmp_path, 3)
+    assert record.count("tp") == 51 and record.last.elements == 49
+    assert len(record.entries) == 8 + 1  # the newest of each channel
+    journal.close()
+    assert read(tmp_path, 3).closed and read(tmp_path, 4) is None
+    with pytest.raises(ValueError, match="expected one group named 'tp'"):
+        journal.register("tp", (1, 2))
+
+
+def test_an_old_entry_does_not_overwrite_a_newer_one(tmp_path):
+    """Sixteen started and left in order: the first ones have lost their slots by then."""
+    journal = Journal(tmp_path, 0)
+    entries = [journal.enter("dp", "all_reduce", "bucket", n) for n in range(16)]
+    assert read(tmp_path, 0).waits.sequence == 9
+    for entry in entries[:8]:
+        journal.leave(entry)
+    assert [e.sequence for e in read(tmp_path, 0).entries if e.left is None] == [16, *range(9, 16)]
+    assert journal.oldest().sequence == 9
+
+
+def test_half_an_entry_is_not_believed(tmp_path):
+    journal = Journal(tmp_path, 0)
+    journal.leave(journal.enter("dp", "all_reduce", "a", 1))
+    journal.enter("dp", "all_reduce", "b", 2)
+    data = bytearray(file_of(tmp_path, 0).read_bytes())
+    at = data.index(b"all_reduce", data.index(b"b\0\0\0") - 40)
+    data[at : at + 3] = b"xxx"
+    file_of(tmp_path, 0).write_bytes(bytes(data))
+    assert [e.tag.op for e in read(tmp_path, 0).entries] == ["a"]
+
+
+class Work:
+    """Of a GPU: wait() returns at once."""
+
+    done = False
+
+    def is_completed(self):
+        return self.done
+
+    def wait(self):
+        pass
+
+
+def test_what_a_gpu_has_only_queued_is_left_when_it_is_done(tmp_path):
+    journal = Journal(tmp_path, 0)
+    group = Group(None, "dp", journal)
+    works = [Work(), Work()]
+    entries = [journal.enter("dp", "all_reduce", str(n), 1) for n in range(2)]
+    group._finish(works, entries)
+    assert journal.oldest() == entries[0]
+    works[0].done = True
+    third = journal.enter("dp", "all_reduce", "c", 1)  # looks after the earlier ones
+    assert journal.oldest() == entries[1] and isinstance(third, Entry)
+    works[1].done = True
+    journal.settle()
+    assert journal.oldest() == third

@@ -1,0 +1,107 @@
+"""Pipelines train the same model: gloo processes, float64, through the loop, every schedule.
+
+The reference is the run of one process: its losses, weights and moments. Not covered: NCCL; time.
+"""
+
+import dataclasses
+
+import pytest
+import torch
+from runs import assert_same_state, changed, losses, stopping, torchrun
+
+from stellarator.config import ParallelConfig
+from stellarator.parallel.pipeline import schedules
+from stellarator.parallel.pipeline.deferred import Deferred, split_linear
+from stellarator.parallel.pipeline.execute import messages
+from stellarator.train.loop import Trainer
+
+UNTIED = {"tie_embeddings": False, "num_layers": 5}
+STARCODER = {
+    "family": "gpt_bigcode", "positions": "learned", "num_kv_heads": 1, "window": None,
+}  # fmt: skip
+# model, layout, processes
+CASES = {
+    "gpipe, tied": ({}, {"pp": 2, "schedule": "gpipe"}, 2),
+    "1f1b, MQA, learned positions": (STARCODER, {"pp": 2}, 2),
+    "interleaved, uneven": (
+        {"num_layers": 5}, {"pp": 2, "schedule": "interleaved", "stages_per_rank": 2}, 2,
+    ),
+    "zb_h1, untied, uneven, three ranks": (UNTIED, {"pp": 3, "schedule": "zb_h1"}, 3),
+    "zb_v, both ends on one rank": (
+        {"num_layers": 4}, {"pp": 2, "schedule": "zb_v", "stages_per_rank": 2}, 2,
+    ),
+    "tp x pp": ({}, {"tp": 2, "sp": True, "pp": 2, "schedule": "zb_h1"}, 4),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("model,layout,processes", CASES.values(), ids=CASES)
+def test_stages_follow_one_process(model, layout, processes, small, tmp_path):
+    train = {"micro_batch_size": 1, "global_batch_size": 4}  # four micro-batches
+    one = changed(small, model=model, train=train)
+    Trainer(one).run()
+    many = dataclasses.replace(
+        one, parallel=ParallelConfig(**layout), folder=str(tmp_path / "many")
+    )
+    done = torchrun(many, tmp_path, processes)
+    assert done.returncode == 0, done.stderr[-6000:]
+    expected, got = losses(one.folder), losses(many.folder)
+    assert len(expected) == len(got) == 6
+    assert got == pytest.approx(expected, rel=1e-12, abs=0)
+    assert_same_state(one.folder, many.folder, 4)
+
+
+def test_a_checkpoint_of_a_pipeline_goes_on_in_one_process(small, tmp_path):
+    Trainer(small).run()
+    config = dataclasses.replace(
+        small, parallel=ParallelConfig(pp=2), folder=str(tmp_path / "both")
+    )
+    done = torchrun(config, tmp_path, 2, (str(stopping(tmp_path, 2)),))
+    assert done.returncode == 0, done.stderr[-6000:]
+    Trainer(dataclasses.replace(config, parallel=ParallelConfig())).run()
+    assert losses(config.folder) == pytest.approx(losses(small.folder), rel=1e-12, abs=0)
+    assert_same_state(small.folder, config.folder, 4)
+
+
+def test_what_is_sent_is_what_is_waited_for():
+    """Every message has a receiver that has an action for it, and the other way round."""
+    for name in schedules.NAMES:
+        v = schedules.default_stages_per_rank(name)
+        for p, m in ((1, 3), (2, 5), (4, 6)):
+            ranks, plan = schedules.placement(name, p, v), schedules.make(name, p, m, v)
+            sent = [key for a in range(p) for b in range(p) for key in messages(plan[a], ranks, b)]
+            assert len(sent) == len(set(sent))
+            backwards = (schedules.BACKWARD, schedules.INPUT_GRADIENT)
+            needed = set()
+            for kind, stage, micro_batch in (action for line in plan for action in line):
+                if kind == schedules.FORWARD and stage > 0:
+                    needed.add((schedules.FORWARD, stage, micro_batch))
+                if kind in backwards and stage < len(ranks) - 1:
+                    needed.add((schedules.BACKWARD, stage, micro_batch))
+            assert set(sent) == needed
+
+
+@pytest.mark.parametrize("shape", [(2, 3), (6,)], ids=str)
+def test_weight_gradients_are_made_when_asked_for(shape):
+    torch.manual_seed(0)
+    x = torch.randn(*shape, 5, dtype=torch.float64, requires_grad=True)
+    weight = torch.randn(4, 5, dtype=torch.float64, requires_grad=True)
+    bias = torch.randn(4, dtype=torch.float64, requires_grad=True)
+    dy = torch.randn(*shape, 4, dtype=torch.float64)
+    inputs = x, weight, bias
+    expected = torch.autograd.grad(
+        torch.nn.functional.linear(x, weight, bias), (x, weight, bias), dy
+    )
+    deferred = Deferred()
+    found = torch.autograd.grad(split_linear(*inputs, deferred), inputs, dy)
+    torch.testing.assert_close(found, expected)
+    assert deferred.empty
+    weight.main_grad = torch.zeros_like(weight)
+    deferred.key = "here"
+    split_linear(*inputs, deferred).backward(dy)
+    assert weight.grad is None and not deferred.empty
+    torch.testing.assert_close((x.grad, bias.grad), (expected[0], expected[2]))
+    deferred.run("elsewhere")
+    assert not weight.main_grad.any()
+    deferred.run("here")
+    torch.testing.assert_close(weight.main_grad, expected[1])
+    assert deferred.empty
