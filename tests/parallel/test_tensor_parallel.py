@@ -8,7 +8,7 @@ import dataclasses
 
 import pytest
 import torch
-from runs import assert_same_state, changed, losses, stopping, torchrun
+from runs import assert_same_state, losses, stopping, torchrun
 
 from stellarator import settings
 from stellarator.config import ParallelConfig
@@ -19,47 +19,31 @@ from stellarator.parallel.shard import shards_of
 from stellarator.parallel.tensor import TensorParallel
 from stellarator.train.loop import Trainer
 
-STARCODER = {
-    "family": "gpt_bigcode", "positions": "learned", "num_kv_heads": 1, "window": None,
-}  # fmt: skip
-# model, layout, processes, why
-CASES = {
-    "tokens shared, two replicas": ({}, {"tp": 2, "sp": True}, 4),
-    "a key/value head on two ranks, untied": (
-        {"tie_embeddings": False, "vocab_size": 421}, {"tp": 4, "sp": True}, 4,
-    ),
-    "one key/value head, learned positions": (STARCODER, {"tp": 2}, 2),
-}  # fmt: skip
 
-
-@pytest.mark.parametrize("model,layout,processes", CASES.values(), ids=CASES)
-def test_ranks_follow_one_process(model, layout, processes, small, tmp_path):
-    one = changed(small, model=model)
-    Trainer(one).run()
-    many = dataclasses.replace(
-        one, parallel=ParallelConfig(**layout), folder=str(tmp_path / "many")
-    )
-    done = torchrun(many, tmp_path, processes)
+def test_four_ranks_follow_one_process(small, tmp_path):
+    """Two replicas of two ranks that share tokens, under torchrun; others are in test_parity.py."""
+    Trainer(small).run()
+    layout = ParallelConfig(tp=2, sp=True)
+    many = dataclasses.replace(small, parallel=layout, folder=str(tmp_path / "many"))
+    done = torchrun(many, tmp_path, 4)
     assert done.returncode == 0, done.stderr[-6000:]
-    expected, got = losses(one.folder), losses(many.folder)
+    expected, got = losses(small.folder), losses(many.folder)
     assert len(expected) == len(got) == 6  # 4 steps and 2 evaluations
     assert got == pytest.approx(expected, rel=1e-12, abs=0)
-    assert_same_state(one.folder, many.folder, 4)
+    assert_same_state(small.folder, many.folder, 4)
 
 
 def test_a_checkpoint_goes_from_one_layout_to_another(small, tmp_path):
-    """Two steps of one process, then two of four; and the other way round."""
+    """Two steps of one process, then two of four ranks; test_pipeline.py goes the other way."""
     Trainer(small).run()
-    for first, then in ((1, 4), (4, 1)):
-        folder = str(tmp_path / f"from {first} to {then}")
-        for processes, steps in ((first, 2), (then, 4)):
-            layout = ParallelConfig(tp=2, sp=True) if processes == 4 else ParallelConfig()
-            # The last step decides the learning rates, so the run is stopped, not shortened.
-            config = dataclasses.replace(small, parallel=layout, folder=folder)
-            done = torchrun(config, tmp_path, processes, (str(stopping(tmp_path, steps)),))
-            assert done.returncode == 0, done.stderr[-6000:]
-        assert losses(folder) == pytest.approx(losses(small.folder), rel=1e-12, abs=0)
-        assert_same_state(small.folder, folder, 4)
+    folder = str(tmp_path / "both")
+    for layout, processes, steps in ((ParallelConfig(), 1, 2), (ParallelConfig(tp=4), 4, 4)):
+        # The last step decides the learning rates, so the run is stopped, not shortened.
+        config = dataclasses.replace(small, parallel=layout, folder=folder)
+        done = torchrun(config, tmp_path, processes, (str(stopping(tmp_path, steps)),))
+        assert done.returncode == 0, done.stderr[-6000:]
+    assert losses(folder) == pytest.approx(losses(small.folder), rel=1e-12, abs=0)
+    assert_same_state(small.folder, folder, 4)
 
 
 @pytest.mark.parametrize("tp", [2, 3, 4])

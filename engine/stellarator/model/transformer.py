@@ -238,8 +238,9 @@ class Transformer(torch.nn.Module):
         if self.tp.alone:
             options = {"reduction": reduction, "impl": self.kernels}
             return linear_cross_entropy(states, weight, targets, **options)
-        first = self.vocabulary.start
-        losses = vocabulary_cross_entropy(states, weight, targets, first, self.tp.axis)
+        place = self.vocabulary.start, self.config.vocab_size, self.tp.axis
+        impl = _narrower(self.kernels)
+        losses = vocabulary_cross_entropy(states, weight, targets, *place, impl)
         if reduction == "none":
             return losses
         total = losses.sum()
