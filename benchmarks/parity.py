@@ -34,6 +34,7 @@ from stellarator.data.tokenizer import Tokenizer
 from stellarator.progress import Progress
 
 STEPS = 5
+BUCKET_MIB = 0.1  # seven of the model in float64
 TIMEOUT_SECONDS = 120  # without any run being done
 # Largest difference of a loss, relative; of weights and moments, beside the largest of a tensor.
 LIMITS = {"fp64": (1e-12, 1e-10), "fp32": (1e-5, 1e-3)}
@@ -77,15 +78,18 @@ class Case:
 
 
 def _cases() -> list[Case]:
-    """tp 1, 2, 4; sp; pp 1, 2, 4 by each schedule; dp 1, 2, 4; mixtures."""
+    """tp 1, 2, 4; sp; pp 1, 2, 4 by each schedule; dp 1, 2, 4; zero 1, 2, 3; mixtures."""
     found = []
 
     def add(model: str, dp: int = 1, **parallel) -> None:
-        found.append(Case(model, ParallelConfig(**parallel), dp))
+        found.append(Case(model, ParallelConfig(bucket_mib=BUCKET_MIB, **parallel), dp))
 
     two, dropping, untied, one = MODELS
     for dp in (2, 4):
         add(two, dp)
+    for zero in (1, 2, 3):
+        add(two, 2, zero=zero)
+    add(two, 4, zero=3)
     for tp in (2, 4):
         for sp in (False, True):
             add(two, tp=tp, sp=sp)
@@ -95,7 +99,10 @@ def _cases() -> list[Case]:
         for schedule in ("interleaved", "zb_v"):
             add(two, pp=pp, schedule=schedule, stages_per_rank=2)
     add(two, 2, tp=2, sp=True)
+    for zero in (1, 3):
+        add(two, 2, tp=2, sp=True, zero=zero)
     add(two, 2, pp=2)
+    add(two, 2, pp=2, zero=1)
     add(two, tp=2, sp=True, pp=2, schedule="zb_h1")
     add(two, 2, tp=2, sp=True, pp=2)
     add(two, 2, tp=2, pp=2, schedule="zb_v", stages_per_rank=2)

@@ -20,8 +20,8 @@ class Recording(Trainer):
     """A run that writes down the weights of step 0."""
 
     def _loop(self, started: float) -> float:
-        if self.mesh.dp.rank == 0:
-            wholes, found = self.wholes(), {}
+        if (wholes := self.wholes()) is not None:
+            found = {}
             for name in wholes.described:
                 tensor = wholes.read(name)
                 if name.startswith("master."):

@@ -156,9 +156,9 @@ def test_state_on_one_gpu_is_what_the_optimizer_holds(precision):
     held = {"parameters": 0, "gradients": 0, "masters": 0, "moments": 0}
     names = {"params": "parameters", "grads": "gradients", "master": "masters"}
     names |= {"exp_avg": "moments", "exp_avg_sq": "moments"}
-    for group in FlatOptimizer(model, OptimConfig()).groups:
+    for bucket in FlatOptimizer(model, OptimConfig()).buckets:
         for name, kind in names.items():
-            buffer = getattr(group, name)
+            buffer = getattr(bucket, name)
             held[kind] += 0 if buffer is None else buffer.nbytes
     assert {kind: getattr(memory, kind) for kind in held} == held
 

@@ -127,7 +127,8 @@ def _plan(arguments) -> int:
 
     base = recipes.get(arguments.recipe)
     config = settings.resolve(base, arguments.config, arguments.overrides)
-    parallel = {field.name: getattr(arguments, field.name) for field in fields(ParallelConfig)}
+    names = [field.name for field in fields(ParallelConfig) if field.name in arguments]
+    parallel = {name: getattr(arguments, name) for name in names}
     figures = {field.name: getattr(arguments, field.name) for field in fields(Machine)}
     figures = {name: value for name, value in figures.items() if value is not None}
     top = arguments.top if arguments.search else None

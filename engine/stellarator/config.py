@@ -117,6 +117,8 @@ class ParallelConfig:
     schedule: str = "1f1b"  # see stellarator.parallel.pipeline.schedules
     cp: int = 1  # context: tokens of a row
     zero: int = 0  # 1: states, 2: and gradients, 3: and parameters are shared out over dp
+    bucket_mib: float = 32.0  # of gradients that dp sums at a time, beside the backward pass
+    reduce_dtype: str = "fp32"  # of that sum; "bf16": half the bytes, rounded
 
 
 @dataclass(frozen=True)

@@ -367,6 +367,8 @@ def _check_train(config: RunConfig) -> list[str]:
     train = config.train
     problems = _one_of("train.precision", train.precision, ("bf16", "fp32", "fp64"))
     problems += _one_of("train.device", train.device, ("auto", "cpu", "cuda"))
+    problems += _one_of("parallel.reduce_dtype", config.parallel.reduce_dtype, ("fp32", "bf16"))
+    problems += _finite("parallel.bucket_mib", config.parallel.bucket_mib, above=0)
     problems += _one_of("train.recompute", train.recompute, ("none", "selective", "full"))
     problems += _one_of("train.on_nonfinite", train.on_nonfinite, ("stop", "skip"))
     implementations = ("auto", "triton", "cpu", "torch", "reference")
@@ -411,10 +413,17 @@ def check_layout(config: RunConfig, world_size: int) -> list[str]:
     parallel, built = config.parallel, ParallelConfig()
     problems = [
         f"parallel.{name}: expected {getattr(built, name)!r}, got {getattr(parallel, name)!r}: "
-        f"this version trains with tp, sp, pp and data parallelism. Leave parallel.{name} out"
-        for name in ("cp", "zero")
+        f"this version trains with tp, sp, pp, zero and data parallelism. Leave parallel.{name} out"
+        for name in ("cp",)
         if getattr(parallel, name) != getattr(built, name)
     ]
+    stages = parallel.pp * parallel.stages_per_rank
+    if stages > 1 and parallel.zero > 1:
+        problems.append(
+            f"parallel.zero: expected 0 or 1 with {stages} pipeline stages, got {parallel.zero}: "
+            "a pipeline adds the gradients of its micro-batches in whole buffers. "
+            "Pass parallel.zero=1"
+        )
     train = config.train
     sizes = {name: getattr(train, name) for name in ("global_batch_size", "micro_batch_size")}
     return problems + layout.problems(

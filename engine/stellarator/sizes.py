@@ -1,7 +1,7 @@
 """How large a model is and what it costs, from its configuration alone.
 
-defines: FORMULA, STATE_BYTES, BYTES_PER_PARAMETER, ITEMSIZE, matmul_parameters, model_flops,
-row_pairs, layer_parameters, embedding_parameters, position_parameters, num_parameters,
+defines: FORMULA, STATE_BYTES, SHARED_FROM, ITEMSIZE, bytes_per_parameter, matmul_parameters,
+model_flops, row_pairs, layer_parameters, embedding_parameters, position_parameters, num_parameters,
 layer_activation_bytes
 
 Whoever counts parameters, FLOPs or bytes of a run asks here: training, its check of the memory, and
@@ -21,8 +21,15 @@ STATE_BYTES = {
     "fp32": {"parameters": 4, "gradients": 4, "masters": 0, "moments": 8},
     "fp64": {"parameters": 8, "gradients": 8, "masters": 0, "moments": 16},
 }
-BYTES_PER_PARAMETER = {name: sum(kinds.values()) for name, kinds in STATE_BYTES.items()}
+# The stage of ZeRO from which data-parallel ranks share out a kind.
+SHARED_FROM = {"parameters": 3, "gradients": 2, "masters": 1, "moments": 1}
 ITEMSIZE = {name: kinds["parameters"] for name, kinds in STATE_BYTES.items()}
+
+
+def bytes_per_parameter(precision: str, zero: int = 0, dp: int = 1) -> float:
+    """What a rank keeps for each parameter, with this stage of ZeRO over `dp` ranks."""
+    kinds = STATE_BYTES[precision].items()
+    return sum(size / (dp if zero >= SHARED_FROM[kind] else 1) for kind, size in kinds)
 
 
 def matmul_parameters(model: ModelConfig) -> int:

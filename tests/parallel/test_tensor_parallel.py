@@ -76,5 +76,10 @@ def test_layouts_that_cannot_work_are_refused(tiny_config, monkeypatch):
     assert "micro_batch_size * dp" not in text or "dp = " in text
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(settings.ConfigError) as refused:
-        Trainer(dataclasses.replace(tiny_config, parallel=ParallelConfig(cp=2, zero=1)))
-    assert [p.split(":")[0] for p in refused.value.problems] == ["parallel.cp", "parallel.zero"]
+        Trainer(dataclasses.replace(tiny_config, parallel=ParallelConfig(cp=2)))
+    assert [p.split(":")[0] for p in refused.value.problems] == ["parallel.cp"]
+    for layout in ({"pp": 2}, {"stages_per_rank": 2, "schedule": "interleaved"}):
+        with pytest.raises(settings.ConfigError) as refused:
+            parallel = ParallelConfig(zero=2, **layout)
+            Trainer(dataclasses.replace(tiny_config, parallel=parallel))
+        assert "parallel.zero: expected 0 or 1 with 2 pipeline stages, got 2" in str(refused.value)

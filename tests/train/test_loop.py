@@ -319,8 +319,8 @@ class Replayed(Poisoned):
         self.updates, update = [], self.optimizer.step
 
         def keep(step, lr, num_targets, norm):
-            groups = self.optimizer.groups
-            mean = {n: g.view(g.grads, n) / num_targets for g in groups for n in g.spans}
+            (bucket,) = self.optimizer.buckets
+            mean = {n: bucket.view(bucket.grads, n) / num_targets for n in bucket.names}
             self.updates.append((lr, mean))
             update(step, lr, num_targets, norm)
 

@@ -13,7 +13,7 @@ from stellarator import recipes
 from stellarator.cli import main
 from stellarator.config import OptimConfig
 from stellarator.model import build_model
-from stellarator.sizes import BYTES_PER_PARAMETER
+from stellarator.sizes import bytes_per_parameter
 from stellarator.train import memory
 from stellarator.train.loop import DTYPES
 from stellarator.train.optimizer import FlatOptimizer
@@ -27,9 +27,17 @@ def test_bytes_are_those_of_the_buffers(precision):
     count = sum(p.numel() for p in model.parameters())
     optimizer = FlatOptimizer(model.to(DTYPES[precision]), OptimConfig())
     names = ("params", "grads", "exp_avg", "exp_avg_sq", "master")
-    buffers = [getattr(group, name) for group in optimizer.groups for name in names]
+    buffers = [getattr(bucket, name) for bucket in optimizer.buckets for name in names]
     held = sum(b.numel() * b.element_size() for b in buffers if b is not None)
-    assert held == BYTES_PER_PARAMETER[precision] * count
+    assert held == bytes_per_parameter(precision) * count
+
+
+def test_bytes_of_the_stages_of_zero():
+    """By hand, on four ranks: weights, gradients, then masters with moments."""
+    stages = [bytes_per_parameter("bf16", stage, 4) for stage in range(4)]
+    assert stages == [2 + 4 + 12, 2 + 4 + 3, 2 + 1 + 3, 0.5 + 1 + 3]
+    stages = [bytes_per_parameter("fp32", stage, 4) for stage in range(4)]
+    assert stages == [4 + 4 + 8, 4 + 4 + 2, 4 + 1 + 2, 1 + 1 + 2]
 
 
 def test_too_large_is_one_line_after_the_header(tiny_corpus, tmp_path, capsys, monkeypatch):
@@ -52,6 +60,11 @@ def test_too_large_is_one_line_after_the_header(tiny_corpus, tmp_path, capsys, m
 def test_every_process_of_a_machine_holds_a_model(monkeypatch):
     monkeypatch.setattr(memory, "available_bytes", lambda device: 100)
     memory.check(6, "fp32", CPU)
+    with pytest.raises(RuntimeError, match="18 bytes each in bf16"):
+        memory.check(24, "bf16", CPU)
+    memory.check(25, "bf16", CPU, 3, 16)  # 4 bytes each, of the model before it is shared out
+    with pytest.raises(RuntimeError, match="4 bytes each in bf16"):
+        memory.check(26, "bf16", CPU, 3, 16)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     with pytest.raises(RuntimeError, match="16 bytes each in fp32 in each of 2 processes"):
         memory.check(6, "fp32", CPU)

@@ -3,10 +3,14 @@
 defines: Wholes
 """
 
+from collections.abc import Sequence
+
 import torch
 
 from stellarator.parallel.mesh import Axis
-from stellarator.parallel.shard import Shard
+from stellarator.parallel.shard import FlatPart, Shard
+
+_BITS = {4: torch.int32, 8: torch.int64}  # a sum of floats would lose the sign of zeros
 
 
 class Wholes:
@@ -20,15 +24,16 @@ class Wholes:
         described: all tensors, without values ("meta"), in one order on every rank.
         axes: over which the parts are spread.
         device: where the wholes are put together.
-    Cost: memory of one whole tensor; a sum over the ranks of each (zeros elsewhere: exact).
+    Cost: memory of one whole tensor; a sum over the ranks of each, of its bits as integers: zeros
+        elsewhere, so it is exact.
     """
 
     def __init__(
         self,
         parts: dict[str, torch.Tensor],
-        shards: dict[str, Shard],
+        shards: dict[str, Shard | FlatPart],
         described: dict[str, torch.Tensor],
-        axes: tuple[Axis, ...],
+        axes: Sequence[Axis],
         device: torch.device,
     ):
         self._parts, self._shards, self.described = parts, shards, described
@@ -44,8 +49,9 @@ class Wholes:
         whole = torch.zeros_like(self.described[name], device=self._device)
         if part is not None:
             self._shards[name].counted_into_(whole, part)
+        bits = whole.view(_BITS[whole.element_size()])
         for axis in self._axes:
-            axis.sum_(whole)
+            axis.sum_(bits)
         return whole
 
     def rest(self) -> None:

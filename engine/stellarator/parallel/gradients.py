@@ -3,6 +3,8 @@
 defines: SharedGradients, counted_spans
 """
 
+import math
+
 import torch
 
 from stellarator.parallel.shard import Shard
@@ -47,20 +49,21 @@ class SharedGradients:
             part.copy_(buffer[start : start + part.numel()].view(part.shape))
 
 
-def counted_spans(shards: list[Shard]) -> list[tuple[int, int]]:
-    """[start, end) of the elements that count here, in the flat buffer of these parameters.
+def counted_spans(shards: list[tuple[int, Shard]]) -> list[tuple[int, int]]:
+    """[start, end) of the elements that count here, in a flat buffer of parameters.
 
     Of what several ranks hold, only the first copy counts.
+
+    Args:
+        shards: of each parameter, in rising order of where it starts in the buffer.
     """
-    spans, start = [], 0
-    for shard in shards:
+    spans: list[tuple[int, int]] = []
+    for start, shard in shards:
         rows = [(piece.length, piece.copy == 0) for piece in shard.pieces]
         if shard.dim > 0:  # pieces of columns lie in turns; every one of them counts
             assert all(counts for _, counts in rows), "columns are not held twice"
             rows = [(shard.local_shape[0], True)]
-        inner = 1
-        for size in shard.local_shape[1:]:
-            inner *= size
+        inner = math.prod(shard.local_shape[1:])
         for length, counts in rows:
             end = start + length * inner
             if counts and spans and spans[-1][1] == start:

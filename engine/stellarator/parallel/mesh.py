@@ -69,6 +69,21 @@ class Axis:
         dist.reduce_scatter_tensor(found, x.contiguous(), group=self.group.process_group)
         return found
 
+    # Begun here, and done when `wait` of what is returned comes back; flat tensors, in place.
+
+    def begin_sum_(self, x: torch.Tensor) -> dist.Work:
+        """Sum over the ranks."""
+        return dist.all_reduce(x, group=self.group.process_group, async_op=True)
+
+    def begin_scatter_sum_(self, x: torch.Tensor) -> dist.Work:
+        """This rank's part of x becomes that of the sum; what the rest becomes is undefined."""
+        part = x.view(self.size, -1)[self.rank]
+        return dist.reduce_scatter_tensor(part, x, group=self.group.process_group, async_op=True)
+
+    def begin_gather(self, x: torch.Tensor, part: torch.Tensor) -> dist.Work:
+        """x becomes the parts of all ranks, one behind the other; `part` may be a view of x."""
+        return dist.all_gather_into_tensor(x, part, group=self.group.process_group, async_op=True)
+
 
 @dataclass(frozen=True)
 class Mesh:

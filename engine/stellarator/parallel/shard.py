@@ -1,6 +1,6 @@
 """Which part of a whole parameter a tensor rank holds.
 
-defines: Piece, Shard, shards_of
+defines: Piece, Shard, FlatPart, shards_of
 
 A parallel layer keeps the shards of its parameters in a dictionary `shards`. Initial weights, the
 gradient norm and checkpoints are of the whole parameter: they ask the shard which elements are
@@ -76,6 +76,35 @@ class Shard:
         for row in range(outer):
             for piece in self.pieces:
                 yield row * stride + piece.start * inner, piece.length * inner
+
+
+@dataclass(frozen=True)
+class FlatPart:
+    """Elements [start, end) of a tensor rank's part, flattened: what one of its replicas keeps."""
+
+    shard: Shard
+    start: int
+    end: int
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the whole."""
+        return self.shard.shape
+
+    def take_(self, local: torch.Tensor, whole: torch.Tensor) -> torch.Tensor:
+        """Fill `local`, of one dimension, from the whole tensor."""
+        if self.start < self.end:
+            part = self.shard.take_(whole.new_empty(self.shard.local_shape), whole)
+            local.copy_(part.view(-1)[self.start : self.end])
+        return local
+
+    def counted_into_(self, whole: torch.Tensor, local: torch.Tensor) -> torch.Tensor:
+        """Put what counts here in its place in a whole of zeros."""
+        if self.start < self.end:
+            part = local.new_zeros(self.shard.local_shape)
+            part.view(-1)[self.start : self.end].copy_(local)
+            self.shard.counted_into_(whole, part)
+        return whole
 
 
 def shards_of(model: torch.nn.Module) -> dict[str, Shard]:

@@ -43,13 +43,13 @@ def memory_of(case: Case, rank: int, simulation: Simulation) -> Memory:
         simulation: of the schedule, with `stage_activation_bytes` as activations.
     """
     count, dp, zero = case.parameters(rank), case.layout.dp, case.parallel.zero
-    state = case.state_bytes
     shared = -(-count // dp)  # ZeRO shares out over the replicas
+    state = {
+        kind: size * (shared if zero >= sizes.SHARED_FROM[kind] else count)
+        for kind, size in case.state_bytes.items()
+    }
     return Memory(
-        parameters=state["parameters"] * (shared if zero >= 3 else count),
-        gradients=state["gradients"] * (shared if zero >= 2 else count),
-        masters=state["masters"] * (shared if zero >= 1 else count),
-        moments=state["moments"] * (shared if zero >= 1 else count),
+        **state,
         activations=int(simulation.peak_activations[rank]),
         working=_working_bytes(case),
         logits=logit_bytes(case) if case.stages[-1].rank == rank else 0,

@@ -31,6 +31,7 @@ from stellarator.files import replace_text
 from stellarator.model import Transformer, build_model, load_pretrained
 from stellarator.model.dropout import Dropout
 from stellarator.parallel import mesh as meshes
+from stellarator.parallel.buckets import DataParallel
 from stellarator.parallel.gather import Wholes
 from stellarator.parallel.shard import shards_of
 from stellarator.parallel.tensor import TensorParallel
@@ -85,6 +86,12 @@ class Trainer:
         parallel = self.config.parallel
         self.mesh = meshes.start(self.config.train.device, parallel=parallel)
         self.tp = TensorParallel(self.mesh.tp, parallel.sp)
+        self.data = DataParallel(
+            self.mesh.dp,
+            parallel.zero,
+            int(parallel.bucket_mib * 2**20),
+            torch.bfloat16 if parallel.reduce_dtype == "bf16" else None,
+        )
         self.pipeline = self.part = None
         try:
             with StopRequest() as self.stop:
@@ -173,11 +180,13 @@ class Trainer:
             self.whole = dict(whole.named_parameters())
             self._print_header(sum(p.numel() for p in self.whole.values()))
             held = Transformer(config.model, tp=self.tp, part=self.part, device="meta").parameters()
-            memory.check(sum(p.numel() for p in held), config.train.precision, device)
+            count, replicas = sum(p.numel() for p in held), self.mesh.dp.size
+            memory.check(count, config.train.precision, device, self.data.stage, replicas)
         self._find_checkpoint()
         self.model = self._make_model()
+        ranks = (self.tp, self.data, self.mesh.pp)
         self.optimizer = FlatOptimizer(
-            self.model, config.optim, config.train.kernels, self.dtype, self.tp, self.mesh.pp
+            self.model, config.optim, config.train.kernels, self.dtype, *ranks
         )
         if self.pipeline is not None:
             self.pipeline.attach(self.model)
@@ -288,21 +297,25 @@ class Trainer:
         self.zscore = ZScore(self.progress.recent_losses)
         self.log.rewind(self.step if found is not None else -1)
 
-    def wholes(self) -> Wholes:
-        """The whole tensors of the training state, to be read in turn by rank 0's tp and pp."""
+    def wholes(self) -> Wholes | None:
+        """The whole tensors of the training state; None on a replica of who puts them together.
+
+        All ranks that get them read them in turn: each holds other parts.
+        """
+        if self.mesh.dp.rank > 0 and not self.data.stage:
+            return None
         named = {f"{kind}.{n}": p.detach() for kind in KINDS for n, p in self.whole.items()}
         parts, shards = self.optimizer.state(), self.optimizer.shards()
-        return Wholes(parts, shards, named, (self.mesh.tp, self.mesh.pp), self.mesh.device)
+        return Wholes(parts, shards, named, self.optimizer.axes, self.mesh.device)
 
     def _save(self, required: bool = True, keep_older: bool = False) -> None:
-        """Write a checkpoint (rank 0, with its tensor ranks), unless this step has one.
+        """Write a checkpoint (rank 0, with those that hold other parts), unless this step has one.
 
         A failure is raised if `required`, else told.
         """
         folder = self.folder / "checkpoints"
         failed: checkpoint.CheckpointError | None = None
-        due = self.step != self._saved_step
-        wholes = self.wholes()
+        wholes, due = self.wholes(), self.step != self._saved_step
         if self.mesh.main and due:
             self.progress.recent_losses = list(self.zscore.values)
             state = {
@@ -316,7 +329,7 @@ class Trainer:
                 checkpoint.rotate(folder, None if keep_older else self.config.checkpoint.keep)
             except checkpoint.CheckpointError as error:
                 failed = error
-        if due and self.mesh.dp.rank == 0:
+        if due and wholes is not None:
             wholes.rest()
         told = torch.tensor([int(failed is not None)], device=self.mesh.device)
         if not self.mesh.world.max_(
@@ -384,12 +397,12 @@ class Trainer:
             for batch in micro_batches:
                 loss = self._loss_sum(batch, self._dropout(batch))
                 clock.mark("forward")
-                loss.backward()
+                with optimizer.last_micro_batch(batch is micro_batches[-1]):
+                    loss.backward()
                 totals[0] += loss.detach()
                 clock.mark("backward")
         optimizer.complete_grads()
-        for tensor in (totals, *optimizer.flat_grads):
-            mesh.dp.sum_(tensor)
+        mesh.dp.sum_(totals)
         clock.mark("reduce")
         loss_sum, num_targets, model_flops = totals.tolist()
         divisor = max(1, int(num_targets))
@@ -445,7 +458,7 @@ class Trainer:
         if self.config.train.on_nonfinite == "skip":
             self.log.warn(f"step {step}: loss {loss}, gradient norm {norm}: update skipped")
             return False
-        names = self.optimizer.not_finite()
+        names = self.optimizer.not_finite(self.whole)
         self._save(keep_older=True)  # these weights may be spoilt already
         raise TrainingError(
             f"step {step}: expected a finite loss and gradient, got loss {loss}, norm {norm}; "

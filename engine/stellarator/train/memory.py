@@ -2,9 +2,10 @@
 
 defines: check, available_bytes
 
-Weights, gradients and the two moments, and in bf16 the masters: see `FlatOptimizer`. Activations
-and buffers come on top, so a run that passes may still be too large; one that does not pass would
-only make the machine thrash until it is killed.
+Weights, gradients and the two moments, and in bf16 the masters: see `FlatOptimizer`; of what ZeRO
+shares out, a rank's part. Activations, buffers and what ZeRO gathers for a while come on top, so a
+run that passes may still be too large; one that does not pass would only make the machine thrash
+until it is killed.
 """
 
 import os
@@ -13,20 +14,28 @@ from pathlib import Path
 
 import torch
 
-from stellarator.sizes import BYTES_PER_PARAMETER
+from stellarator.sizes import ITEMSIZE, bytes_per_parameter
 
 
-def check(num_parameters: int, precision: str, device: torch.device) -> None:
-    """Raise before the model is made. Every rank of a machine without GPUs holds a whole one.
+def check(
+    num_parameters: int,
+    precision: str,
+    device: torch.device,
+    stage: int = 0,
+    data_size: int = 1,
+) -> None:
+    """Raise before the model is made. Every rank of a machine without GPUs holds its part.
 
     Args:
-        num_parameters: of the model.
+        num_parameters: of the model, on a tensor rank.
         precision: `train.precision`.
         device: of this rank.
+        stage: of ZeRO, over `data_size` ranks.
     Raises:
         RuntimeError: it needs more than there is; the message has both figures.
     """
-    each = BYTES_PER_PARAMETER[precision]
+    # Before it is shared out the model is there whole, with all digits.
+    each = max(bytes_per_parameter(precision, stage, data_size), 4, ITEMSIZE[precision])
     ranks = 1 if device.type == "cuda" else int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     needed, available = ranks * num_parameters * each, available_bytes(device)
     if needed <= available:
@@ -36,7 +45,7 @@ def check(num_parameters: int, precision: str, device: torch.device) -> None:
     masters = ", masters" if precision == "bf16" else ""
     raise RuntimeError(
         f"train: expected {needed / 2**30:,.1f} GiB of free memory for the weights{masters}, "
-        f"gradients and moments of {num_parameters:,} parameters ({each} bytes each in "
+        f"gradients and moments of {num_parameters:,} parameters ({each:g} bytes each in "
         f"{precision}{processes}), got {available / 2**30:,.1f} GiB available on {where}. "
         "Choose a smaller model or a machine with more memory, or end what else runs there."
     )
