@@ -54,7 +54,7 @@ class Attention(torch.nn.Module):
         self.heads = H // tp.axis.size
         self.kv_heads = len(kv_heads_of(G, tp.axis.size, tp.axis.rank))
         self.widths = [self.heads * D, self.kv_heads * D, self.kv_heads * D]
-        self.qkv = Linear(tp.projection(H, G, D, C), tp.projection(H, G, D), **to)
+        self.qkv = Linear(tp.projection(H, G, D, C), tp.projection(H, G, D), tp, **to)
         self.out = RowLinear(H * D, C, tp, **to)
 
     def forward(
@@ -66,7 +66,7 @@ class Attention(torch.nn.Module):
             qkv, residual = norm.into(*product, branch, residual, dropout)
         else:
             y, residual = norm(branch, residual, dropout)
-            qkv = self.qkv(self.tp.enter(y, context.positions.shape))
+            qkv = self.qkv(y, context.positions.shape)
         config, shape = self.config, qkv.shape[:2]
         if context.cache is not None:
             y = self._attend_cached(qkv, context, layer)

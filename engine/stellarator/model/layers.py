@@ -9,6 +9,7 @@ random weights when they are made, which costs minutes for a large model and mov
 import torch
 
 from stellarator.parallel.pipeline.deferred import Deferred, split_linear
+from stellarator.parallel.products import column_product
 from stellarator.parallel.shard import Shard
 from stellarator.parallel.tensor import ALONE, TensorParallel
 from stellarator_kernels import layer_norm, layer_norm_linear, linear
@@ -42,14 +43,19 @@ class Linear(torch.nn.Module):
 
     deferred: Deferred | None = None  # of a schedule that makes weight gradients apart
 
-    def __init__(self, weight: Shard, bias: Shard, *, device, dtype):
+    def __init__(self, weight: Shard, bias: Shard, tp: TensorParallel, *, device, dtype):
         super().__init__()
+        self.tp = tp
         self.shards = {"weight": weight, "bias": bias}
         self.weight = parameter(weight, device=device, dtype=dtype)
         self.bias = parameter(bias, device=device, dtype=dtype)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return _product(x, self.weight, self.bias, self.deferred)
+    def forward(self, x: torch.Tensor, shape: torch.Size) -> torch.Tensor:
+        """x: (B, T, in), or the tokens that this rank has between products; shape: (B, T)."""
+        product = (x, self.weight, self.bias)
+        if self.tp.alone:
+            return _product(*product, self.deferred)
+        return column_product(*product, shape, self.tp, self.deferred)
 
 
 class RowLinear(torch.nn.Module):

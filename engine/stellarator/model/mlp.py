@@ -22,9 +22,9 @@ class Mlp(torch.nn.Module):
         self, config: ModelConfig, kernels: str, tp: TensorParallel = ALONE, *, device, dtype
     ):
         super().__init__()
-        self.approximate, self.kernels, self.tp = _APPROXIMATE[config.activation], kernels, tp
+        self.approximate, self.kernels = _APPROXIMATE[config.activation], kernels
         C, F, to = config.width, config.ffn_width, {"device": device, "dtype": dtype}
-        self.up = Linear(tp.by_columns(F, C), tp.by_columns(F), **to)
+        self.up = Linear(tp.by_columns(F, C), tp.by_columns(F), tp, **to)
         self.down = RowLinear(F, C, tp, **to)
 
     def forward(
@@ -36,4 +36,4 @@ class Mlp(torch.nn.Module):
             h, residual = norm.into(up.weight, None, branch, residual, dropout)
             return bias_gelu_linear(h, up.bias, down.weight, down.bias, **options), residual
         y, residual = norm(branch, residual, dropout)
-        return down(bias_gelu(up(self.tp.enter(y, shape)), None, **options)), residual
+        return down(bias_gelu(up(y, shape), None, **options)), residual

@@ -1,0 +1,225 @@
+"""Products by columns whose communication travels beside them.
+
+The reference is `TensorParallel.enter` and a product behind it, one after the other: gradients
+equal to the bit, on gloo processes. What overlaps is read off a clock of the test's own, on which
+products and messages take a given time. Not covered: NCCL; layouts of the model, which are in
+test_parity_matrix.py.
+"""
+
+import pytest
+import torch
+import torch.distributed as dist
+from ranks import on_ranks
+
+from stellarator.model import build_model
+from stellarator.parallel import products
+from stellarator.parallel.mesh import Axis, Group
+from stellarator.parallel.pipeline.deferred import Deferred
+from stellarator.parallel.products import column_product
+from stellarator.parallel.tensor import TensorParallel
+from stellarator_kernels import linear
+
+pytestmark = pytest.mark.dist
+B, T, C, OUT = 2, 6, 24, 10
+
+
+def tensors(rank: int, tp: TensorParallel, dtype):
+    """x, weight, bias and dy of a rank; x is the same on all, or with sp each rank's own."""
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(*shape):
+        return torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
+
+    x = draw(B, T, C)
+    x = x.view(tp.axis.size, -1, C)[rank : rank + 1] if tp.sp else x
+    shapes = (OUT, C), (OUT,), (B, T, OUT)
+    return x, *([draw(*shape) for _ in range(tp.axis.size)][rank] for shape in shapes)
+
+
+def gradients(product, needs, x, weight, bias, dy):
+    """What a product gives, and the gradients of what needs one."""
+    inputs = [
+        t.clone().requires_grad_(bool(n)) for t, n in zip((x, weight, bias), needs, strict=True)
+    ]
+    y = product(*inputs)
+    y.backward(dy)
+    return [y.detach(), *(t.grad for t in inputs)]
+
+
+def every_form(rank: int, size: int):
+    """Both ways in every form, and the products whose weight gradient is made apart."""
+    axis = Axis("tp", rank, size, Group(dist.group.WORLD))
+    for sp in (False, True):
+        tp = TensorParallel(axis, sp)
+        for dtype in (torch.float64, torch.float32, torch.bfloat16):
+            given = tensors(rank, tp, dtype)
+            shape = torch.Size((B, T))
+
+            def apart(x, weight, bias, tp=tp, shape=shape):
+                return linear(tp.enter(x, shape), weight, bias)
+
+            def beside(x, weight, bias, tp=tp, shape=shape):
+                return column_product(x, weight, bias, shape, tp)
+
+            frozen = ((1, 0, 0), (0, 1, 0), (1, 1, 0)) if dtype == torch.float64 else ()
+            for needs in ((1, 1, 1), *frozen):
+                expected, got = (gradients(f, needs, *given) for f in (apart, beside))
+                for a, b in zip(expected, got, strict=True):
+                    assert (a is None) == (b is None) and (a is None or torch.equal(a, b)), needs
+        later(tp, shape, *given)
+
+
+def later(tp, shape, x, weight, bias, dy):
+    """Weight gradients of three products and two micro-batches, made when they are asked for."""
+    deferred = Deferred()
+    weights = [(weight + n).requires_grad_() for n in range(3)]
+    expected = [torch.zeros_like(w, dtype=torch.float32) for w in weights]
+    for w, total in zip(weights, expected, strict=True):
+        w.main_grad = torch.zeros_like(total)
+    for key in (0, 1):
+        deferred.key = key
+        for w, total in zip(weights, expected, strict=True):
+            x = x + key
+            given = x.clone().requires_grad_()
+            column_product(given, w, bias, shape, tp, deferred).backward(dy)
+            assert w.grad is None and not w.main_grad.any() and given.grad is not None
+            whole = tp.axis.gather(x.flatten(0, 1)) if tp.sp else x.flatten(0, 1)
+            total.add_(dy.flatten(0, 1).T @ whole)
+    for key in (0, 1):
+        deferred.run(key)
+    assert deferred.empty
+    for w, total in zip(weights, expected, strict=True):
+        assert torch.equal(w.main_grad, total)
+
+
+@pytest.mark.parametrize("size", [2, 3])
+def test_the_bits_are_those_of_one_after_the_other(size):
+    on_ranks(every_form, size, size)
+
+
+class Clock:
+    """Seconds that only products and messages take."""
+
+    def __init__(self):
+        self.now = 0.0
+        self.events = []
+
+    def spend(self, what: str, seconds: float) -> None:
+        self.events.append(what)
+        self.now += seconds
+
+
+class Message:
+    """Of a link that carries one after the other."""
+
+    free = 0.0
+
+    def __init__(self, clock: Clock, what: str, seconds: float):
+        Message.free = max(Message.free, clock.now) + seconds
+        self.clock, self.what, self.end = clock, what, Message.free
+        clock.events.append(f"begin {what}")
+
+    def wait(self):
+        self.clock.events.append(f"wait {self.what}")
+        self.clock.now = max(self.clock.now, self.end)
+
+
+class Timed(Axis):
+    """Of ranks that are all like this one; a sum takes 2 s, a part of one or a gather 1 s."""
+
+    def gather(self, x):
+        return torch.cat([x] * self.size)
+
+    def begin_sum_(self, x):
+        return Message(CLOCK, "sum", 2.0)
+
+    def begin_scatter_sum_(self, x):
+        return Message(CLOCK, "part", 1.0)
+
+    def begin_gather(self, x, part):
+        x.copy_(torch.cat([part] * self.size))
+        return Message(CLOCK, "gather", 1.0)
+
+
+CLOCK = Clock()
+
+
+class Timing:
+    """Operators of which each takes 1.5 s of the clock."""
+
+    def __getattr__(self, name):
+        def call(*arguments):
+            CLOCK.spend(name, 1.5)
+            return getattr(torch.ops.stellarator, name)(*arguments)
+
+        return call
+
+
+@pytest.mark.parametrize("sp", [False, True])
+def test_messages_travel_beside_products(sp, monkeypatch):
+    """The longer of both, not their sum: two products take 3 s, and their messages 2 s."""
+    tp = TensorParallel(Timed("tp", 1, 2), sp)
+    x, weight, bias, dy = tensors(1, tp, torch.float64)
+    y = column_product(x.requires_grad_(), weight.requires_grad_(), bias, torch.Size((B, T)), tp)
+    monkeypatch.setattr(products, "_ops", Timing())
+    CLOCK.__init__()
+    Message.free = 0.0
+    y.backward(dy)
+    if sp:
+        order = ["begin gather", "product", "begin part", "wait gather", "weight_gradient"]
+        assert CLOCK.events == [*order, "wait part"] and CLOCK.now == 3.0
+    else:
+        assert CLOCK.events == ["product", "begin sum", "weight_gradient", "wait sum"]
+        assert CLOCK.now == 3.5  # the sum is longer than the product beside it
+
+
+def test_deferred_gradients_gather_ahead():
+    tp = TensorParallel(Timed("tp", 1, 2), sp=True)
+    x, weight, bias, dy = tensors(1, tp, torch.float64)
+    weight.requires_grad_().main_grad = torch.zeros_like(weight)
+    add = weight.main_grad.add_
+    weight.main_grad.add_ = lambda product: (CLOCK.spend("product", 1.5), add(product))
+    deferred = Deferred()
+    deferred.key = "W"
+    for _ in range(3):
+        y = column_product(x.requires_grad_(), weight, bias, torch.Size((B, T)), tp, deferred)
+        y.backward(dy)
+    CLOCK.__init__()
+    Message.free = 0.0
+    deferred.run("W")
+    ahead = ["wait gather", "begin gather", "product"]
+    assert CLOCK.events == ["begin gather", *ahead, *ahead, "wait gather", "product"]
+    assert CLOCK.now == 1.0 + 3 * 1.5
+
+
+def kept_bytes(model, *arguments) -> int:
+    """Bytes that a forward pass keeps for its backward, beside the parameters."""
+    found = {}
+    own = {p.untyped_storage()._cdata for p in model.parameters()}
+
+    def note(t):
+        storage = t.untyped_storage()
+        if storage._cdata not in own:
+            found[storage._cdata] = storage.nbytes(), t  # alive: no address is used again
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda t: t):
+        model(*arguments, reduction="sum")
+    return sum(nbytes for nbytes, _ in found.values())
+
+
+def test_gathered_tokens_are_not_kept(tiny_config, monkeypatch):
+    """Of two products a layer it would be what the other ranks have of x."""
+    config, tp = tiny_config.model, TensorParallel(Timed("tp", 0, 2), sp=True)
+    monkeypatch.setattr(Timed, "scatter_sum", lambda self, x: x[: len(x) // self.size].clone())
+    model = build_model(config, dtype=torch.float64, tp=tp)
+    tokens = torch.arange(40).view(2, 20)
+    after = kept_bytes(model, tokens, tokens)
+
+    def apart(x, weight, bias, shape, tp, deferred):
+        return linear(tp.enter(x, shape), weight, bias)
+
+    monkeypatch.setattr("stellarator.model.layers.column_product", apart)
+    before = kept_bytes(model, tokens, tokens)
+    others = tokens.numel() // 2 * config.width * 8
+    assert before - after == 2 * config.num_layers * others
