@@ -19,6 +19,8 @@ VERBS = {
     "compare": ("results", "changes between two result files"),
     "train": ("bench_train", "one training step beside transformers: time and memory"),
     "data": ("bench_data", "reading, tokenizing, packing and loading beside plain code"),
+    "collectives": ("bench_collectives", "all-reduce and the others beside bare torch: times"),
+    "overlap": ("overlap", "communication that lies under computation: shares, a trace"),
     "parity": ("parity", "layouts over processes beside one process: weights and losses"),
     "compile": ("bench_compile", "every Triton kernel compiled for GPUs that are not here"),
     "gpu": ("gpu", "every op on a GPU at the shapes of StarCoder2-3B"),

@@ -83,11 +83,11 @@ def measure_limits(
 
 
 def _processor_seconds() -> tuple[float, float]:
-    """Busy seconds of all processors of the machine, and of this process."""
+    """Busy seconds of all processors of the machine, and of this process and those it started."""
     with open("/proc/stat") as file:
         user, nice, system, _, _, irq, softirq, *_ = map(int, file.readline().split()[1:8])
-    own = os.times()
-    return (user + nice + system + irq + softirq) / _TICKS, own.user + own.system
+    # Children count when they have ended and were waited for.
+    return (user + nice + system + irq + softirq) / _TICKS, sum(os.times()[:4])
 
 
 def _calibrate() -> list[float]:
@@ -104,10 +104,11 @@ def _calibrate() -> list[float]:
 class Quietness:
     """Whether other work disturbed a stretch of time: made at its beginning, asked at its end.
 
-    Two signs: processor time of the machine that is not of this process, as a share of all its
-    processors; and a fixed piece of arithmetic whose typical time is above its least, or is not the
-    same before and after. Processor time is counted in ticks of 10 ms, so a stretch of less than
-    half a second is judged by the second sign alone.
+    Two signs: processor time of the machine that is not of this process, nor of those that it
+    started and that have ended, as a share of all its processors; and a fixed piece of arithmetic
+    whose typical time is above its least, or is not the same before and after. Processor time is
+    counted in ticks of 10 ms, so a stretch of less than half a second is judged by the second sign
+    alone.
     """
 
     def __init__(self):

@@ -71,6 +71,13 @@ def test_other_work_is_noticed():
         assert not found["quiet"] and "LOADED: other work took" in Quietness.warning(found)
 
 
+def test_the_work_of_a_process_that_was_started_is_own_work():
+    before = machine._processor_seconds()[1]
+    busy = "import time\nwhile time.process_time() < 0.5: pass"
+    subprocess.run([sys.executable, "-c", busy], check=True)
+    assert machine._processor_seconds()[1] - before >= 0.5
+
+
 def test_the_own_work_of_a_process_is_not_that_of_others(monkeypatch):
     busy = iter([(100.0, 10.0), (104.0, 13.0)])  # all, own
     clock = iter([0.0, 4.0])
