@@ -18,6 +18,8 @@ from stellarator import recipes, sizes
 from stellarator.config import ModelConfig, ParallelConfig
 from stellarator.model import Transformer, build_model
 from stellarator.model.transformer import RECOMPUTE
+from stellarator.parallel.mesh import Axis
+from stellarator.parallel.tensor import ALONE, TensorParallel
 from stellarator.plan import make_case
 from stellarator.plan.memory import stage_activation_bytes
 from stellarator.train import flops
@@ -48,9 +50,9 @@ class Made(TorchDispatchMode):
         return results
 
 
-def kept_bytes(model: ModelConfig, N: int, recompute: str, dtype) -> int:
+def kept_bytes(model: ModelConfig, N: int, recompute: str, dtype, tp=ALONE) -> int:
     """What is alive between a forward pass and its backward, beside the parameters."""
-    built = build_model(model, dtype=dtype, recompute=recompute)
+    built = build_model(model, dtype=dtype, recompute=recompute, tp=tp)
     own = {p.untyped_storage()._cdata for p in built.parameters()}
     tokens = torch.randint(0, model.vocab_size, (1, N))
     with Made() as made:
@@ -73,6 +75,32 @@ def test_activations_of_a_layer_are_what_is_kept(model, recompute, precision):
     itemsize = sizes.ITEMSIZE[precision]
     assert itemsize == dtype.itemsize
     assert three - two == sizes.layer_activation_bytes(model, N, recompute, itemsize)
+
+
+class Alike(Axis):
+    """Of ranks that all have the same numbers."""
+
+    def sum_(self, x):
+        return x.mul_(self.size)
+
+    def gather(self, x):
+        return torch.cat([x] * self.size)
+
+    def scatter_sum(self, x):
+        return self.size * x[: len(x) // self.size]
+
+
+@pytest.mark.parametrize("recompute", ["none", "full"])
+@pytest.mark.parametrize("sp", [False, True])
+@pytest.mark.parametrize("model", [ROPE, LEARNED, WIDE], ids=["rope", "learned", "wide"])
+def test_activations_of_a_layer_of_a_tensor_rank_are_what_is_kept(model, sp, recompute):
+    """Exactly; what a norm or a gelu made is not kept, nor what other ranks have."""
+    N, tp = 64, TensorParallel(Alike("tp", 1, 2), sp)
+    two, three = (
+        kept_bytes(dataclasses.replace(model, num_layers=L), N, recompute, torch.float32, tp)
+        for L in (2, 3)
+    )
+    assert three - two == sizes.layer_activation_bytes(model, N, recompute, 4, tp=2, sp=sp)
 
 
 @pytest.mark.parametrize("recompute", RECOMPUTE)

@@ -1,9 +1,9 @@
-"""Products by columns whose communication travels beside them.
+"""Products that ranks share, whose communication travels beside them.
 
-The reference is `TensorParallel.enter` and a product behind it, one after the other: gradients
+The reference is `TensorParallel.enter`, a product, and `leave`, one after the other: gradients
 equal to the bit, on gloo processes. What overlaps is read off a clock of the test's own, on which
 products and messages take a given time. Not covered: NCCL; layouts of the model, which are in
-test_parity_matrix.py.
+test_parity_matrix.py; what is kept, which is in test_sizes.py.
 """
 
 import pytest
@@ -11,11 +11,14 @@ import torch
 import torch.distributed as dist
 from ranks import on_ranks
 
-from stellarator.model import build_model
+from stellarator.config import ModelConfig
+from stellarator.model import build_model, layers
+from stellarator.model.dropout import Dropout
+from stellarator.model.transformer import RECOMPUTE
 from stellarator.parallel import products
 from stellarator.parallel.mesh import Axis, Group
 from stellarator.parallel.pipeline.deferred import Deferred
-from stellarator.parallel.products import column_product
+from stellarator.parallel.products import Again, column_product, row_product
 from stellarator.parallel.tensor import TensorParallel
 from stellarator_kernels import linear
 
@@ -56,7 +59,7 @@ def every_form(rank: int, size: int):
             shape = torch.Size((B, T))
 
             def apart(x, weight, bias, tp=tp, shape=shape):
-                return linear(tp.enter(x, shape), weight, bias)
+                return column_apart(x, weight, bias, shape, tp)
 
             def beside(x, weight, bias, tp=tp, shape=shape):
                 return column_product(x, weight, bias, shape, tp)
@@ -67,6 +70,40 @@ def every_form(rank: int, size: int):
                 for a, b in zip(expected, got, strict=True):
                     assert (a is None) == (b is None) and (a is None or torch.equal(a, b)), needs
         later(tp, shape, *given)
+        whole_models(rank, tp)
+
+
+def whole_models(rank: int, tp: TensorParallel) -> None:
+    """Gradients of a model with dropout, under recomputation, and with a norm that is watched."""
+    rates = {f"{name}_dropout": 0.1 for name in ("residual", "embedding", "attention")}
+    config = ModelConfig(
+        vocab_size=50, num_layers=2, width=24, num_heads=6, num_kv_heads=6, ffn_width=36, **rates
+    )
+    tokens = torch.arange(B * 2 * T).view(B, 2 * T) % 50
+
+    def gradients(recompute: str, watched: bool) -> list[torch.Tensor]:
+        model = build_model(config, dtype=torch.float64, recompute=recompute, tp=tp)
+        if watched:
+            model.layers[1].mlp_norm.register_forward_hook(lambda m, x, y: (2 * y[0], y[1]))
+        model(tokens, tokens, reduction="sum", dropout=Dropout(3, 0)).backward()
+        return [p.grad for p in model.parameters()]
+
+    for watched in (False, True):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(layers, "column_product", column_apart)
+            patch.setattr(layers, "row_product", row_apart)
+            expected = gradients("none", watched)
+        for recompute in RECOMPUTE:
+            for a, b in zip(expected, gradients(recompute, watched), strict=True):
+                assert torch.equal(a, b), (rank, tp.sp, recompute, watched)
+
+
+def column_apart(x, weight, bias, shape, tp, deferred=None, again=None):
+    return linear(tp.enter(x, shape), weight, bias)
+
+
+def row_apart(x, weight, tp, deferred=None, again=None):
+    return tp.leave(linear(x, weight))
 
 
 def later(tp, shape, x, weight, bias, dy):
@@ -87,7 +124,15 @@ def later(tp, shape, x, weight, bias, dy):
             total.add_(dy.flatten(0, 1).T @ whole)
     for key in (0, 1):
         deferred.run(key)
-    assert deferred.empty
+    u, at_once = dy.detach().requires_grad_(), weight.T.clone().requires_grad_()
+    apart = at_once.detach().clone().requires_grad_()
+    apart.main_grad = torch.zeros_like(apart)
+    for key, w in ((None, at_once), ("row", apart)):
+        deferred.key = key
+        row_product(u.exp(), w, tp, deferred, Again(torch.exp, (u,))).sum().backward()
+    assert apart.grad is None and not apart.main_grad.any()
+    deferred.run("row")
+    assert torch.equal(apart.main_grad, at_once.grad) and deferred.empty
     for w, total in zip(weights, expected, strict=True):
         assert torch.equal(w.main_grad, total)
 
@@ -155,6 +200,24 @@ class Timing:
         return call
 
 
+def test_the_input_of_a_product_by_rows_is_made_while_its_gradient_travels(monkeypatch):
+    tp = TensorParallel(Timed("tp", 1, 2), sp=True)
+    x, weight, _, _ = tensors(1, tp, torch.float64)
+    x, weight = x.requires_grad_(), weight.requires_grad_()
+    made = Again(lambda x: CLOCK.spend("make", 0.75) or x.exp(), (x,))
+    monkeypatch.setattr(Timed, "scatter_sum", lambda self, x: x[: len(x) // self.size].clone())
+    y = row_product(x.exp(), weight, tp, again=made)
+    monkeypatch.setattr(products, "_ops", Timing())
+    CLOCK.__init__()
+    Message.free = 0.0
+    y.sum().backward()
+    order = ["begin gather", "make", "wait gather", "product", "weight_gradient"]
+    assert CLOCK.events == order and CLOCK.now == 1.0 + 2 * 1.5
+    ones = torch.ones(1, T, OUT, dtype=torch.float64)
+    assert torch.equal(weight.grad, (ones.flatten(0, 1).T @ x.detach().exp().flatten(0, 1)))
+    assert torch.equal(x.grad, ones @ weight.detach() * x.detach().exp())
+
+
 @pytest.mark.parametrize("sp", [False, True])
 def test_messages_travel_beside_products(sp, monkeypatch):
     """The longer of both, not their sum: two products take 3 s, and their messages 2 s."""
@@ -190,36 +253,3 @@ def test_deferred_gradients_gather_ahead():
     ahead = ["wait gather", "begin gather", "product"]
     assert CLOCK.events == ["begin gather", *ahead, *ahead, "wait gather", "product"]
     assert CLOCK.now == 1.0 + 3 * 1.5
-
-
-def kept_bytes(model, *arguments) -> int:
-    """Bytes that a forward pass keeps for its backward, beside the parameters."""
-    found = {}
-    own = {p.untyped_storage()._cdata for p in model.parameters()}
-
-    def note(t):
-        storage = t.untyped_storage()
-        if storage._cdata not in own:
-            found[storage._cdata] = storage.nbytes(), t  # alive: no address is used again
-        return t
-
-    with torch.autograd.graph.saved_tensors_hooks(note, lambda t: t):
-        model(*arguments, reduction="sum")
-    return sum(nbytes for nbytes, _ in found.values())
-
-
-def test_gathered_tokens_are_not_kept(tiny_config, monkeypatch):
-    """Of two products a layer it would be what the other ranks have of x."""
-    config, tp = tiny_config.model, TensorParallel(Timed("tp", 0, 2), sp=True)
-    monkeypatch.setattr(Timed, "scatter_sum", lambda self, x: x[: len(x) // self.size].clone())
-    model = build_model(config, dtype=torch.float64, tp=tp)
-    tokens = torch.arange(40).view(2, 20)
-    after = kept_bytes(model, tokens, tokens)
-
-    def apart(x, weight, bias, shape, tp, deferred):
-        return linear(tp.enter(x, shape), weight, bias)
-
-    monkeypatch.setattr("stellarator.model.layers.column_product", apart)
-    before = kept_bytes(model, tokens, tokens)
-    others = tokens.numel() // 2 * config.width * 8
-    assert before - after == 2 * config.num_layers * others

@@ -66,7 +66,7 @@ class Attention(torch.nn.Module):
             qkv, residual = norm.into(*product, branch, residual, dropout)
         else:
             y, residual = norm(branch, residual, dropout)
-            qkv = self.qkv(y, context.positions.shape)
+            qkv = self.qkv(y, context.positions.shape, norm.again(residual))
         config, shape = self.config, qkv.shape[:2]
         if context.cache is not None:
             y = self._attend_cached(qkv, context, layer)

@@ -1,15 +1,17 @@
 """Parameters without a rule for their initial values, and the two layers made of nothing else.
 
-defines: parameter, fusible, Linear, RowLinear, LayerNorm
+defines: parameter, plain, fusible, Linear, RowLinear, LayerNorm
 
 Values come from `init.initialize` or from a file, so nothing is drawn here: torch's own layers draw
 random weights when they are made, which costs minutes for a large model and moves its random state.
 """
 
+from functools import partial
+
 import torch
 
 from stellarator.parallel.pipeline.deferred import Deferred, split_linear
-from stellarator.parallel.products import column_product
+from stellarator.parallel.products import Again, column_product, row_product
 from stellarator.parallel.shard import Shard
 from stellarator.parallel.tensor import ALONE, TensorParallel
 from stellarator_kernels import layer_norm, layer_norm_linear, linear
@@ -20,21 +22,28 @@ def parameter(shard: Shard, *, device, dtype) -> torch.nn.Parameter:
     return torch.nn.Parameter(torch.empty(shard.local_shape, device=device, dtype=dtype))
 
 
-def fusible(*modules: torch.nn.Module) -> bool:
-    """Whether ops that span these modules may run in place of their `forward`.
+def plain(*modules: torch.nn.Module) -> bool:
+    """Whether these modules do what they are written to do, and nobody looks.
 
-    Not if one is of another class (an adapter), somebody watches it by hooks, ranks share it, or
-    its weight gradient is made apart.
+    Not if one is of another class (an adapter) or somebody watches it by hooks.
     """
     return all(
         type(module) in (Linear, RowLinear, LayerNorm)
-        and getattr(module, "tp", ALONE).alone
-        and getattr(module, "deferred", None) is None
         and not module._forward_hooks
         and not module._forward_pre_hooks
         and not module._backward_hooks
         and not module._backward_pre_hooks
         for module in modules
+    )
+
+
+def fusible(*modules: torch.nn.Module) -> bool:
+    """Whether ops that span these modules may run in place of their `forward`.
+
+    Not if one is not `plain`, ranks share it, or its weight gradient is made apart.
+    """
+    return plain(*modules) and all(
+        module.tp.alone and getattr(module, "deferred", None) is None for module in modules
     )
 
 
@@ -50,12 +59,17 @@ class Linear(torch.nn.Module):
         self.weight = parameter(weight, device=device, dtype=dtype)
         self.bias = parameter(bias, device=device, dtype=dtype)
 
-    def forward(self, x: torch.Tensor, shape: torch.Size) -> torch.Tensor:
-        """x: (B, T, in), or the tokens that this rank has between products; shape: (B, T)."""
+    def forward(
+        self, x: torch.Tensor, shape: torch.Size, again: Again | None = None
+    ) -> torch.Tensor:
+        """x: (B, T, in), or the tokens that this rank has between products; shape: (B, T).
+
+        again: makes x, where ranks share the product; None: x is kept for the backward.
+        """
         product = (x, self.weight, self.bias)
         if self.tp.alone:
             return _product(*product, self.deferred)
-        return column_product(*product, shape, self.tp, self.deferred)
+        return column_product(*product, shape, self.tp, self.deferred, again)
 
 
 class RowLinear(torch.nn.Module):
@@ -70,10 +84,11 @@ class RowLinear(torch.nn.Module):
         self.weight = parameter(self.shards["weight"], device=device, dtype=dtype)
         self.bias = parameter(self.shards["bias"], device=device, dtype=dtype)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, again: Again | None = None) -> torch.Tensor:
+        """x: (B, T, in_tp); again: as of `Linear`."""
         if self.tp.alone:
             return _product(x, self.weight, self.bias, self.deferred)
-        return self.tp.leave(_product(x, self.weight, None, self.deferred)) + self.bias
+        return row_product(x, self.weight, self.tp, self.deferred, again) + self.bias
 
 
 def _product(x, weight, bias, deferred: Deferred | None) -> torch.Tensor:
@@ -105,6 +120,13 @@ class LayerNorm(torch.nn.Module):
         if branch is None:
             return layer_norm(residual, *norm, impl=self.kernels), residual
         return layer_norm(branch, *norm, residual, **(dropout or {}), impl=self.kernels)
+
+    def again(self, summed: torch.Tensor) -> Again | None:
+        """How the normalised rows of these sums are made a second time; None: keep them."""
+        if not plain(self):
+            return None
+        make = partial(layer_norm, eps=self.eps, impl=self.kernels)
+        return Again(make, (summed, self.weight, self.bias))
 
     def into(
         self,

@@ -5,10 +5,13 @@ The bias of `up` is added in the gelu. Normalised and activated rows are not kep
 defines: Mlp
 """
 
+from functools import partial
+
 import torch
 
 from stellarator.config import ModelConfig
 from stellarator.model.layers import LayerNorm, Linear, RowLinear, fusible
+from stellarator.parallel.products import Again
 from stellarator.parallel.tensor import ALONE, TensorParallel
 from stellarator_kernels import bias_gelu, bias_gelu_linear
 
@@ -36,4 +39,6 @@ class Mlp(torch.nn.Module):
             h, residual = norm.into(up.weight, None, branch, residual, dropout)
             return bias_gelu_linear(h, up.bias, down.weight, down.bias, **options), residual
         y, residual = norm(branch, residual, dropout)
-        return down(bias_gelu(up(y, shape), None, **options)), residual
+        h = up(y, shape, norm.again(residual))
+        gelu = partial(bias_gelu, bias=None, **options)
+        return down(gelu(h), Again(gelu, (h,))), residual

@@ -1,25 +1,33 @@
-"""Products by columns, whose communication travels beside the products of their backward.
+"""Products that ranks share, whose communication travels beside the work of their backward.
 
-defines: column_product
+defines: Again, column_product, row_product
 
-    y = x @ weight^T + bias,  x of the tokens of all tensor ranks, weight the outputs of this one
+    y = x @ weight^T + bias,  by columns: of the tokens of all tensor ranks, outputs of this one;
+                              by rows: of the inputs of this rank, summed over the ranks
 
-    forward             y; with sp behind a gather of x
-    backward            dx = dy @ weight, and its sum over the ranks begins
-                        dweight = dy^T @ x and dbias while it travels; then wait
-    backward with sp    x begins to be gathered again; dx meanwhile; then as above, but a rank keeps
-                        the sum of its own tokens only
+    by columns      forward         y; with sp behind a gather of x
+                    backward        dx = dy @ weight, and its sum over the ranks begins
+                                    dweight = dy^T @ x and dbias while it travels; then wait
+                    backward, sp    x begins to be gathered again; dx meanwhile; then as above, but
+                                    a rank keeps the sum of its own tokens only
+    by rows         forward         y and its sum; with sp a rank keeps that of its own tokens
+                    backward        dx, dweight
+                    backward, sp    dy begins to be gathered; x is made again meanwhile; dx, dweight
 
 The gathered x is not kept from forward to backward: for two products of every layer that would be
 tp times what a rank otherwise keeps of x, and the second gather costs no time where it is shorter
-than the product beside it. Nothing is summed in another order than by `TensorParallel.enter` and a
-product behind it, so the bits are the same.
+than the product beside it. Nor is an x that a norm or a gelu made kept, as in
+stellarator_kernels/linear.py: it is made again from what is kept anyway. Nothing is summed in
+another order than by `TensorParallel.enter`, a product and `leave`, so the bits are the same.
 
-Letters: N tokens of the micro-batch, N_sp of this rank, C width.
+Letters: N tokens of the micro-batch, N_sp of this rank, C width, F_tp inputs of this rank.
 
 Source: Narayanan et al. 2021, arXiv:2104.04473, and Korthikanti et al. 2022, arXiv:2205.05198, the
 second gather.
 """
+
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 
@@ -30,6 +38,14 @@ from stellarator_kernels import linear
 _ops = torch.ops.stellarator
 
 
+@dataclass(frozen=True)
+class Again:
+    """How the input of a product is made a second time: make(*tensors), the same bits."""
+
+    make: Callable[..., torch.Tensor]
+    tensors: tuple[torch.Tensor, ...]
+
+
 def column_product(
     x: torch.Tensor,
     weight: torch.Tensor,
@@ -37,6 +53,7 @@ def column_product(
     shape: torch.Size,
     tp: TensorParallel,
     deferred: Deferred | None = None,
+    again: Again | None = None,
 ) -> torch.Tensor:
     """linear(tp.enter(x, shape), weight, bias) of several tensor ranks.
 
@@ -45,41 +62,113 @@ def column_product(
         weight, bias: (out, C) and (out,): the outputs of this rank.
         shape: (B, T) of all tokens.
         deferred: of a schedule that makes weight gradients apart.
+        again: makes x; None: x is kept.
     Returns:
         (B, T, out).
     """
-    return _ColumnProduct.apply(x.flatten(0, 1), weight, bias, tp, deferred).unflatten(0, shape)
+    make, *tensors = _parts(x, again)
+    y = _ColumnProduct.apply(x.flatten(0, 1), weight, bias, tp, deferred, make, *tensors)
+    return y.unflatten(0, shape)
+
+
+def row_product(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    tp: TensorParallel,
+    deferred: Deferred | None = None,
+    again: Again | None = None,
+) -> torch.Tensor:
+    """tp.leave(linear(x, weight)) of several tensor ranks.
+
+    Args:
+        x: (B, T, F_tp).
+        weight: (C, F_tp): the inputs of this rank.
+        deferred, again: as of `column_product`.
+    Returns:
+        (B, T, C), with sp (1, N_sp, C).
+    """
+    make, *tensors = _parts(x, again)
+    y = _RowProduct.apply(x.flatten(0, 1), weight, tp, deferred, make, *tensors)
+    return y[None] if tp.sp else y.unflatten(0, x.shape[:2])
+
+
+def _parts(x: torch.Tensor, again: Again | None) -> tuple:
+    """What makes x, and the tensors it is made of, which are kept."""
+    again = again or Again(lambda x: x, (x,))
+    return again.make, *(t.detach() for t in again.tensors)
 
 
 class _ColumnProduct(torch.autograd.Function):
-    """Of tokens (N, C) or (N_sp, C), which are all that is kept beside the weight."""
+    """Of tokens (N, C) or (N_sp, C); the last inputs are what is kept of them."""
 
     @staticmethod
-    def forward(ctx, x, weight, bias, tp: TensorParallel, deferred: Deferred | None):
-        ctx.tp, ctx.deferred = tp, deferred
-        ctx.save_for_backward(x, weight)
+    def forward(ctx, x, weight, bias, tp: TensorParallel, deferred, make, *tensors):
+        ctx.tp, ctx.deferred, ctx.make = tp, deferred, make
+        ctx.save_for_backward(weight, *tensors)
         return linear(tp.axis.gather(x) if tp.sp else x, weight, bias)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, dy):
-        x, weight = ctx.saved_tensors
+        weight, rows = _weight_and_rows(ctx, ctx.tp.sp)
         axis, sp = ctx.tp.axis, ctx.tp.sp
-        need_dx, need_dweight, need_dbias, *_ = ctx.needs_input_grad
-        rows, dx, dweight = Rows(x, axis if sp else None), None, None
-        later = ctx.deferred is not None and ctx.deferred.key is not None
-        if need_dweight and not later:
+        need_dx, need_dweight, need_dbias = ctx.needs_input_grad[:3]
+        dx = None
+        if sp and need_dweight and not _apart(ctx):
             rows.begin()
         if need_dx:
             dx = _ops.product(dy, weight)
             work = (axis.begin_scatter_sum_ if sp else axis.begin_sum_)(dx.view(-1))
-        if later:
-            ctx.deferred.add(weight, dy, rows)
-        elif need_dweight:
-            dweight = _ops.weight_gradient(dy, rows.wait())
+        dweight = _weight_gradient(ctx, need_dweight, weight, dy, rows)
         dbias = dy.sum(0) if need_dbias else None
         if need_dx:
             work.wait()
             if sp:  # a copy, so that the others' tokens are freed
                 dx = dx.unflatten(0, (axis.size, -1))[axis.rank].clone()
-        return dx, dweight, dbias, None, None
+        return dx, dweight, dbias, *(None,) * (len(ctx.needs_input_grad) - 3)
+
+
+class _RowProduct(torch.autograd.Function):
+    """Of inputs (N, F_tp); the last inputs are what is kept of them."""
+
+    @staticmethod
+    def forward(ctx, x, weight, tp: TensorParallel, deferred, make, *tensors):
+        ctx.tp, ctx.deferred, ctx.make = tp, deferred, make
+        ctx.save_for_backward(weight, *tensors)
+        y = linear(x, weight)
+        # A copy is summed: selective recomputation may keep y.
+        return tp.axis.scatter_sum(y) if tp.sp else tp.axis.sum_(y.clone())
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, dy):
+        weight, rows = _weight_and_rows(ctx, gathered=False)
+        need_dx, need_dweight = ctx.needs_input_grad[:2]
+        if ctx.tp.sp:
+            whole = Rows(lambda: dy.contiguous(), ctx.tp.axis)
+            whole.begin()
+            if need_dweight and not _apart(ctx):
+                rows.begin()
+            dy = whole.wait()
+        dx = _ops.product(dy, weight) if need_dx else None
+        dweight = _weight_gradient(ctx, need_dweight, weight, dy, rows)
+        return dx, dweight, *(None,) * (len(ctx.needs_input_grad) - 2)
+
+
+def _weight_and_rows(ctx, gathered: bool) -> tuple[torch.Tensor, Rows]:
+    """The weight, and the input of the product, made again when it is asked for."""
+    (weight, *tensors), make = ctx.saved_tensors, ctx.make
+    return weight, Rows(lambda: make(*tensors).flatten(0, 1), ctx.tp.axis if gathered else None)
+
+
+def _apart(ctx) -> bool:
+    """Whether the weight gradient is made later."""
+    return ctx.deferred is not None and ctx.deferred.key is not None
+
+
+def _weight_gradient(ctx, needed: bool, weight, dy, rows: Rows) -> torch.Tensor | None:
+    """dy^T @ x, or None if nobody needs it now."""
+    if _apart(ctx):
+        ctx.deferred.add(weight, dy, rows)
+        return None
+    return _ops.weight_gradient(dy, rows.wait()) if needed else None

@@ -8,6 +8,7 @@ is made of, by (stage, micro-batch), and `Deferred.run` makes it.
 """
 
 from collections import deque
+from collections.abc import Callable
 
 import torch
 
@@ -16,18 +17,22 @@ from stellarator_kernels import linear
 
 
 class Rows:
-    """What a weight gradient needs of the input of its product.
+    """The input of a product, as its weight gradient needs it.
 
     Args:
-        x: (N, in); with an axis (N_sp, in), and all its ranks have theirs gathered.
+        make: gives (N, in); with an axis (N_sp, in), and those of all its ranks are gathered.
     """
 
-    def __init__(self, x: torch.Tensor, axis: Axis | None = None):
-        self._x, self._axis, self._work = x, axis, None
+    def __init__(self, make: Callable[[], torch.Tensor], axis: Axis | None = None):
+        self._make, self._axis = make, axis
+        self._x = self._work = None
 
     def begin(self) -> None:
-        """Begin to gather them, if they are of several ranks."""
-        if self._axis is not None and self._work is None:
+        """Make this rank's, and begin to gather the others'."""
+        if self._x is not None:
+            return
+        self._x = self._make()
+        if self._axis is not None:
             part, size = self._x, self._axis.size * len(self._x)
             self._x = part.new_empty(size, part.shape[1])
             self._work = self._axis.begin_gather(self._x, part)
@@ -92,7 +97,7 @@ class _SplitLinear(torch.autograd.Function):
         if ctx.deferred.key is None:
             dweight = dy2.T @ x2
         else:
-            ctx.deferred.add(weight, dy2, Rows(x2))
+            ctx.deferred.add(weight, dy2, Rows(lambda: x2))
         return dy @ weight, dweight, dy2.sum(0) if ctx.has_bias else None, None
 
 
