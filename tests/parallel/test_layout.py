@@ -85,6 +85,16 @@ def test_every_reason_is_given_at_once():
     ]
 
 
+def test_rows_are_cut_in_two_chunks_a_context_rank_and_their_tokens_by_tensor_ranks():
+    """T a multiple of 2 cp, and of cp * tp with sp: what works is not refused, what cannot is."""
+    model = ModelConfig(num_heads=12, num_kv_heads=12, width=96, ffn_width=96)
+    for cp, tp, T in itertools.product((1, 2, 3, 4), (1, 2, 3, 4), range(12, 60)):
+        p = ParallelConfig(cp=cp, tp=tp, sp=tp > 1)
+        sizes = SIZES | {"seq_length": T}
+        works = (cp == 1 or T % (2 * cp) == 0) and (T / cp / tp).is_integer()
+        assert (problems(model, p, cp * tp, **sizes) == []) == works, (cp, tp, T)
+
+
 def test_layouts_of_the_recipes():
     """StarCoderBase on 512 GPUs: 16 micro-batches, 4,194,304 tokens a step."""
     model = recipes.get("starcoderbase").model
