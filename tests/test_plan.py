@@ -440,6 +440,8 @@ def test_values_of_the_recipe_can_be_changed(capsys):
     text = capsys.readouterr().out
     assert "pp 4 (zb_v x 2 stages)" in text and "8 micro-batches of 1 on each of 1 r" in text
     assert "DOES NOT FIT: 10 GiB less 6 for what is not counted leave 4" in text
+    assert main(["plan", "--gpus", "2", "--cp", "2", "--cp-form", "gather"]) == 0
+    assert "cp 2 (gather), pp 1, dp 1" in capsys.readouterr().out
     assert main(["plan", "--gpus", "2", "--search", "--top", "2"]) == 0
     assert "layouts work" in capsys.readouterr().out
 
