@@ -10,7 +10,7 @@ import dataclasses
 import pytest
 import torch
 
-from stellarator import recipes, sizes
+from stellarator import recipes, settings, sizes
 from stellarator.cli import main
 from stellarator.config import OptimConfig, ParallelConfig
 from stellarator.model import Transformer
@@ -165,7 +165,7 @@ def test_state_on_one_gpu_is_what_the_optimizer_holds(precision):
 
 def test_zero_shares_out_one_kind_after_the_other():
     whole, *shared = [
-        plan_of(num_gpus=64, zero=zero, tp=1, sp=False).memory[1] for zero in range(4)
+        plan_of(num_gpus=16, zero=zero, tp=1, sp=False, pp=1).memory[0] for zero in range(4)
     ]
     for zero, memory in enumerate(shared, 1):
         for least, kind in ((1, "masters"), (1, "moments"), (2, "gradients"), (3, "parameters")):
@@ -297,14 +297,15 @@ def test_tensor_traffic_without_sp_is_as_large_but_for_what_is_gathered_again():
 
 
 def test_zero_traffic():
-    count = make_case(BASE, PUBLISHED, 512).parameters(1)
-    found = [sent(plan_of(zero=zero), 1, "dp") for zero in range(4)]
-    part, m = 31 / 32 * count, 16
-    assert found[0] == {"sum of gradients": (round(2 * 4 * part), 11)}
+    """Four tensor ranks; a bucket for each of 40 layers and one for the rest; dp 128, m 4."""
+    count = make_case(BASE, ParallelConfig(tp=4), 512).parameters(0)
+    found = [sent(plan_of(zero=zero, pp=1), 0, "dp") for zero in range(4)]
+    part, m = 127 / 128 * count, 4
+    assert found[0] == {"sum of gradients": (round(2 * 4 * part), 41)}
     gathered = "parameters from their parts"
-    assert found[1][gathered] == (round(2 * part), 11)
-    assert found[2]["sum of gradients, in parts"] == (round(m * 4 * part), m * 11)
-    assert found[3][gathered] == (round(2 * m * 2 * part), 2 * m * 11)
+    assert found[1][gathered] == (round(2 * part), 41)
+    assert found[2]["sum of gradients, in parts"] == (round(m * 4 * part), m * 41)
+    assert found[3][gathered] == (round(2 * m * 2 * part), 2 * m * 41)
     alone = plan_of(num_gpus=16, zero=0)
     assert sent(alone, 1, "dp") == {}
 
@@ -367,6 +368,26 @@ def test_search_finds_what_trying_all_finds(memory_gib, network_gbps):
     found = search(config, 4, machine, top=4)
     assert [p.step_seconds for p in found.plans] == seconds and all(p.fits for p in found.plans)
     assert (found.num_tried, found.num_refused) == (tried, refused)
+
+
+def test_a_search_proposes_what_training_accepts():
+    """And refuses for the same reasons, word for word."""
+    config = dataclasses.replace(small(), folder="runs/x")
+    accepted = refused = 0
+    for parallel in (p for p in layouts(config, 8) if p.cp == 1):
+        said = settings.check_layout(dataclasses.replace(config, parallel=parallel), 8)
+        try:
+            make_case(config, parallel, 8)
+            accepted += 1
+        except ConfigError as error:
+            refused += 1
+            assert error.problems == said
+        else:
+            assert said == [], parallel
+    assert accepted > 50 and refused > 50
+    for plan in search(config, 8, Machine(), top=40).plans:
+        proposed = dataclasses.replace(config, parallel=plan.case.parallel)
+        assert plan.case.parallel.cp > 1 or settings.check_layout(proposed, 8) == []
 
 
 def test_a_search_without_a_result_says_so():

@@ -417,13 +417,6 @@ def check_layout(config: RunConfig, world_size: int) -> list[str]:
         for name in ("cp",)
         if getattr(parallel, name) != getattr(built, name)
     ]
-    stages = parallel.pp * parallel.stages_per_rank
-    if stages > 1 and parallel.zero > 1:
-        problems.append(
-            f"parallel.zero: expected 0 or 1 with {stages} pipeline stages, got {parallel.zero}: "
-            "a pipeline adds the gradients of its micro-batches in whole buffers. "
-            "Pass parallel.zero=1"
-        )
     train = config.train
     sizes = {name: getattr(train, name) for name in ("global_batch_size", "micro_batch_size")}
     return problems + layout.problems(

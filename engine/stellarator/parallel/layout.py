@@ -141,6 +141,12 @@ def problems(
         stages,
         "Every stage holds at least one layer",
     )
+    expect(
+        stages == 1 or p.zero < 2,
+        f"parallel.zero: expected 0 or 1 with {stages} pipeline stages",
+        p.zero,
+        "A pipeline adds the gradients of its micro-batches in whole buffers: pass zero=1",
+    )
     expect(not p.sp or p.tp > 1, "parallel.sp: expected false without tp", p.sp, "Pass sp=false")
     parts = p.cp * (p.tp if p.sp else 1) * (2 if p.cp > 1 else 1)
     expect(
