@@ -428,6 +428,54 @@ def test_the_printed_plan_of_starcoderbase(capsys):
     assert text.splitlines() == plan_lines(plan, ["tflops"])
 
 
+@pytest.mark.parametrize(
+    ("name", "num_gpus", "axes", "num_micro_batches"),
+    [
+        ("starcoder2_3b", 160, "tp 1, cp 1, pp 1, dp 160, zero 1", 4),
+        ("starcoder2_7b", 432, "tp 2 with sp, cp 1, pp 1, dp 216, zero 1", 4),
+        ("starcoder2_15b", 1024, "tp 8 with sp, cp 1, pp 4 (1f1b), dp 32, zero 1", 31),
+        ("starcoder2_3b_long", 160, "tp 1, cp 1, pp 1, dp 160, zero 1", 1),
+        ("starcoder2_7b_long", 432, "tp 2 with sp, cp 1, pp 1, dp 216, zero 1", 1),
+        ("starcoder2_15b_long", 992, "tp 8 with sp, cp 1, pp 1, dp 124, zero 1", 2),
+        ("santacoder", 96, "tp 1, cp 1, pp 1, dp 96, zero 0", 1),
+        ("starcoderbase_1b", 128, "tp 1, cp 1, pp 1, dp 128, zero 0", 1),
+        ("starcoderbase_3b", 256, "tp 1, cp 1, pp 1, dp 256, zero 0", 1),
+        ("starcoderbase_7b", 512, "tp 2, cp 1, pp 1, dp 256, zero 1", 2),
+        ("starcoderbase", 512, "tp 4 with sp, cp 1, pp 4 (1f1b), dp 32, zero 1", 16),
+        ("starcoder", 512, "tp 4 with sp, cp 1, pp 4 (1f1b), dp 32, zero 1", 16),
+    ],
+)
+def test_layouts_of_the_recipes(name, num_gpus, axes, num_micro_batches, capsys):
+    """Training accepts them on the machines that the docstrings name, and they fit into 80 GiB.
+
+    Of the first generation they are the published ones (tensor, pipeline, data parallel).
+    """
+    config = recipes.get(name)
+    assert settings.check(config) + settings.check_layout(config, num_gpus) == []
+    assert main(["plan", "--recipe", name, "--gpus", str(num_gpus)]) == 0
+    text = capsys.readouterr().out
+    assert f"\nlayout of {num_gpus} GPUs: {axes}\n" in text
+    assert f"; {num_micro_batches} micro-batches of {config.train.micro_batch_size} on" in text
+    assert "\nfits: 80 GiB" in text
+
+
+def test_every_large_recipe_has_a_checked_layout():
+    (mark,) = test_layouts_of_the_recipes.pytestmark
+    assert {case[0] for case in mark.args[1]} | {"demo", "tiny"} == set(recipes.names())
+
+
+def test_a_layout_that_is_given_replaces_that_of_the_recipe(capsys):
+    words = ["plan", "--recipe", "starcoderbase", "--gpus", "512"]
+    assert main([*words, "--tp", "4", "--sp", "--pp", "4", "--zero", "1"]) == 0
+    asked = capsys.readouterr().out
+    assert main(words) == 0
+    assert capsys.readouterr().out == asked
+    assert main([*words, "--zero", "0"]) == 0
+    assert "layout of 512 GPUs: tp 1, cp 1, pp 1, dp 512, zero 0\n" in capsys.readouterr().out
+    assert main([*words, "parallel.pp=2"]) == 0
+    assert "tp 4 with sp, cp 1, pp 2 (1f1b), dp 64, zero 1\n" in capsys.readouterr().out
+
+
 def test_values_of_the_recipe_can_be_changed(capsys):
     words = ["plan", "--recipe", "starcoderbase", "--gpus", "4", "--pp", "4", "--schedule", "zb_v"]
     assert main([*words, "train.global_batch_size=8", "--memory-gib", "10"]) == 0

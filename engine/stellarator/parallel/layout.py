@@ -117,7 +117,7 @@ def problems(
         world_size % ways == 0,
         f"parallel: expected processes that tp * cp * pp = {ways} divides",
         world_size,
-        f"Start {-(-world_size // ways) * ways}",
+        f"Start {-(-world_size // ways) * ways}, or pass another parallel.tp, pp or cp",
     )
     H, G = model.num_heads, model.num_kv_heads
     divisors = f"Pass a divisor of {H} heads and {model.ffn_width} MLP columns"
