@@ -153,6 +153,7 @@ def _layout(rng: random.Random, most: int) -> tuple[ParallelConfig, int]:
         stages_per_rank=rng.choice([1, 1, 2, 2, 3]),
         schedule=schedule,
         cp=cp,
+        cp_form=rng.choice(["ring", "gather"]),
         zero=rng.randrange(4),
         bucket_mib=rng.choice([0.001, 0.01, 0.05, 32.0]),
     )

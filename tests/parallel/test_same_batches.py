@@ -1,8 +1,9 @@
 """Every layout reads the same rows: what the ranks of a run were given, beside one process.
 
-Tensor and pipeline ranks of a replica get the same micro-batches; those of the replicas together
-are the rows of one process in their order; tokens are counted once. That every token of the shards
-is in an epoch once is in tests/data/test_batches.py. Not covered: context ranks, which get parts.
+Tensor, pipeline and context ranks of a replica get the same micro-batches; those of the replicas
+together are the rows of one process in their order; tokens are counted once. That every token of
+the shards is in an epoch once is in tests/data/test_batches.py. Not covered: what parts of a row
+context ranks then take.
 """
 
 import dataclasses
@@ -25,6 +26,7 @@ CASES = {
     "tp dp": (ParallelConfig(tp=2), 2),
     "pp dp": (ParallelConfig(pp=2), 1),
     "tp pp": (ParallelConfig(tp=2, sp=True, pp=2, schedule="zb_h1"), 4),
+    "cp dp": (ParallelConfig(cp=2), 2),
     "dp": (ParallelConfig(zero=1), 1),
 }
 
