@@ -15,9 +15,11 @@ import dataclasses
 import itertools
 import os
 import random
+import shlex
 import shutil
 import tempfile
 import time
+import tomllib
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -79,6 +81,7 @@ def draw(folder: Path, seed: int, number: int, most: int = PROCESSES) -> Trial:
             [["train"], ["short"], ["train", "short"]]
         ))  # fmt: skip
         data["weights"] = (0.75, 0.25)[: len(data["train"])] if len(data["train"]) > 1 else ()
+        data["validation"] = rng.choice([(), (str(folder / "short"),)])
         data["attend_across_documents"] = rng.random() < 0.3
         data["fim"] = FimConfig(
             rate=rng.choice([0.0, 0.5, 1.0]),
@@ -104,6 +107,8 @@ def draw(folder: Path, seed: int, number: int, most: int = PROCESSES) -> Trial:
                 global_batch_size=rows,
                 micro_batch_size=micro,
                 recompute=rng.choice(["none", "selective", "full"]),
+                kernels=rng.choice(["auto", "reference"]),
+                eval_batches=1,
                 seed=rng.randrange(1000),
             ),
             parallel=parallel,
@@ -242,14 +247,17 @@ def layout_name(trial: Trial) -> str:
 
 
 def overrides(config: RunConfig) -> list[str]:
-    """All that is not the default, as words for the command line."""
+    """All that is not the default, as words of `stellarator train`."""
     default = set(settings.to_toml(RunConfig()).splitlines())
     found, section = [], ""
     for line in settings.to_toml(config).splitlines():
         if line.startswith("["):
             section = line.strip("[]") + "."
         elif line and line not in default:
-            found.append(section + line.replace(" = ", "="))
+            ((name, value),) = tomllib.loads(line).items()
+            if isinstance(value, list):
+                value = ",".join(map(str, value))
+            found.append(f"{section}{name}={value}")
     return found
 
 
@@ -257,8 +265,8 @@ def described(result: Result, seed: int, processes: int) -> str:
     """A trial, the command that runs it again, and its configurations."""
     options = f"--seed {seed} --processes {processes} --trial {result.number}"
     lines = [str(result), f"python -m benchmarks parity --fuzz 60 {options}"]
-    lines.append(f"{result.trial.processes} processes: {' '.join(overrides(result.trial.many))}")
-    return "\n  ".join([*lines, f"one process: {' '.join(overrides(result.trial.one))}"])
+    lines.append(f"{result.trial.processes} processes: {shlex.join(overrides(result.trial.many))}")
+    return "\n  ".join([*lines, f"one process: {shlex.join(overrides(result.trial.one))}"])
 
 
 def fuzz(

@@ -199,11 +199,11 @@ def run_all(runs: list[tuple[RunConfig, Path]], processes: int, show: Callable[[
 
 
 def read(folder: Path) -> tuple[dict, list[float], dict[str, np.ndarray]]:
-    """Hashes of the first weights, the losses, the last weights and moments."""
+    """Hashes of the first weights, all losses, the last weights and moments."""
     from safetensors.numpy import load_file
 
     records = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
-    losses = [record["loss"] for record in records if record["kind"] == "train"]
+    losses = [record["loss"] for record in records if record["kind"] in ("train", "eval")]
     last = max(folder.glob("checkpoints/step_*")) / "tensors.safetensors"
     return json.loads((folder / "first.json").read_text()), losses, load_file(last)
 

@@ -10,6 +10,9 @@ import random
 import time
 
 from benchmarks import fuzz
+from benchmarks.__main__ import main
+from stellarator import settings
+from stellarator.config import RunConfig
 
 SECONDS = 12  # and what runs then is finished
 PROCESSES = 4
@@ -56,6 +59,25 @@ def test_what_is_planted_is_found(tmp_path, monkeypatch):
     assert not updated.right and updated.same_first and updated.state > 1e-9
     assert not failed.right and "nowhere" in failed.error
     assert last.right, last
+
+
+def test_the_verb_says_what_repeats_a_failure(tmp_path, monkeypatch, capsys):
+    trials = [fuzz.draw(tmp_path, 7, number, 3) for number in range(2)]
+    found = [
+        fuzz.Result(0, trials[0], "", True, 1e-16, 1e-14),
+        fuzz.Result(1, trials[1], "", True, 1e-11, 1e-14),
+    ]
+    monkeypatch.setattr(fuzz, "fuzz", lambda *given: found)
+    words = ["parity", "--fuzz", "9", "--seed", "7", "--processes", "3"]
+    assert main(words) == 1
+    said = capsys.readouterr().out
+    assert said.startswith("seed 7, at most 3 processes, float64\ntrial 1: ")
+    assert "\n  python -m benchmarks parity --fuzz 60 --seed 7 --processes 3 --trial 1\n" in said
+    for config in (trials[1].one, trials[1].many):
+        assert settings.resolve(RunConfig(), None, fuzz.overrides(config)) == config
+    assert "1 of 2 random runs train the same model" in said and "trial 0" not in said
+    del found[1]
+    assert main(words) == 0
 
 
 def test_broken_layouts_are_refused(tmp_path):
