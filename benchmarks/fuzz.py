@@ -3,10 +3,11 @@
 defines: Trial, Result, draw, broken, not_refused, fuzz, main
 
 A trial is a random model, random data, batch and layout that `settings.check_layout` accepts, in
-float64, and the same run by one process, in micro-batches of another size. Compared is what
-`benchmarks.parity` compares, within its limits. Each trial also breaks one rule of its layout, and
-that must be refused before there is a process group. A trial is a function of (seed, its number,
-the most processes), so one that fails can be run again alone.
+float64, and the same run by one process, in micro-batches of another size. Some runs are resumed:
+another layout does their first steps. Compared is what `benchmarks.parity` compares, within its
+limits. Each trial also breaks one rule of its layout, and that must be refused before there is a
+process group. A trial is a function of (seed, its number, the most processes), so one that fails
+can be run again alone.
 """
 
 import argparse
@@ -47,11 +48,12 @@ VOCABULARY = parity.MODELS["starcoder2"].vocab_size
 
 @dataclass(frozen=True)
 class Trial:
-    """A run by some processes, and by one."""
+    """A run by some processes, and by one; perhaps others do all but its last step."""
 
     many: RunConfig
     one: RunConfig
     processes: int
+    earlier: tuple[RunConfig, int] | None = None
 
 
 def corpora(folder: Path) -> None:
@@ -99,7 +101,10 @@ def draw(folder: Path, seed: int, number: int, most: int = PROCESSES) -> Trial:
             model=model,
             data=dataclasses.replace(base.data, seed=rng.randrange(1000), **data),
             optim=dataclasses.replace(
-                base.optim, warmup_steps=1, clip_norm=rng.choice([None, 0.1, 1.0])
+                base.optim,
+                warmup_steps=1,
+                decay_steps=STEPS,
+                clip_norm=rng.choice([None, 0.1, 1.0]),
             ),
             train=dataclasses.replace(
                 base.train,
@@ -118,7 +123,20 @@ def draw(folder: Path, seed: int, number: int, most: int = PROCESSES) -> Trial:
         width = rng.choice([n for n in range(1, rows + 1) if rows % n == 0])
         train = dataclasses.replace(many.train, micro_batch_size=width, recompute="none")
         one = dataclasses.replace(many, train=train, parallel=ParallelConfig())
-        return Trial(many, one, processes)
+        earlier = None if many.data.validation else _earlier(rng, many, most)
+        return Trial(many, one, processes, earlier)
+
+
+def _earlier(rng: random.Random, many: RunConfig, most: int) -> tuple[RunConfig, int] | None:
+    """Another layout that does the first steps, and its processes; often none."""
+    for _ in range(rng.choice([0, 100])):
+        parallel, processes = _layout(rng, most)
+        width = rng.choice([1, 2, 3])
+        train = dataclasses.replace(many.train, steps=STEPS - 1, micro_batch_size=width)
+        config = dataclasses.replace(many, parallel=parallel, train=train)
+        if not settings.check(config) and not settings.check_layout(config, processes):
+            return config, processes
+    return None
 
 
 def _model(rng: random.Random) -> ModelConfig:
@@ -243,7 +261,7 @@ def layout_name(trial: Trial) -> str:
     """As in the table of the matrix."""
     p = trial.many.parallel
     case = parity.Case("", p, trial.processes // (p.tp * p.pp * p.cp))
-    return case.name or "one process"
+    return (case.name or "one process") + ", resumed" * (trial.earlier is not None)
 
 
 def overrides(config: RunConfig) -> list[str]:
@@ -265,6 +283,9 @@ def described(result: Result, seed: int, processes: int) -> str:
     """A trial, the command that runs it again, and its configurations."""
     options = f"--seed {seed} --processes {processes} --trial {result.number}"
     lines = [str(result), f"python -m benchmarks parity --fuzz 60 {options}"]
+    if result.trial.earlier is not None:
+        config, count = result.trial.earlier
+        lines.append(f"{count} processes: {shlex.join(overrides(config))}")
     lines.append(f"{result.trial.processes} processes: {shlex.join(overrides(result.trial.many))}")
     return "\n  ".join([*lines, f"one process: {shlex.join(overrides(result.trial.one))}"])
 
@@ -285,10 +306,12 @@ def fuzz(
             trial = draw(folder, seed, number, processes)
             one, many = folder / f"{number} one", folder / f"{number} many"
             pool.begin(trial.one, one, [processes - 1])
-            pool.begin(trial.many, many, list(range(trial.processes)))
             error = not_refused(*broken(trial, random.Random(f"{seed} {number}")))
-            while not error and pool.pending:
-                error = pool.next()[1]
+            for config, count in filter(None, (trial.earlier, (trial.many, trial.processes))):
+                if not error:
+                    pool.begin(config, many, list(range(count)))
+                while not error and pool.pending:
+                    error = pool.next()[1]
             if error:  # processes may wait for one that failed
                 stack.close()
                 pool = stack.enter_context(Pool(processes))

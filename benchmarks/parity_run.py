@@ -31,7 +31,7 @@ class Recording(Trainer):
     """A run that writes down the weights of step 0."""
 
     def _loop(self, started: float) -> float:
-        if (wholes := self.wholes()) is not None:
+        if self.step == 0 and (wholes := self.wholes()) is not None:
             found = {}
             for name in wholes.described:
                 tensor = wholes.read(name)

@@ -9,6 +9,8 @@ import os
 import random
 import time
 
+from runs import changed
+
 from benchmarks import fuzz
 from benchmarks.__main__ import main
 from stellarator import settings
@@ -32,11 +34,15 @@ def test_random_layouts_train_the_same_model(tmp_path, record_property):
 
 
 def test_what_is_planted_is_found(tmp_path, monkeypatch):
-    """Other first weights, another update, a rank that fails; the pool goes on behind it."""
+    """Other first weights, another update, a rank that fails; the pool goes on behind it.
+
+    In a run of two processes that another layout has begun.
+    """
     right = next(
         trial
-        for trial in (fuzz.draw(tmp_path, 0, number, 2) for number in range(100))
-        if trial.processes == 2 and trial.many.train.global_batch_size < 6
+        for trial in (fuzz.draw(tmp_path, 0, number, 2) for number in range(1000))
+        if trial.processes == 2 and trial.many.train.global_batch_size < 6 and trial.earlier
+        if trial.many.model.num_layers < 3
     )
     planted = [
         {"train": {"seed": right.many.train.seed + 1}},
@@ -46,11 +52,9 @@ def test_what_is_planted_is_found(tmp_path, monkeypatch):
     ]
 
     def draw(folder, seed, number, most):
-        many = right.many
-        for section, changes in planted[number].items():
-            part = dataclasses.replace(getattr(many, section), **changes)
-            many = dataclasses.replace(many, **{section: part})
-        return dataclasses.replace(right, many=many)
+        earlier, count = right.earlier
+        many, earlier = (changed(config, **planted[number]) for config in (right.many, earlier))
+        return dataclasses.replace(right, many=many, earlier=(earlier, count))
 
     monkeypatch.setattr(fuzz, "draw", draw)
     fuzz.corpora(tmp_path)
@@ -107,3 +111,4 @@ def test_a_trial_is_a_function_of_its_number(tmp_path):
         for name in names:
             assert len({getattr(getattr(t.many, section), name) for t in trials}) > 1, name
     assert any(t.one.train.micro_batch_size != t.many.train.micro_batch_size for t in trials)
+    assert {t.earlier is None for t in trials} == {True, False}
