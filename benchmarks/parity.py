@@ -10,9 +10,6 @@ import argparse
 import dataclasses
 import itertools
 import json
-import os
-import socket
-import subprocess
 import sys
 import tempfile
 import time
@@ -24,8 +21,8 @@ import numpy as np
 
 from benchmarks import results
 from benchmarks.harness import environment
-from benchmarks.usage import one_of
-from stellarator import settings
+from benchmarks.parity_run import Pool
+from benchmarks.usage import count, one_of, positive
 from stellarator.config import ModelConfig, ParallelConfig, RunConfig
 from stellarator.data.documents import Document
 from stellarator.data.formats import starcoder2_repository
@@ -35,7 +32,6 @@ from stellarator.progress import Progress
 
 STEPS = 5
 BUCKET_MIB = 0.1  # seven of the model in float64
-TIMEOUT_SECONDS = 120  # without any run being done
 # Largest difference of a loss, relative; of weights and moments, beside the largest of a tensor.
 LIMITS = {"fp64": (1e-12, 1e-10), "fp32": (1e-5, 1e-3)}
 _BASE = ModelConfig(
@@ -188,67 +184,34 @@ def run_all(runs: list[tuple[RunConfig, Path]], processes: int, show: Callable[[
     Args:
         runs: configuration and folder of each.
         processes: that share each run.
-        show: told how many are done, now and then.
+        show: told how many are done.
     Returns:
         what the processes said of the first run that failed; those behind it were not begun. Empty
         where all are done.
     """
-    words = []
-    for config, folder in runs:
-        path = folder.with_suffix(".toml")
-        path.write_text(settings.to_toml(dataclasses.replace(config, folder=str(folder))))
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            words.append(f"{free.getsockname()[1]}={path}")
-    root = Path(__file__).resolve().parents[1]
-    paths = [*(str(root / part) for part in ("engine", "kernels", "")), *sys.path]
-    shared = {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(paths)}
-    shared |= {"WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1"}
-    folder = runs[0][1].parent
-    started, logs = [], [folder / f"log {processes} {rank}.txt" for rank in range(processes)]
-    try:
-        for rank, log in enumerate(logs):
-            with open(log, "w") as file:
-                started.append(subprocess.Popen(
-                    [sys.executable, "-m", "benchmarks.parity_run", *words],
-                    env=os.environ | shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
-                    stdout=subprocess.DEVNULL, stderr=file,
-                ))  # fmt: skip
-        moved, done = time.monotonic(), 0
-        while any(process.poll() is None for process in started):
-            count = sum((folder / "checkpoints" / "latest").exists() for _, folder in runs)
-            if count > done:
-                moved, done = time.monotonic(), count
-                show(done)
-            failed = any(process.poll() not in (None, 0) for process in started)
-            if failed or time.monotonic() - moved > TIMEOUT_SECONDS:
-                break
-            time.sleep(0.2)
-    finally:
-        for process in started:
-            if process.poll() is None and any(p.poll() != 0 for p in started):
-                process.kill()
-            process.wait()
-    if all(process.returncode == 0 for process in started):
-        return ""
-    said = [line for log in logs for line in log.read_text().splitlines() if "Error" in line]
-    return "; ".join(said[:3]) or f"no run was done within {TIMEOUT_SECONDS} s"
+    with Pool(processes) as pool:
+        for done, (config, folder) in enumerate(runs, 1):
+            pool.begin(config, folder, list(range(processes)))
+            if error := pool.next()[1]:
+                return error
+            show(done)
+    return ""
 
 
 def read(folder: Path) -> tuple[dict, list[float], dict[str, np.ndarray]]:
-    """Hashes of the first weights, the losses, the last weights and moments."""
+    """Hashes of the first weights, all losses, the last weights and moments."""
     from safetensors.numpy import load_file
 
     records = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
-    losses = [record["loss"] for record in records if record["kind"] == "train"]
-    last = folder / "checkpoints" / f"step_{STEPS:08d}" / "tensors.safetensors"
+    losses = [record["loss"] for record in records if record["kind"] in ("train", "eval")]
+    last = max(folder.glob("checkpoints/step_*")) / "tensors.safetensors"
     return json.loads((folder / "first.json").read_text()), losses, load_file(last)
 
 
 def differences(one: Path, many: Path) -> tuple[bool, float, float]:
     """Same first weights; largest relative difference of a loss; and of a tensor."""
     (first, losses, state), (first2, losses2, state2) = read(one), read(many)
-    assert len(losses) == len(losses2) == STEPS and state.keys() == state2.keys()
+    assert len(losses) == len(losses2) > 0 and state.keys() == state2.keys()
     loss = max(abs(a - b) / abs(a) for a, b in zip(losses, losses2, strict=True))
     tensor = max(
         float(abs(state2[name] - x).max() / max(abs(x).max(), 1e-30)) for name, x in state.items()
@@ -262,6 +225,11 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--precision", default="fp64,fp32", help=text)
     parser.add_argument("--layout", default="", help="layouts that have these words in their name")
     parser.add_argument("--output", metavar="FILE.md", help="the table as a Markdown page")
+    text = "random models, data, batches and layouts for so long instead of the table"
+    parser.add_argument("--fuzz", type=positive, metavar="SECONDS", help=text)
+    parser.add_argument("--seed", type=int, help="of --fuzz; it is printed")
+    parser.add_argument("--trial", type=int, help="only this one of --fuzz")
+    parser.add_argument("--processes", type=count, default=8, help="of --fuzz, at most")
 
 
 @dataclass(frozen=True)
@@ -322,7 +290,11 @@ def compare(
 
 
 def main(given: argparse.Namespace) -> int:
-    """Run all layouts; 1 if one of them trains another model."""
+    """Run all layouts, or random ones; 1 if one of them trains another model."""
+    if given.fuzz is not None:
+        from benchmarks import fuzz  # which uses what is here
+
+        return fuzz.main(given)
     precisions = given.precision.split(",")
     one_of("--precision", precisions, LIMITS)
     words = given.layout.split()

@@ -1,26 +1,37 @@
-"""Runs of `python -m benchmarks parity`: training that also hashes its first weights.
+"""Processes that train runs of `python -m benchmarks parity` together, one run after the other.
 
-python -m benchmarks.parity_run PORT=config.toml ..., one run after the other; as many processes as
-WORLD_SIZE says do this, each with its RANK. Rank 0 writes first.json, {parameter: SHA-256 of its
-bytes}, into each run folder. To start Python and import torch once saves most of the time.
+defines: Pool
+
+They are forked from one that has imported torch, which saves most of the time. Rank 0 of a run
+writes first.json, {parameter: SHA-256 of its bytes}, into its folder.
 """
 
+import dataclasses
 import hashlib
 import json
+import multiprocessing
 import os
+import socket
 import sys
+import time
+from collections import deque
+from multiprocessing.connection import Connection, wait
 from pathlib import Path
+
+import torch
 
 from stellarator import settings
 from stellarator.config import RunConfig
 from stellarator.train.loop import Trainer
+
+TIMEOUT_SECONDS = 120  # without any process being done with anything
 
 
 class Recording(Trainer):
     """A run that writes down the weights of step 0."""
 
     def _loop(self, started: float) -> float:
-        if (wholes := self.wholes()) is not None:
+        if self.step == 0 and (wholes := self.wholes()) is not None:
             found = {}
             for name in wholes.described:
                 tensor = wholes.read(name)
@@ -32,7 +43,97 @@ class Recording(Trainer):
         return super()._loop(started)
 
 
-if __name__ == "__main__":
-    for word in sys.argv[1:]:
-        os.environ["MASTER_PORT"], path = word.split("=", 1)  # a new port for each group
-        Recording(settings.resolve(RunConfig(), path)).run()
+def _work(pipe: Connection) -> None:
+    """A process of a pool: trains what it is told to, until it is told nothing or a run fails."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    for stream in (sys.stdout, sys.stderr):
+        os.dup2(nowhere, stream.fileno())
+    torch.set_num_threads(1)
+    while (told := pipe.recv()) is not None:
+        environment, path = told
+        os.environ.update(environment)
+        error = ""
+        try:
+            Recording(settings.resolve(RunConfig(), path)).run()
+        except BaseException as caught:
+            error = f"{type(caught).__name__}: {caught}"
+        pipe.send(error)
+        if error:
+            os._exit(1)  # gloo's threads may still hold tensors
+
+
+class Pool:
+    """So many processes; a context manager that ends them.
+
+        with Pool(4) as pool:
+            pool.begin(one, folder_of_one, [3])
+            pool.begin(many, folder_of_many, [0, 1])
+            while (error := pool.next()) == "": ...
+
+    Each does its part of the runs in the order in which they were begun.
+    """
+
+    def __init__(self, processes: int):
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(["stellarator.train.loop"])
+        self._processes, self._pipes = [], []
+        self._todo: list[deque[Path]] = [deque() for _ in range(processes)]
+        self._left: dict[Path, int] = {}  # how many processes are not done with a run
+        for _ in range(processes):
+            here, there = context.Pipe()
+            process = context.Process(target=_work, args=(there,), daemon=True)
+            process.start()
+            there.close()  # so that the end of the process is the end of the pipe
+            self._processes.append(process)
+            self._pipes.append(here)
+
+    def __enter__(self) -> "Pool":
+        return self
+
+    def __exit__(self, *exception) -> None:
+        for process in self._processes:
+            process.kill()
+        for process in self._processes:
+            process.join()
+
+    @property
+    def pending(self) -> int:
+        """Runs that are not done."""
+        return len(self._left)
+
+    def begin(self, config: RunConfig, folder: Path, processes: list[int]) -> None:
+        """Have these processes train a run, the first of them as rank 0."""
+        path = folder.with_suffix(".toml")
+        path.write_text(settings.to_toml(dataclasses.replace(config, folder=str(folder))))
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
+        address["WORLD_SIZE"] = str(len(processes))
+        self._left[folder] = len(processes)
+        for rank, process in enumerate(processes):
+            self._todo[process].append(folder)
+            place = {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+            self._pipes[process].send((address | place, str(path)))
+
+    def next(self) -> tuple[Path, str]:
+        """Wait until a run is done or fails; its folder, and what went wrong.
+
+        After a failure the pool is of no more use: other ranks wait for the one that failed.
+        """
+        deadline = time.monotonic() + TIMEOUT_SECONDS
+        while True:
+            busy = [pipe for pipe, todo in zip(self._pipes, self._todo, strict=True) if todo]
+            assert busy, "something was begun"
+            for pipe in wait(busy, deadline - time.monotonic()):
+                folder = self._todo[self._pipes.index(pipe)].popleft()
+                try:
+                    error = pipe.recv()
+                except EOFError:
+                    error = "a process ended"
+                self._left[folder] -= 1
+                if error or not self._left[folder]:
+                    del self._left[folder]
+                    return folder, error
+                deadline = time.monotonic() + TIMEOUT_SECONDS
+            if time.monotonic() >= deadline:
+                return next(iter(self._left)), f"nothing was done within {TIMEOUT_SECONDS} s"

@@ -16,6 +16,16 @@ import pytest  # noqa: E402
 _WORDS = "alpha beta gamma delta value index total left right node tree name size größe 数".split()
 
 
+def pytest_terminal_summary(terminalreporter):
+    """Show what tests have recorded as "summary", such as a seed, whether they pass or not."""
+    for report in (
+        r for outcome in ("passed", "failed") for r in terminalreporter.getreports(outcome)
+    ):
+        for name, line in report.user_properties:
+            if name == "summary":
+                terminalreporter.write_line(line)
+
+
 def _source_file(rng: random.Random) -> str:
     """Text that looks like a Python file, some of it not ASCII."""
     lines = []

@@ -10,7 +10,7 @@ import dataclasses
 import pytest
 import torch
 
-from stellarator import recipes, sizes
+from stellarator import recipes, settings, sizes
 from stellarator.cli import main
 from stellarator.config import OptimConfig, ParallelConfig
 from stellarator.model import Transformer
@@ -166,7 +166,7 @@ def test_state_on_one_gpu_is_what_the_optimizer_holds(precision):
 
 def test_zero_shares_out_one_kind_after_the_other():
     whole, *shared = [
-        plan_of(num_gpus=64, zero=zero, tp=1, sp=False).memory[1] for zero in range(4)
+        plan_of(num_gpus=16, zero=zero, tp=1, sp=False, pp=1).memory[0] for zero in range(4)
     ]
     for zero, memory in enumerate(shared, 1):
         for least, kind in ((1, "masters"), (1, "moments"), (2, "gradients"), (3, "parameters")):
@@ -324,14 +324,15 @@ def test_tensor_traffic_without_sp_is_as_large_but_for_what_is_gathered_again():
 
 
 def test_zero_traffic():
-    count = make_case(BASE, PUBLISHED, 512).parameters(1)
-    found = [sent(plan_of(zero=zero), 1, "dp") for zero in range(4)]
-    part, m = 31 / 32 * count, 16
-    assert found[0] == {"sum of gradients": (round(2 * 4 * part), 11)}
+    """Four tensor ranks; a bucket for each of 40 layers and one for the rest; dp 128, m 4."""
+    count = make_case(BASE, ParallelConfig(tp=4), 512).parameters(0)
+    found = [sent(plan_of(zero=zero, pp=1), 0, "dp") for zero in range(4)]
+    part, m = 127 / 128 * count, 4
+    assert found[0] == {"sum of gradients": (round(2 * 4 * part), 41)}
     gathered = "parameters from their parts"
-    assert found[1][gathered] == (round(2 * part), 11)
-    assert found[2]["sum of gradients, in parts"] == (round(m * 4 * part), m * 11)
-    assert found[3][gathered] == (round(2 * m * 2 * part), 2 * m * 11)
+    assert found[1][gathered] == (round(2 * part), 41)
+    assert found[2]["sum of gradients, in parts"] == (round(m * 4 * part), m * 41)
+    assert found[3][gathered] == (round(2 * m * 2 * part), 2 * m * 41)
     alone = plan_of(num_gpus=16, zero=0)
     assert sent(alone, 1, "dp") == {}
 
@@ -396,6 +397,26 @@ def test_search_finds_what_trying_all_finds(memory_gib, network_gbps):
     assert (found.num_tried, found.num_refused) == (tried, refused)
 
 
+def test_a_search_proposes_what_training_accepts():
+    """And refuses for the same reasons, word for word."""
+    config = dataclasses.replace(small(), folder="runs/x")
+    accepted = refused = 0
+    for parallel in layouts(config, 8):
+        said = settings.check_layout(dataclasses.replace(config, parallel=parallel), 8)
+        try:
+            make_case(config, parallel, 8)
+            accepted += 1
+        except ConfigError as error:
+            refused += 1
+            assert error.problems == said
+        else:
+            assert said == [], parallel
+    assert accepted > 50 and refused > 50
+    for plan in search(config, 8, Machine(), top=40).plans:
+        proposed = dataclasses.replace(config, parallel=plan.case.parallel)
+        assert settings.check_layout(proposed, 8) == []
+
+
 def test_a_search_without_a_result_says_so():
     config = small()
     none = search(config, 4, Machine(memory_gib=1e-6, reserve_gib=0))
@@ -432,6 +453,54 @@ def test_the_printed_plan_of_starcoderbase(capsys):
         assert part in text
     plan = make_plan(make_case(BASE, PUBLISHED, 512), Machine())
     assert text.splitlines() == plan_lines(plan, ["tflops"])
+
+
+@pytest.mark.parametrize(
+    ("name", "num_gpus", "axes", "num_micro_batches"),
+    [
+        ("starcoder2_3b", 160, "tp 1, cp 1, pp 1, dp 160, zero 1", 4),
+        ("starcoder2_7b", 432, "tp 2 with sp, cp 1, pp 1, dp 216, zero 1", 4),
+        ("starcoder2_15b", 1024, "tp 8 with sp, cp 1, pp 4 (1f1b), dp 32, zero 1", 31),
+        ("starcoder2_3b_long", 160, "tp 1, cp 1, pp 1, dp 160, zero 1", 1),
+        ("starcoder2_7b_long", 432, "tp 2 with sp, cp 1, pp 1, dp 216, zero 1", 1),
+        ("starcoder2_15b_long", 992, "tp 8 with sp, cp 1, pp 1, dp 124, zero 1", 2),
+        ("santacoder", 96, "tp 1, cp 1, pp 1, dp 96, zero 0", 1),
+        ("starcoderbase_1b", 128, "tp 1, cp 1, pp 1, dp 128, zero 0", 1),
+        ("starcoderbase_3b", 256, "tp 1, cp 1, pp 1, dp 256, zero 0", 1),
+        ("starcoderbase_7b", 512, "tp 2, cp 1, pp 1, dp 256, zero 1", 2),
+        ("starcoderbase", 512, "tp 4 with sp, cp 1, pp 4 (1f1b), dp 32, zero 1", 16),
+        ("starcoder", 512, "tp 4 with sp, cp 1, pp 4 (1f1b), dp 32, zero 1", 16),
+    ],
+)
+def test_layouts_of_the_recipes(name, num_gpus, axes, num_micro_batches, capsys):
+    """Training accepts them on the machines that the docstrings name, and they fit into 80 GiB.
+
+    Of the first generation they are the published ones (tensor, pipeline, data parallel).
+    """
+    config = recipes.get(name)
+    assert settings.check(config) + settings.check_layout(config, num_gpus) == []
+    assert main(["plan", "--recipe", name, "--gpus", str(num_gpus)]) == 0
+    text = capsys.readouterr().out
+    assert f"\nlayout of {num_gpus} GPUs: {axes}\n" in text
+    assert f"; {num_micro_batches} micro-batches of {config.train.micro_batch_size} on" in text
+    assert "\nfits: 80 GiB" in text
+
+
+def test_every_large_recipe_has_a_checked_layout():
+    (mark,) = test_layouts_of_the_recipes.pytestmark
+    assert {case[0] for case in mark.args[1]} | {"demo", "tiny"} == set(recipes.names())
+
+
+def test_a_layout_that_is_given_replaces_that_of_the_recipe(capsys):
+    words = ["plan", "--recipe", "starcoderbase", "--gpus", "512"]
+    assert main([*words, "--tp", "4", "--sp", "--pp", "4", "--zero", "1"]) == 0
+    asked = capsys.readouterr().out
+    assert main(words) == 0
+    assert capsys.readouterr().out == asked
+    assert main([*words, "--zero", "0"]) == 0
+    assert "layout of 512 GPUs: tp 1, cp 1, pp 1, dp 512, zero 0\n" in capsys.readouterr().out
+    assert main([*words, "parallel.pp=2"]) == 0
+    assert "tp 4 with sp, cp 1, pp 2 (1f1b), dp 64, zero 1\n" in capsys.readouterr().out
 
 
 def test_values_of_the_recipe_can_be_changed(capsys):

@@ -120,7 +120,9 @@ def _add_plan(verbs) -> None:
         verbs,
         "plan",
         "memory, communication and time of a run on many GPUs, before it is launched",
-        "What a recipe needs on a layout, or with --search the fastest ones. Values as of train:\n"
+        "What a recipe needs on its own layout, on another one, or with --search the fastest "
+        "ones. Values as of train:\n"
+        "  stellarator plan --recipe starcoderbase --gpus 512\n"
         "  stellarator plan --recipe starcoderbase --gpus 512 --tp 4 --sp --pp 4 --zero 1\n"
         "  stellarator plan --recipe starcoder2_3b --gpus 8 --search train.micro_batch_size=2",
     )

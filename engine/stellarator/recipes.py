@@ -8,10 +8,12 @@ defines:
     get(name), names()
 
 Every recipe for a large model needs data.train, data.tokenizer and torchrun's own arguments for the
-machines. Shapes and constants are those of the published models, configurations and training
-scripts; what a docstring marks (memory) is quoted from memory of the papers and was not found in a
-file, and what it marks (assumed) is ours. No loss or time is given where none was measured with
-this engine. The first generation trained with dropout 0.1; these leave it off.
+machines. It has a layout for those that its docstring names; for others `stellarator plan --recipe
+NAME --gpus N --search` finds one. Shapes and constants are those of the published models,
+configurations and training scripts; what a docstring marks (memory) is quoted from memory of the
+papers and was not found in a file, and what it marks (assumed) is ours. No loss or time is given
+where none was measured with this engine. The first generation trained with dropout 0.1; these leave
+it off.
 Standard library only.
 """
 
@@ -26,6 +28,7 @@ from stellarator.config import (
     FimConfig,
     ModelConfig,
     OptimConfig,
+    ParallelConfig,
     RunConfig,
     TrainConfig,
 )
@@ -115,33 +118,39 @@ def starcoder2_3b() -> RunConfig:
     """StarCoder2-3B, 3,030,371,328 parameters: pre-training at 4,096 tokens.
 
     Command: torchrun -m stellarator.train --recipe starcoder2_3b data.train=...
-    Hardware: the original used 160 A100-80GB and 97,120 GPU-hours (memory).
+    Hardware: the original used 160 A100-80GB and 97,120 GPU-hours (memory). Layout: ZeRO 1
+    (assumed), with 160 GPUs 4 micro-batches.
     Constants: lr 3e-4, warm-up 1000, 1.2M steps of 2.6M tokens (memory; here 640 rows), lowest
     learning rate a tenth (assumed), theta 1e5 at this stage (memory). About 3.1T tokens.
     """
-    return _starcoder2("3b", steps=1_200_000, rows=640, theta=1e5)
+    layout = ParallelConfig(zero=1)
+    return _starcoder2("3b", layout, steps=1_200_000, rows=640, theta=1e5)
 
 
 def starcoder2_7b() -> RunConfig:
     """StarCoder2-7B, 7,173,923,840 parameters: pre-training at 4,096 tokens.
 
     Command: torchrun -m stellarator.train --recipe starcoder2_7b data.train=...
-    Hardware: the original used 432 H100 and 145,152 GPU-hours (memory).
+    Hardware: the original used 432 H100 and 145,152 GPU-hours (memory). Layout: tensor parallel 2
+    with sp, ZeRO 1 (assumed), with 432 GPUs 4 micro-batches.
     Constants: lr 3e-4, warm-up 1000, 1M steps of 3.5M tokens (memory; here 864 rows), lowest
     learning rate a tenth (assumed), theta 1e5 at this stage (memory).
     """
-    return _starcoder2("7b", steps=1_000_000, rows=864, theta=1e5)
+    layout = ParallelConfig(tp=2, sp=True, zero=1)
+    return _starcoder2("7b", layout, steps=1_000_000, rows=864, theta=1e5)
 
 
 def starcoder2_15b() -> RunConfig:
     """StarCoder2-15B, 15,957,889,024 parameters, untied: pre-training at 4,096 tokens.
 
     Command: torchrun -m stellarator.train --recipe starcoder2_15b data.train=...
-    Hardware: the original used 1,024 H100.
+    Hardware: the original used 1,024 H100. Layout: tensor parallel 8 with sp, pipeline 4, ZeRO 1
+    (assumed), with 1,024 GPUs 31 micro-batches.
     Constants: lr 3e-4, warm-up 1000, 1M steps of 4.1M tokens (memory; here 992 rows), lowest
     learning rate a tenth (assumed), theta 1e4 at this stage (memory).
     """
-    return _starcoder2("15b", steps=1_000_000, rows=992, theta=1e4)
+    layout = ParallelConfig(tp=8, sp=True, pp=4, zero=1)
+    return _starcoder2("15b", layout, steps=1_000_000, rows=992, theta=1e4)
 
 
 def starcoder2_3b_long() -> RunConfig:
@@ -150,8 +159,9 @@ def starcoder2_3b_long() -> RunConfig:
     Command: torchrun -m stellarator.train --recipe starcoder2_3b_long train.init_from=FOLDER ...
     Constants: 200B tokens; lr 3e-5, 80k steps (memory; here 160 rows, which keeps the tokens of a
     step), warm-up 1000 and lowest learning rate a tenth (assumed).
+    Layout: ZeRO 1 (assumed), with 160 GPUs one micro-batch.
     """
-    return _starcoder2_long("3b", lr=3e-5, steps=80_000, rows=160)
+    return _starcoder2_long("3b", ParallelConfig(zero=1), lr=3e-5, steps=80_000, rows=160)
 
 
 def starcoder2_7b_long() -> RunConfig:
@@ -160,8 +170,10 @@ def starcoder2_7b_long() -> RunConfig:
     Command: torchrun -m stellarator.train --recipe starcoder2_7b_long train.init_from=FOLDER ...
     Constants: lr 2e-5 or 3e-5, 56k steps (memory; here 2e-5 and 216 rows, which keeps the tokens of
     a step), warm-up 1000 and lowest learning rate a tenth (assumed).
+    Layout: tensor parallel 2 with sp, ZeRO 1 (assumed), with 432 GPUs one micro-batch.
     """
-    return _starcoder2_long("7b", lr=2e-5, steps=56_000, rows=216)
+    layout = ParallelConfig(tp=2, sp=True, zero=1)
+    return _starcoder2_long("7b", layout, lr=2e-5, steps=56_000, rows=216)
 
 
 def starcoder2_15b_long() -> RunConfig:
@@ -170,8 +182,10 @@ def starcoder2_15b_long() -> RunConfig:
     Command: torchrun -m stellarator.train --recipe starcoder2_15b_long train.init_from=FOLDER ...
     Constants: lr 3e-5, 50k steps (memory; here 248 rows, which keeps the tokens of a step), warm-up
     1000 and lowest learning rate a tenth (assumed).
+    Layout: tensor parallel 8 with sp, ZeRO 1 (assumed), with 992 GPUs 2 micro-batches.
     """
-    return _starcoder2_long("15b", lr=3e-5, steps=50_000, rows=248)
+    layout = ParallelConfig(tp=8, sp=True, zero=1)
+    return _starcoder2_long("15b", layout, lr=3e-5, steps=50_000, rows=248)
 
 
 def santacoder() -> RunConfig:
@@ -213,36 +227,44 @@ def starcoderbase_7b() -> RunConfig:
     """StarCoderBase-7B, 7,327,263,232 parameters: 1.05T tokens at 8,192 tokens.
 
     Command: torchrun -m stellarator.train --recipe starcoderbase_7b data.train=...
-    Hardware: the original used 512 GPUs, tensor parallel 2.
+    Hardware: the original used 512 GPUs, tensor parallel 2, data parallel 256; here with ZeRO 1
+    (assumed).
     """
     model = _gpt_bigcode(42, 4096, 32, init_std=0.015625)
     optim = OptimConfig(lr=3e-4, min_lr=3e-5, warmup_steps=2000, decay_steps=250_000)
-    return _first_generation("starcoderbase_7b", model, optim, steps=250_000, rows=512)
+    config = _first_generation("starcoderbase_7b", model, optim, steps=250_000, rows=512)
+    return dataclasses.replace(config, parallel=ParallelConfig(tp=2, zero=1))
 
 
 def starcoderbase() -> RunConfig:
     """StarCoderBase, 15,517,456,384 parameters: 1.05T tokens at 8,192 tokens.
 
     Command: torchrun -m stellarator.train --recipe starcoderbase data.train=...
-    Hardware: the original used 512 A100-80GB, tensor parallel 4, pipeline 4, data parallel 32.
+    Hardware: the original used 512 A100-80GB, tensor parallel 4 with sequence parallelism, pipeline
+    4, data parallel 32 with a distributed optimizer (ZeRO 1), 16 micro-batches.
     Result of the original: HumanEval pass@1 30.4, MBPP 49.0.
     """
     model = _gpt_bigcode(40, 6144, 48, init_std=0.01275)
     optim = OptimConfig(lr=3e-4, min_lr=3e-5, warmup_steps=2000, decay_steps=250_000)
-    return _first_generation("starcoderbase", model, optim, steps=250_000, rows=512)
+    config = _first_generation("starcoderbase", model, optim, steps=250_000, rows=512)
+    return dataclasses.replace(config, parallel=_STARCODERBASE)
 
 
 def starcoder() -> RunConfig:
     """StarCoder: StarCoderBase fine-tuned on Python, 35.7B tokens, schedule and moments from zero.
 
     Command: torchrun -m stellarator.train --recipe starcoder train.init_from=FOLDER data.train=...
-    Hardware: the original used 512 A100-80GB, as StarCoderBase. Two epochs of Python.
+    Hardware: the original used 512 A100-80GB in the layout of StarCoderBase. Two epochs of Python.
     Warm-up 1000 as in the paper; the public script has 500.
     Result of the original: HumanEval pass@1 33.6, MBPP 52.7.
     """
     model = _gpt_bigcode(40, 6144, 48, init_std=0.01275)
     optim = OptimConfig(lr=5e-5, min_lr=5e-6, warmup_steps=1000, decay_steps=8_500)
-    return _first_generation("starcoder", model, optim, steps=8_500, rows=512)
+    config = _first_generation("starcoder", model, optim, steps=8_500, rows=512)
+    return dataclasses.replace(config, parallel=_STARCODERBASE)
+
+
+_STARCODERBASE = ParallelConfig(tp=4, sp=True, pp=4, zero=1)
 
 
 _STARCODER2 = {
@@ -277,7 +299,9 @@ _STARCODER2 = {
 }
 
 
-def _starcoder2(size: str, *, steps: int, rows: int, theta: float) -> RunConfig:
+def _starcoder2(
+    size: str, parallel: ParallelConfig, *, steps: int, rows: int, theta: float
+) -> RunConfig:
     """First stage of StarCoder2. `rows` is the batch in tokens, to the nearest 32 rows."""
     return RunConfig(
         name=f"starcoder2_{size}",
@@ -286,11 +310,14 @@ def _starcoder2(size: str, *, steps: int, rows: int, theta: float) -> RunConfig:
         data=DataConfig(seq_length=4096),
         optim=OptimConfig(lr=3e-4, min_lr=3e-5, warmup_steps=1000, decay_steps=steps),
         train=_train(steps, rows),
+        parallel=parallel,
         checkpoint=CheckpointConfig(interval=1000),
     )
 
 
-def _starcoder2_long(size: str, *, lr: float, steps: int, rows: int) -> RunConfig:
+def _starcoder2_long(
+    size: str, parallel: ParallelConfig, *, lr: float, steps: int, rows: int
+) -> RunConfig:
     """Second stage of StarCoder2: long rows, the released theta."""
     return RunConfig(
         name=f"starcoder2_{size}_long",
@@ -299,6 +326,7 @@ def _starcoder2_long(size: str, *, lr: float, steps: int, rows: int) -> RunConfi
         data=DataConfig(seq_length=16384),
         optim=OptimConfig(lr=lr, min_lr=lr / 10, warmup_steps=1000, decay_steps=steps),
         train=_train(steps, rows),
+        parallel=parallel,
         checkpoint=CheckpointConfig(interval=1000),
     )
 

@@ -411,18 +411,10 @@ def check_inputs(config: RunConfig) -> list[str]:
 
 def check_layout(config: RunConfig, world_size: int) -> list[str]:
     """Why so many processes cannot share the run as `parallel` says."""
-    parallel, problems = config.parallel, []
-    stages = parallel.pp * parallel.stages_per_rank
-    if stages > 1 and parallel.zero > 1:
-        problems.append(
-            f"parallel.zero: expected 0 or 1 with {stages} pipeline stages, got {parallel.zero}: "
-            "a pipeline adds the gradients of its micro-batches in whole buffers. "
-            "Pass parallel.zero=1"
-        )
     train = config.train
     sizes = {name: getattr(train, name) for name in ("global_batch_size", "micro_batch_size")}
-    return problems + layout.problems(
-        config.model, parallel, world_size, seq_length=config.data.seq_length, **sizes
+    return layout.problems(
+        config.model, config.parallel, world_size, seq_length=config.data.seq_length, **sizes
     )
 
 

@@ -158,6 +158,57 @@ def test_every_layout_gives_the_same_global_batches(tokenizer):
             assert total == Batches(dataset, 8, 8).batch(step).num_targets
 
 
+class Ids:
+    """A tokenizer with a word for every place of the corpus of `make_ids`."""
+
+    vocab_size, eod, fim_pad = 65_000, 0, 4
+
+
+def make_ids(seq_length) -> tuple[PackedDataset, list[int]]:
+    """Documents of 1 to 150 tokens, and the number of each place in them."""
+    lengths = np.random.default_rng(2).integers(1, 150, size=60)
+    ends = 10 + np.cumsum(lengths)
+    documents = [range(end - length, end) for length, end in zip(lengths, ends, strict=True)]
+    shards = [Listed(documents[:25]), Listed(documents[25:])]
+    dataset = PackedDataset(shards, (), Ids(), seq_length, None, 3, attend_across_documents=True)
+    return dataset, list(range(10, ends[-1]))
+
+
+# Each: (first step, ranks, rows of a micro-batch), as a run that is resumed may have it; G = 12.
+LAYOUTS = [
+    [(0, 1, 12)],
+    [(0, 3, 2)],
+    [(0, 12, 1)],
+    [(0, 2, 3), (1, 4, 1), (6, 1, 4), (7, 6, 2), (17, 3, 4)],
+]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+@pytest.mark.parametrize("seq_length", [30, 47])
+def test_every_token_once_an_epoch_at_any_size_and_after_resumes(layout, seq_length):
+    """The multiset of (document, position) that all ranks see together, in three epochs."""
+    dataset, everything = make_ids(seq_length)
+    G, R = 12, dataset.rows_per_epoch
+    assert R % G  # so that a step has rows of two epochs
+    epochs: list[list[int]] = [[] for _ in range(3)]
+    order: list[int] = []
+    for step in range(-(-3 * R // G)):
+        _, size, width = next(entry for entry in reversed(layout) if entry[0] <= step)
+        batches = Batches(make_ids(seq_length)[0] if step in (6, 17) else dataset, G, width)
+        rows = {}
+        for micro_index, rank in itertools.product(range(G // width // size), range(size)):
+            batch = batches.batch(step, micro_index, rank, size)
+            for k, (tokens, targets) in enumerate(zip(batch.tokens, batch.targets, strict=True)):
+                rows[batch.first_row + k] = [*tokens.tolist(), int(targets[-1])]
+        order += rows
+        for number in (n for n in rows if n < 3 * R):
+            epochs[number // R] += [t for t in rows[number] if t not in (IGNORED, Ids.fim_pad)]
+    assert order == list(range(len(order)))
+    for seen in epochs:
+        assert sorted(seen) == everything
+    assert epochs[0] != epochs[1]
+
+
 @pytest.mark.parametrize("prefetch", [0, 1, 3])
 def test_resuming_at_any_step_equals_never_stopping(tokenizer, prefetch):
     """Over three epochs, by a fresh dataset for every start, with and without the thread."""

@@ -65,7 +65,8 @@ def test_every_reason_is_given_at_once():
     text = "\n".join(found)
     assert len(found) == 7, text
     for words in (
-        "parallel: expected processes that tp * cp * pp = 24 divides, got 25. Start 48.",
+        "parallel: expected processes that tp * cp * pp = 24 divides, got 25. Start 48, or pass "
+        "another parallel.tp, pp or cp.",
         "parallel.tp: expected a divisor of num_heads = 6, got 4",
         "parallel.tp: expected a divisor of ffn_width = 10, got 4",
         "expected at most num_layers = 3, got 4",

@@ -8,6 +8,7 @@ import dataclasses
 import pytest
 import torch
 from runs import assert_same_state, changed, losses, stopping, torchrun
+from torch.utils.checkpoint import checkpoint
 
 from stellarator.config import ParallelConfig
 from stellarator.parallel.pipeline import schedules
@@ -86,3 +87,15 @@ def test_weight_gradients_are_made_when_asked_for(shape):
     deferred.run("here")
     torch.testing.assert_close(weight.main_grad, expected[1])
     assert deferred.empty
+
+
+def test_weight_gradients_of_layers_that_are_computed_again():
+    """Checkpointing gives a backward pass other tensors than those that it was saved."""
+    torch.manual_seed(0)
+    x, weight = (torch.randn(*s, dtype=torch.float64, requires_grad=True) for s in ((3, 5), (4, 5)))
+    weight.main_grad, deferred = torch.zeros_like(weight), Deferred()
+    y = checkpoint(split_linear, x, weight, None, deferred, use_reentrant=False)
+    deferred.key, dy = 0, torch.randn_like(y)
+    y.backward(dy)
+    deferred.run(0)
+    torch.testing.assert_close(weight.main_grad, dy.T @ x.detach())

@@ -44,7 +44,7 @@ def test_too_large_is_one_line_after_the_header(tiny_corpus, tmp_path, capsys, m
     monkeypatch.setattr(memory, "available_bytes", lambda device: 22 << 30)
     words = ["train", "--recipe", "starcoder2_15b", "train.device=cpu", f"folder={tmp_path / 'r'}"]
     words += [f"data.train={tiny_corpus / 'train'}", f"data.tokenizer={tiny_corpus / 'tokenizer'}"]
-    words += ["data.seq_length=64"]
+    words += ["data.seq_length=64", "parallel.tp=1", "parallel.sp=false", "parallel.pp=1"]
     assert main(words) == 1
     output = capsys.readouterr()
     assert output.out.startswith("starcoder2_15b: starcoder2, 15,957,889,024 parameters")
@@ -62,9 +62,9 @@ def test_every_process_of_a_machine_holds_a_model(monkeypatch):
     memory.check(6, "fp32", CPU)
     with pytest.raises(RuntimeError, match="18 bytes each in bf16"):
         memory.check(24, "bf16", CPU)
-    memory.check(25, "bf16", CPU, 3, 16)  # 4 bytes each, of the model before it is shared out
-    with pytest.raises(RuntimeError, match="4 bytes each in bf16"):
-        memory.check(26, "bf16", CPU, 3, 16)
+    memory.check(88, "bf16", CPU, 3, 16)
+    with pytest.raises(RuntimeError, match="1.125 bytes each in bf16"):
+        memory.check(89, "bf16", CPU, 3, 16)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     with pytest.raises(RuntimeError, match="16 bytes each in fp32 in each of 2 processes"):
         memory.check(6, "fp32", CPU)

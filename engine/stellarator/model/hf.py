@@ -1,6 +1,6 @@
 """Hugging Face folders of `starcoder2` and `gpt_bigcode`, read and written without transformers.
 
-defines: load_pretrained, save_pretrained, Tensor, tensor_map
+defines: load_pretrained, Pretrained, save_pretrained, Tensor, tensor_map
 
 The same numbers under other names. Three layouts of the attention projection exist: `starcoder2`
 has q, k and v apart; `gpt_bigcode` has them in one matrix, as [Q | K | V] with one key/value head,
@@ -11,6 +11,7 @@ written. A copy that differs contradicts `tie_word_embeddings` and is refused, b
 disagree on which of the two counts.
 """
 
+import contextlib
 import json
 import re
 import shutil
@@ -123,6 +124,38 @@ def _tensor(name: str, shape: tuple[int, ...], config: ModelConfig) -> Tensor:
     return Tensor(name, (f"{prefix}{names[module]}.{leaf}",), (shape,), heads)
 
 
+class Pretrained:
+    """A Hugging Face folder whose parameters are read one by one; a context manager.
+
+    config: of its model.  dtype: the widest in the files.
+
+    Raises:
+        FolderError: (a ValueError) the folder is damaged, unsafe, or of another model; all tensors
+            that are missing, unknown or of the wrong shape are listed at once.
+    """
+
+    def __init__(self, folder: str | Path):
+        folder = Path(folder)
+        self.config = read_config(read_json(folder, "config.json"), str(folder / "config.json"))
+        tensors = tensor_map(self.config)
+        self._tensors = {tensor.ours: tensor for tensor in tensors}
+        with contextlib.ExitStack() as stack:
+            self._files = stack.enter_context(WeightFiles(folder))
+            _check_tensors(self._files, tensors, self.config)
+            self.dtype = _widest([self._files.dtypes[name] for t in tensors for name in t.theirs])
+            self._stack = stack.pop_all()
+
+    def __enter__(self) -> "Pretrained":
+        return self
+
+    def __exit__(self, *exception) -> None:
+        self._stack.close()
+
+    def read(self, name: str) -> torch.Tensor:
+        """A whole parameter under our name, in the dtype of the file, on the CPU."""
+        return self._tensors[name].gather(self._files.__getitem__)
+
+
 def load_pretrained(
     folder: str | Path,
     *,
@@ -143,18 +176,11 @@ def load_pretrained(
             that are missing, unknown or of the wrong shape are listed at once.
     Cost: reads the file once; memory of the model and of one tensor.
     """
-    folder = Path(folder)
-    config = read_config(read_json(folder, "config.json"), str(folder / "config.json"))
-    tensors = tensor_map(config)
-    with WeightFiles(folder) as files:
-        _check_tensors(files, tensors, config)
-        if dtype is None:
-            dtype = _widest([files.dtypes[name] for t in tensors for name in t.theirs])
-        model = Transformer(config, kernels, recompute, device=device, dtype=dtype)
-        parameters = dict(model.named_parameters())
-        with torch.no_grad():
-            for tensor in tensors:
-                parameters[tensor.ours].copy_(tensor.gather(files.__getitem__))
+    with Pretrained(folder) as weights, torch.no_grad():
+        to = {"device": device, "dtype": dtype or weights.dtype}
+        model = Transformer(weights.config, kernels, recompute, **to)
+        for name, parameter in model.named_parameters():
+            parameter.copy_(weights.read(name))
     return model
 
 

@@ -1,6 +1,6 @@
 """Initial weights that depend on (seed, parameter name, element) and on nothing else.
 
-defines: normal, initialize, build_model
+defines: normal, initialize, initialize_, build_model
 
 Element i of a parameter is a function of (seed, name, i): a rank of any layout draws just the slice
 it holds, in any order, and gets the same bits as a single process would. The numbers come from
@@ -85,17 +85,24 @@ def build_model(
 def initialize(model: Transformer, seed: int) -> None:
     """Set every parameter by the rule of this module."""
     shards = shards_of(model)
+    for name, parameter in model.named_parameters():
+        initialize_(model.config, seed, name, shards[name], parameter)
+
+
+def initialize_(
+    config: ModelConfig, seed: int, name: str, shard: Shard, values: torch.Tensor
+) -> None:
+    """Set what of one parameter is here by the rule of this module."""
+    std = _std(name, config)
+    if std is None:
+        values.fill_(1.0 if name.endswith("weight") else 0.0)
+        return
+    # numpy lets go of the interpreter inside its loops, so threads do help.
+    draw, at, flat = partial(normal, name, seed, std), 0, values.view(-1)
     with ThreadPoolExecutor(torch.get_num_threads()) as pool:
-        for name, parameter in model.named_parameters():
-            std = _std(name, model.config)
-            if std is None:
-                parameter.fill_(1.0 if name.endswith("weight") else 0.0)
-                continue
-            # numpy lets go of the interpreter inside its loops, so threads do help.
-            draw, at, flat = partial(normal, name, seed, std), 0, parameter.view(-1)
-            for part in pool.map(draw, *zip(*_pieces(shards[name]), strict=True)):
-                flat[at : at + len(part)] = torch.from_numpy(part)
-                at += len(part)
+        for part in pool.map(draw, *zip(*_pieces(shard), strict=True)):
+            flat[at : at + len(part)] = torch.from_numpy(part)
+            at += len(part)
 
 
 def _pieces(shard: Shard) -> Iterator[tuple[int, int]]:

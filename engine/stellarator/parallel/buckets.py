@@ -29,6 +29,7 @@ from stellarator.parallel.gradients import SharedGradients, counted_spans
 from stellarator.parallel.mesh import Axis
 from stellarator.parallel.shard import FlatPart, Shard
 from stellarator.parallel.tensor import TensorParallel
+from stellarator.parallel.unfilled import values_of
 
 _ALIGNMENT = 128  # elements: parts begin where kernels can read 16 bytes at a time
 
@@ -143,7 +144,7 @@ class Bucket:
         self.exp_avg_sq = torch.zeros_like(self.exp_avg)
         self.master = None if dtype == state_dtype else torch.zeros_like(self.exp_avg)
         for name, parameter in named:
-            values = parameter.detach()
+            values = values_of(parameter)
             self.view(self.full_params, name).copy_(values)
             if self.master is not None:
                 part, mine = self.own_part(name), self.own_view(self.master, name)

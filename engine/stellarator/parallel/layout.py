@@ -118,7 +118,7 @@ def problems(
         world_size % ways == 0,
         f"parallel: expected processes that tp * cp * pp = {ways} divides",
         world_size,
-        f"Start {-(-world_size // ways) * ways}",
+        f"Start {-(-world_size // ways) * ways}, or pass another parallel.tp, pp or cp",
     )
     H, G = model.num_heads, model.num_kv_heads
     divisors = f"Pass a divisor of {H} heads and {model.ffn_width} MLP columns"
@@ -141,6 +141,12 @@ def problems(
         f"parallel.pp * stages_per_rank: expected at most num_layers = {model.num_layers}",
         stages,
         "Every stage holds at least one layer",
+    )
+    expect(
+        stages == 1 or p.zero < 2,
+        f"parallel.zero: expected 0 or 1 with {stages} pipeline stages",
+        p.zero,
+        "A pipeline adds the gradients of its micro-batches in whole buffers: pass zero=1",
     )
     expect(not p.sp or p.tp > 1, "parallel.sp: expected false without tp", p.sp, "Pass sp=false")
     parts = p.cp * math.lcm(p.tp if p.sp else 1, 2 if p.cp > 1 else 1)

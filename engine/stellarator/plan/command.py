@@ -26,12 +26,13 @@ def run(
         config: of the run.
         num_gpus: all of them.
         parallel: values of ParallelConfig; those that are missing or None are the default ones.
+            Where none is given, the layout is that of `config`.
         figures: of the machine, by the names of `Machine`; the others are assumed.
         top: how many layouts of a search to print; None: no search, plan the one of `parallel`.
     Raises:
         ValueError: the layout cannot work, with every reason; or a search was given a layout.
     """
-    chosen = {name: value for name, value in parallel.items() if value not in (None, False)}
+    chosen = {n: value for n, value in parallel.items() if value is not None and value is not False}
     machine = Machine(**figures)
     if top is not None:
         if chosen:
@@ -41,7 +42,9 @@ def run(
             )
         yield from search_lines(search(config, num_gpus, machine, top), machine, figures)
         return
-    if "stages_per_rank" not in chosen:
-        chosen["stages_per_rank"] = default_stages_per_rank(str(chosen.get("schedule", "1f1b")))
-    case = make_case(config, ParallelConfig(**chosen), num_gpus)
+    layout = config.parallel
+    if chosen:
+        fewest = default_stages_per_rank(str(chosen.get("schedule", "1f1b")))
+        layout = ParallelConfig(**{"stages_per_rank": fewest, **chosen})
+    case = make_case(config, layout, num_gpus)
     yield from plan_lines(make_plan(case, machine), figures)

@@ -28,17 +28,18 @@ from stellarator.data.packing import PackedDataset
 from stellarator.data.shards import Shard, check_tokenizer
 from stellarator.data.tokenizer import Tokenizer
 from stellarator.files import replace_text
-from stellarator.model import Transformer, build_model, load_pretrained
+from stellarator.model import Transformer
 from stellarator.model.dropout import Dropout
 from stellarator.parallel import mesh as meshes
 from stellarator.parallel.buckets import DataParallel
 from stellarator.parallel.gather import Wholes
 from stellarator.parallel.rows import ContextParallel
-from stellarator.parallel.shard import shards_of
 from stellarator.parallel.tensor import TensorParallel
+from stellarator.parallel.unfilled import without_memory
 from stellarator.progress import show
 from stellarator.sizes import FORMULA
 from stellarator.train import checkpoint, flops, kernels, memory, metrics, resume
+from stellarator.train.first import first_values
 from stellarator.train.inputs import Inputs, inputs_of
 from stellarator.train.metrics import RunLog, StepMetrics, ZScore, step_line, write_status
 from stellarator.train.optimizer import KINDS, FlatOptimizer
@@ -187,11 +188,7 @@ class Trainer:
             count, replicas = sum(p.numel() for p in held), self.mesh.replicas.size
             memory.check(count, config.train.precision, device, self.data.stage, replicas)
         self._find_checkpoint()
-        self.model = self._make_model()
-        ranks = (self.tp, self.data, self.mesh.pp)
-        self.optimizer = FlatOptimizer(
-            self.model, config.optim, config.train.kernels, self.dtype, *ranks
-        )
+        self._make_model()
         if self.pipeline is not None:
             self.pipeline.attach(self.model)
         self.clock = Stopwatch(device)
@@ -254,35 +251,19 @@ class Trainer:
         """Of masters and moments."""
         return torch.float32 if self.dtype == torch.bfloat16 else self.dtype
 
-    def _make_model(self) -> Transformer:
-        """The model with its first weights; without any where a checkpoint holds them."""
-        config, start = self.config, self.config.train.init_from
-        options = {
-            "device": self.mesh.device,
-            # bf16 is rounded from masters that keep all digits of the initial or loaded weights.
-            "dtype": self._state_dtype,
-            "kernels": config.train.kernels,
-            "recompute": config.train.recompute,
-        }
-        held = {"tp": self.tp, "part": self.part}
-        if self.found is not None:
-            return Transformer(config.model, **held, **options)
-        if start is None:
-            return build_model(config.model, seed=config.train.seed, **held, **options)
-        model = load_pretrained(start, **options)
-        if wrong := resume.model_difference(start, model.config, config.model):
-            raise RefusedError(wrong)
-        if self.tp.alone and self.part is None:
-            return model
-        return self._part_of(model, Transformer(config.model, **held, **options))
-
-    @torch.no_grad()
-    def _part_of(self, model: Transformer, found: Transformer) -> Transformer:
-        """What this rank holds of a whole model."""
-        wholes, shards = dict(model.named_parameters()), shards_of(found)
-        for name, parameter in found.named_parameters():
-            shards[name].take_(parameter, wholes[name])
-        return found
+    def _make_model(self) -> None:
+        """Model and optimizer, whose buckets ask for the first values of their parameters."""
+        config = self.config
+        options = {"kernels": config.train.kernels, "recompute": config.train.recompute}
+        # bf16 is rounded from masters that keep all digits of the initial or loaded weights.
+        options |= {"tp": self.tp, "part": self.part, "dtype": self._state_dtype}
+        self.model = Transformer(config.model, **options, device="meta")
+        ranks = (self.tp, self.data, self.mesh.pp)
+        with first_values(config, self.found is not None) as fill:
+            without_memory(self.model, self.mesh.device, fill)
+            self.optimizer = FlatOptimizer(
+                self.model, config.optim, config.train.kernels, self.dtype, *ranks
+            )
 
     def _resume(self) -> None:
         """Take over the state of the checkpoint that was found."""

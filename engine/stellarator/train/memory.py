@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from stellarator.sizes import ITEMSIZE, bytes_per_parameter
+from stellarator.sizes import bytes_per_parameter
 
 
 def check(
@@ -34,8 +34,7 @@ def check(
     Raises:
         RuntimeError: it needs more than there is; the message has both figures.
     """
-    # Before it is shared out the model is there whole, with all digits.
-    each = max(bytes_per_parameter(precision, stage, data_size), 4, ITEMSIZE[precision])
+    each = bytes_per_parameter(precision, stage, data_size)
     ranks = 1 if device.type == "cuda" else int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     needed, available = ranks * num_parameters * each, available_bytes(device)
     if needed <= available:

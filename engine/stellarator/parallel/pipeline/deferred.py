@@ -85,13 +85,15 @@ class _SplitLinear(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, weight, bias, deferred: Deferred):
-        ctx.save_for_backward(x, weight)
-        ctx.deferred, ctx.has_bias = deferred, bias is not None
+        ctx.save_for_backward(x)
+        # Not saved: where layers are computed again it would come back as another tensor, without
+        # the buffer for its gradient.
+        ctx.weight, ctx.deferred, ctx.has_bias = weight, deferred, bias is not None
         return linear(x, weight, bias)
 
     @staticmethod
     def backward(ctx, dy):
-        x, weight = ctx.saved_tensors
+        (x,), weight = ctx.saved_tensors, ctx.weight
         dy2, x2 = dy.flatten(0, -2), x.flatten(0, -2)
         dweight = None
         if ctx.deferred.key is None:
