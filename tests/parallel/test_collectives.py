@@ -9,7 +9,7 @@ import torch.distributed as dist
 from ranks import on_ranks
 
 from stellarator.parallel.collectives import Group, Message
-from stellarator.parallel.journal import Entry, Journal, Tag, file_of, read
+from stellarator.parallel.journal import NOWHERE, Entry, Journal, Tag, file_of, read
 
 pytestmark = pytest.mark.dist
 
@@ -141,3 +141,17 @@ def test_what_a_gpu_has_only_queued_is_left_when_it_is_done(tmp_path):
     works[1].done = True
     journal.settle()
     assert journal.oldest() == third
+
+
+def test_what_is_only_begun_is_not_waited_for(tmp_path):
+    journal = Journal(tmp_path, 0)
+    journal.at(step=4, layer=3)
+    begun = journal.enter("pp:0>1", "send", Tag("kv", NOWHERE, 2), 1, waits=False)
+    assert str(begun.tag) == "`kv` (step 4, micro-batch 2)"
+    assert journal.oldest() is None and read(tmp_path, 0).waits is None
+    second = journal.enter("pp", "all_reduce", "b", 1)
+    journal.wait(begun)
+    assert read(tmp_path, 0).waits == second == journal.oldest()  # for longer
+    journal.leave(second)
+    waits = read(tmp_path, 0).waits
+    assert waits == journal.oldest() and waits.sequence == 1 and waits.waits > waits.entered

@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -36,7 +37,7 @@ def misbehaves(rank, folder, how):
             file.write(f"{time.time():.3f} {text}\n")
 
     dog = Watchdog(journal, TIMEOUT, say, look_seconds=0.25)
-    group = Group(dist.group.WORLD, "dp", journal, dog.explain)
+    group = Group(dist.group.WORLD, "dp", journal)
     x = torch.ones(4)
     with dog:
         journal.at(step=811)
@@ -167,18 +168,22 @@ def wrong_kind(rank, folder):
     """Rank 1 enters all_gather where the others enter all_reduce; gloo fails or hangs."""
     journal, texts = Journal(folder, rank), []
     dog = Watchdog(journal, TIMEOUT, texts.append, look_seconds=0.2)
-    group = Group(dist.group.WORLD, "tp", journal, dog.explain)
-    with dog:
+    group = Group(dist.group.WORLD, "tp", journal)
+
+    def enters():
         try:
             if rank == 1:
-                group.all_gather(torch.ones(3), "a", wait=False)
+                group.all_gather(torch.ones(3), "a")
             else:
-                group.all_reduce(torch.ones(64), "b", wait=False)
-            deadline = time.time() + TIMEOUT + GRACE
-            while time.time() < deadline and not texts:
-                time.sleep(0.1)
+                group.all_reduce(torch.ones(64), "b", wait=False).wait()
         except RuntimeError as error:
             texts.append(str(error))
+
+    with dog:
+        threading.Thread(target=enters, daemon=True).start()
+        deadline = time.time() + TIMEOUT + GRACE
+        while time.time() < deadline and not texts:
+            time.sleep(0.1)
     Path(folder, f"said_{rank}").write_text(texts[0] if texts else "nothing")
     while not all(Path(folder, f"said_{r}").exists() for r in range(3)):
         time.sleep(0.05)

@@ -102,12 +102,17 @@ def _process(finding: _Finding, now: float) -> str:
     return f"{words[finding.state]}, pid {record.pid} on {record.host}"
 
 
+def _waited(entry: Entry, now: float) -> float:
+    """Seconds since its rank waits there; since it was begun, if it does not."""
+    return now - (entry.entered if entry.waits is None else entry.waits)
+
+
 def _did_last(record: Record | None, now: float) -> str:
     last = record.last if record is not None else None
     if last is None:
         return "It has entered no collective."
     if last.left is None:
-        return f"It is in {last}, for {now - last.entered:.1f} s."
+        return f"It is in {last}, for {_waited(last, now):.1f} s."
     return f"It last left {last}, {now - last.left:.1f} s ago."
 
 
@@ -136,7 +141,7 @@ def _lines(folder, me: int, entry: Entry, members: Sequence[int], now: float, se
             text = f"{_process(f, now)}. {_did_last(f.record, now)}"
             lines.append(f"rank {f.rank} is missing: {text}")
         else:
-            since = f"{now - waits.entered:.1f} s"
+            since = f"{_waited(waits, now):.1f} s"
             lines.append(f"rank {f.rank} is missing: {_process(f, now)}.")
             lines.append(f"  It waits in {waits}, for {since}, where")
             theirs = f.record.members(waits.channel)
@@ -144,9 +149,9 @@ def _lines(folder, me: int, entry: Entry, members: Sequence[int], now: float, se
             lines += [f"  {line}" for line in more]
             found += deeper
     alike = [
-        f"rank {f.rank} ({now - f.entry.entered:.1f} s)"
+        f"rank {f.rank} ({_waited(f.entry, now):.1f} s)"
         for f in findings
-        if f.position == "waits" and not f.guilty
+        if f.position == "waits" and not f.guilty and f.entry.waits is not None
     ]
     if alike:
         more = f" and {len(alike) - 8} more" if len(alike) > 8 else ""
@@ -161,7 +166,7 @@ def report(folder, rank: int, entry: Entry, members: Sequence[int]) -> tuple[str
     now = time.time()
     lines, found = _lines(folder, rank, entry, members, now, set())
     head = (
-        f"watchdog: rank {rank} has waited {now - entry.entered:.1f} s in {entry}, "
+        f"watchdog: rank {rank} has waited {_waited(entry, now):.1f} s in {entry}, "
         f"{entry.elements} elements."
     )
     running = {f.rank: None for f in found if f.state == "alive" and f.rank != rank}
@@ -201,6 +206,7 @@ class Watchdog:
         self._asked.unlink(missing_ok=True)
         self._stack = open(self._file, "w")  # noqa: SIM115, the signal handler writes to it
         faulthandler.register(_SIGNAL, file=self._stack, all_threads=True)
+        self.journal.explain = self.explain
         self.journal.beat()
         self._thread.start()
         return self
@@ -214,7 +220,7 @@ class Watchdog:
         self._thread.join()
 
     def explain(self, entries: Sequence[Entry], error: Exception) -> str:
-        """The text for a collective that failed; a `Group` calls it.
+        """The text for a collective that failed; a `Group` asks for it.
 
         A process that dies closes its connections a little before it is gone.
         """
@@ -243,7 +249,7 @@ class Watchdog:
             if (
                 entry is not None
                 and entry.number > self._told
-                and time.time() - entry.entered > self.timeout_seconds
+                and time.time() - entry.waits > self.timeout_seconds
             ):
                 self._told = entry.number
                 self.say(self._text(entry))

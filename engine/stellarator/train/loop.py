@@ -84,7 +84,7 @@ class Trainer:
             TrainingError, CheckpointError, ShardError, ...: with one line that says what to do.
         """
         parallel = self.config.parallel
-        self.mesh = meshes.start(self.config.train.device, parallel=parallel)
+        self.mesh = meshes.start(self.config.train.device, parallel, self.folder / "journals")
         self.tp = TensorParallel(self.mesh.tp, parallel.sp)
         self.data = DataParallel(
             self.mesh.dp,
@@ -235,7 +235,7 @@ class Trainer:
         self.mesh.barrier()
         found = self.found = resume.find(self.config, self.log.warn)
         seal = hashlib.sha256(json.dumps(found.manifest).encode() if found else b"").digest()
-        if not self.mesh.agrees_on(int.from_bytes(seal[:7])):
+        if not self.mesh.agrees_on(int.from_bytes(seal[:7]), "checkpoint to resume"):
             raise TrainingError(
                 f"{self.folder}: expected the same newest checkpoint on every rank, got different "
                 f"ones (rank {self.mesh.world.rank}: {found and found.folder}). Put `folder` on a "
@@ -333,7 +333,7 @@ class Trainer:
             wholes.rest()
         told = torch.tensor([int(failed is not None)], device=self.mesh.device)
         if not self.mesh.world.max_(
-            told
+            told, "checkpoint"
         ).item():  # a barrier too: nobody goes on before rank 0 is done
             return
         if required:
@@ -367,7 +367,7 @@ class Trainer:
     def _stop_requested(self) -> bool:
         """Whether any rank was asked to stop; all ranks agree."""
         asked = torch.tensor([int(self.stop.received or 0)], device=self.mesh.device)
-        number = int(self.mesh.world.max_(asked).item())
+        number = int(self.mesh.world.max_(asked, "stop request").item())
         if number:
             self.stop.received = signal.Signals(number)
         return bool(number)
@@ -376,6 +376,7 @@ class Trainer:
         """One optimizer step."""
         clock, optimizer, mesh, config = self.clock, self.optimizer, self.mesh, self.config
         started, step = time.perf_counter(), self.step + 1
+        mesh.at(step=step)
         clock.start()
         waited = self.source.data_wait_seconds
         micro_batches = next(self.source)
@@ -390,19 +391,21 @@ class Trainer:
         micro_batches = [batch.to(mesh.device, non_blocking=True) for batch in micro_batches]
         if self.pipeline is not None:
             totals[0] += self.pipeline.step(micro_batches, self._dropout)
-            mesh.pp.sum_(totals[:1])
+            mesh.pp.sum_(totals[:1], "totals")
             self.pipeline.sum_tied_(optimizer.grad)
             clock.mark("pipeline")
         else:
-            for batch in micro_batches:
+            for index, batch in enumerate(micro_batches):
+                mesh.at(micro_batch=index)
                 loss = self._loss_sum(batch, self._dropout(batch))
                 clock.mark("forward")
                 with optimizer.last_micro_batch(batch is micro_batches[-1]):
                     loss.backward()
                 totals[0] += loss.detach()
                 clock.mark("backward")
+            mesh.at(micro_batch=None, layer=None)
         optimizer.complete_grads()
-        mesh.dp.sum_(totals)
+        mesh.dp.sum_(totals, "totals")
         clock.mark("reduce")
         loss_sum, num_targets, model_flops = totals.tolist()
         divisor = max(1, int(num_targets))
@@ -486,7 +489,9 @@ class Trainer:
         totals = torch.zeros(2, dtype=torch.float64, device=mesh.device)
         rows = config.train.eval_batches * config.train.global_batch_size
         self.model.eval()
-        for batch in self.validation.evaluation(rows, mesh.dp.rank, mesh.dp.size):
+        rows_here = self.validation.evaluation(rows, mesh.dp.rank, mesh.dp.size)
+        for index, batch in enumerate(rows_here):
+            mesh.at(micro_batch=index)
             batch = batch.to(mesh.device)
             if self.pipeline is not None:
                 totals[0] += self.pipeline.evaluate(batch)
@@ -494,8 +499,9 @@ class Trainer:
                 totals[0] += self._loss_sum(batch)
             totals[1] += batch.num_targets
         self.model.train()
-        mesh.pp.sum_(totals[:1])
-        loss_sum, count = mesh.dp.sum_(totals).tolist()
+        mesh.at(micro_batch=None, layer=None)
+        mesh.pp.sum_(totals[:1], "evaluation")
+        loss_sum, count = mesh.dp.sum_(totals, "evaluation").tolist()
         loss = self.progress.last_eval = loss_sum / max(1.0, count)
         self.log.record("eval", {"step": self.step, "loss": loss, "tokens": int(count)})
         self.log.say(f"eval at step {self.step}: loss {loss:.4f} over {int(count):,} tokens")
