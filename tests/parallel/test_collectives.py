@@ -128,13 +128,31 @@ class Work:
         pass
 
 
+class Event:
+    """Of a GPU, which comes to it later; elapsed_time is in ms."""
+
+    done = False
+
+    def __init__(self, seconds):
+        self.seconds = seconds
+
+    def query(self):
+        return self.done
+
+    def elapsed_time(self, other):
+        return 1e3 * (other.seconds - self.seconds)
+
+
 def test_what_a_gpu_has_only_queued_is_left_when_it_is_done(tmp_path):
     journal = Journal(tmp_path, 0)
     group = Group(None, "dp", journal)
+    group._now = iter([Event(0.5), Event(2.5)]).__next__
     works = [Work(), Work()]
     entries = [journal.enter("dp", "all_reduce", str(n), 1) for n in range(2)]
     group._finish(works, entries)
-    assert journal.oldest() == entries[0]
+    assert journal.oldest() == entries[0] and journal.waited_seconds == 0.0
+    Event.done = True
+    assert journal.waited_seconds == 2.0
     works[0].done = True
     third = journal.enter("dp", "all_reduce", "c", 1)  # looks after the earlier ones
     assert journal.oldest() == entries[1] and isinstance(third, Entry)

@@ -197,23 +197,31 @@ class Group:
 
     def _finish(self, works, entries) -> None:
         """Wait, and note what is done; a GPU has only queued it, and is asked again later."""
-        begun = time.perf_counter()
         if self.journal is not None:
             for entry in entries:
                 if entry.waits is None:
                     self.journal.wait(entry)
+            begun = self._now()
         try:
             for work in works:
                 work.wait()
         except RuntimeError as error:
             self._fail(entries, error)
         if self.journal is not None:
-            self.journal.waited_seconds += time.perf_counter() - begun
+            self.journal.waited(begun, self._now())
             for entry, work in self._pairs(entries, works):
                 if self._host_waits or work.is_completed():
                     self.journal.leave(entry)
                 else:
                     self.journal.leave_later(entry, work)
+
+    def _now(self):
+        """Of the host, or of the stream of the GPU that waits in its place."""
+        if self._host_waits:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
 
     @staticmethod
     def _pairs(entries, works):

@@ -152,10 +152,10 @@ class Journal:
         self.folder, self.rank = Path(folder), rank
         self.where = Tag("")
         self.open: dict[int, Entry] = {}
-        self.waited_seconds = 0.0  # of this process in all collectives, where the host waits
         self.explain = None  # (entries, error) -> message of a collective that failed
         self._numbers, self._channels, self._groups = 0, {}, {}
         self._started: list[tuple[Entry, object]] = []
+        self._waited, self._waits = 0.0, []
         self._lock = threading.Lock()  # backward may run in another thread than forward
         self.folder.mkdir(parents=True, exist_ok=True)
         file_of(folder, rank, "groups").unlink(missing_ok=True)
@@ -231,6 +231,23 @@ class Journal:
         index, newest, name = self._channels[entry.channel]
         if entry.sequence + _KEPT > newest:  # else the slot has a newer one
             self._write(entry, index, name, left)
+
+    def waited(self, begun, ended) -> None:
+        """Note from when to when this process, or its GPU, waited: seconds, or recorded events."""
+        with self._lock:
+            if isinstance(begun, float):
+                self._waited += ended - begun
+            else:
+                self._waits.append((begun, ended))
+
+    @property
+    def waited_seconds(self) -> float:
+        """In all collectives so far; of a GPU, as far as it has come."""
+        with self._lock:
+            while self._waits and self._waits[0][1].query():
+                begun, ended = self._waits.pop(0)
+                self._waited += begun.elapsed_time(ended) / 1e3
+            return self._waited
 
     def leave_later(self, entry: Entry, work) -> None:
         """It was only started: it is left when `work.is_completed()`."""

@@ -172,7 +172,9 @@ class Mesh:
             error.told = alike and not self.main
             raise error
         if not alike:
-            raise RuntimeError(f"rank {self.world.rank} stops, as another rank failed.")
+            error = RuntimeError(f"rank {self.world.rank} stops, as another rank failed.")
+            error.told = False
+            raise error
 
 
 def start(

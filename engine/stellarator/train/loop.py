@@ -37,7 +37,7 @@ from stellarator.parallel.shard import shards_of
 from stellarator.parallel.tensor import TensorParallel
 from stellarator.progress import show
 from stellarator.sizes import FORMULA
-from stellarator.train import checkpoint, flops, kernels, memory, metrics, resume
+from stellarator.train import checkpoint, flops, kernels, memory, metrics, resume, watch
 from stellarator.train.metrics import RunLog, StepMetrics, ZScore, step_line, write_status
 from stellarator.train.optimizer import KINDS, FlatOptimizer
 from stellarator.train.pipeline import Pipeline
@@ -84,7 +84,7 @@ class Trainer:
             TrainingError, CheckpointError, ShardError, ...: with one line that says what to do.
         """
         parallel = self.config.parallel
-        self.mesh = meshes.start(self.config.train.device, parallel, self.folder / "journals")
+        self.mesh = meshes.start(self.config.train.device, parallel, watch.journals_of(self.folder))
         self.tp = TensorParallel(self.mesh.tp, parallel.sp)
         self.data = DataParallel(
             self.mesh.dp,
@@ -94,7 +94,7 @@ class Trainer:
         )
         self.pipeline = self.part = None
         try:
-            with StopRequest() as self.stop:
+            with StopRequest() as self.stop, self._watched():
                 if not self.mesh.main:
                     summary = self._run()
                 else:
@@ -104,7 +104,16 @@ class Trainer:
             return self._summary(float("nan"), time.monotonic())
         # Not after an error: other ranks may be inside a collective that leaving would wait for.
         self.mesh.stop()
+        if self.mesh.main:
+            watch.remove_journals(self.folder)
         return summary
+
+    def _watched(self) -> contextlib.AbstractContextManager:
+        """A block in which a watchdog looks after the collectives."""
+        if self.mesh.journal is None:
+            return contextlib.nullcontext()
+        seconds = self.config.parallel.timeout_seconds
+        return watch.watchdog(self.mesh.journal, self.folder, seconds, lambda: self.step)
 
     def _run_and_tell(self) -> dict:
         """`_run` of rank 0: what went wrong also goes into status.json."""
@@ -122,6 +131,8 @@ class Trainer:
 
     def _run(self) -> dict:
         config, main = self.config, self.mesh.main
+        if main and self.mesh.journal is not None:
+            watch.remove_journals(self.folder, but=self.mesh.journal.folder)
         with RunLog(self.folder, main, config.metrics.tensorboard) as self.log:
             self._build()
             self.stop.check()
@@ -190,7 +201,7 @@ class Trainer:
         )
         if self.pipeline is not None:
             self.pipeline.attach(self.model)
-        self.clock = Stopwatch(device)
+        self.clock, self.ranks = Stopwatch(device), watch.SlowRanks(self.mesh, self.log)
         self.peak, self.peak_source = flops.peak_flops(
             device, self.dtype, config.metrics.peak_tflops
         )
@@ -358,6 +369,7 @@ class Trainer:
                     spent = time.monotonic() - started
                     eta = spent / (self.step - first) * (config.train.steps - self.step)
                     self.log.say(step_line(done, config.train.steps, eta))
+                    self.ranks.look(self.step)
                 if self.validation and (last or _due(self.step, config.train.eval_interval)):
                     self.evaluate()
                 if not last and _due(self.step, config.checkpoint.interval):
@@ -377,6 +389,7 @@ class Trainer:
         clock, optimizer, mesh, config = self.clock, self.optimizer, self.mesh, self.config
         started, step = time.perf_counter(), self.step + 1
         mesh.at(step=step)
+        self.ranks.times.begin()
         clock.start()
         waited = self.source.data_wait_seconds
         micro_batches = next(self.source)
@@ -418,6 +431,7 @@ class Trainer:
             self.progress.skipped += 1
         clock.mark("optimizer")
         split = clock.split_ms()
+        self.ranks.times.end()
         seconds = time.perf_counter() - started
         self.progress.tokens_total += int(num_targets)
         return StepMetrics(
