@@ -1,7 +1,7 @@
 """Training of two processes that goes wrong: who is told what, and how the run ends.
 
-Ranks that sleep, are stopped, are killed, or enter another collective, all at once in runs of their
-own; what is expected follows from what they do. Not covered: several machines, NCCL.
+Ranks that sleep, are stopped, are killed, enter another collective or raise, each in a run of its
+own, all at once; what is expected follows from what they do. Not covered: several machines, NCCL.
 """
 
 import dataclasses
@@ -18,12 +18,16 @@ from ranks import start
 from runs import changed
 
 from stellarator import cli, settings
-from stellarator.parallel.journal import read
+from stellarator.model import build_model
+from stellarator.parallel.collectives import Group
+from stellarator.parallel.journal import Journal, read
+from stellarator.parallel.mesh import Axis
+from stellarator.parallel.tensor import TensorParallel
 from stellarator.train import loop
 
 pytestmark = pytest.mark.dist
 TIMEOUT, GRACE = 5.0, 5.0
-WAYS = ("sleeps", "stopped", "dies", "other")
+WAYS = ("sleeps", "stopped", "dies", "other", "raises")
 
 
 def sleeps_in_a_function_of_its_own():
@@ -42,6 +46,8 @@ class Misbehaving(loop.Trainer):
                 sleeps_in_a_function_of_its_own()
             elif self.how == "other":
                 self.mesh.dp.gather(torch.ones(3), "something else")
+            elif self.how == "raises":
+                raise RuntimeError("an error of its own")
             else:
                 os.kill(os.getpid(), signal.SIGSTOP if self.how == "stopped" else signal.SIGKILL)
         return super()._dropout(batch)
@@ -60,7 +66,7 @@ def train(rank, how, path):
 
 @pytest.fixture
 def runs(tiny_config, tmp_path):
-    """{way: (folder, processes, journal of rank 1, seconds from the fault to the report)}."""
+    """{way: (folder, exit codes, journal of rank 1)}."""
     config = changed(tiny_config, parallel={"timeout_seconds": TIMEOUT}, checkpoint={"interval": 1})
     config = changed(config, train={"micro_batch_size": 2, "eval_interval": None})
     started = {}
@@ -69,54 +75,100 @@ def runs(tiny_config, tmp_path):
         folder.mkdir()
         config = dataclasses.replace(config, folder=str(folder / "run"))
         (folder / "run.toml").write_text(settings.to_toml(config))
-        started[how] = start(train, 2, how, str(folder / "run.toml"))
+        started[how] = [p for p, _ in start(train, 2, how, str(folder / "run.toml"))]
     found = {}
-    for how, ranks in started.items():
-        processes, folder = [process for process, _ in ranks], tmp_path / how
+    for how, processes in started.items():
         processes[0].join(timeout=60)
-        (journals,) = (folder / "run" / "journals").iterdir()
+        (journals,) = (tmp_path / how / "run" / "journals").iterdir()
         late = read(journals, 1)
         if how == "stopped":
             processes[1].kill()
         processes[1].join(timeout=20)
-        (report,) = (folder / "run" / "watchdog").glob("*.txt")
-        begun = (folder / "run" / "misbehaves").stat().st_mtime
-        found[how] = folder, processes, late, report.stat().st_mtime - begun
+        found[how] = tmp_path / how, [process.exitcode for process in processes], late
     return found
 
 
-def test_a_run_that_is_stuck_says_why_and_ends(runs):
-    here = "all_reduce `gradients of "
-    for how, (folder, processes, late, seconds) in runs.items():
+def test_a_run_that_cannot_go_on_says_why_and_ends(runs):
+    for how, (folder, codes, late) in runs.items():
         said = [(folder / f"said_{rank}").read_text() for rank in range(2)]
-        print(how, f"{seconds:.1f}", *said, sep="\n", file=sys.stderr)
-        (report,) = (folder / "run" / "watchdog").glob("*.txt")
-        text = report.read_text()
-        assert (how == "dies" or seconds >= TIMEOUT - 0.1) and seconds <= TIMEOUT + GRACE, how
-        # Who waits where, for how long; who is late, and how its process is.
-        assert ("watchdog: rank 0 has waited " in text) or how == "other"
-        assert " s in all_" in text and "(step 2" in text
-        process = {"stopped": "it is stopped (state T)", "dies": "it is dead"}.get(how, "it runs")
-        if how == "other":
-            assert "all_gather `something else` (step 2, micro-batch 0)" in text
-            assert here in text and "instead: it runs" in text
-        else:
-            assert here in text and f"rank 1 is missing: {process}" in text
-            assert f"pid {late.pid} on {late.host}. It last left all_reduce `" in text
-        assert ("in sleeps_in_a_function_of_its_own" in text) == (how == "sleeps")
-        # Everywhere the same: on the terminal, in status.json, in the error of every rank.
-        assert sum(text.strip() in each for each in said) == 1
+        print(how, *said, sep="\n", file=sys.stderr)
+        killed = how in ("stopped", "dies")
+        assert codes == [1, -signal.SIGKILL if killed else 1], how
+        reports = list((folder / "run" / "watchdog").glob("*.txt"))
+        assert len(reports) == (how != "raises")
+        for report in reports:
+            check_report(how, report.read_text(), late)
+            assert sum(report.read_text().strip() in text for text in said) == 1
+            seconds = report.stat().st_mtime - (folder / "run" / "misbehaves").stat().st_mtime
+            assert seconds <= TIMEOUT + GRACE and (how == "dies" or seconds >= TIMEOUT - 0.1)
+        # The same line in status.json and as the error of every rank.
         status = json.loads((folder / "run" / "status.json").read_text())
-        assert status["status"] == "failed" and status["step"] == 1
-        for rank in range(1 if how in ("stopped", "dies") else 2):
-            (error,) = [line for line in said[rank].splitlines() if line.startswith("error: ")]
-            line = error.partition("stops: ")[2] or error.removeprefix("error: ")
-            assert line in status["reason"] and ("rank 1" in line), error
-        codes = [process.exitcode for process in processes]
-        assert codes == [1, -signal.SIGKILL if how in ("stopped", "dies") else 1], how
+        assert (status["status"], status["step"]) == ("failed", 1)
+        for rank in range(1 if killed else 2):
+            (error,) = [text for text in said[rank].splitlines() if text.startswith("error: ")]
+            line = error.partition(" stops: ")[2] or error.removeprefix("error: ")
+            assert line in status["reason"] and "rank 1" in status["reason"], error
+        if how == "raises":
+            assert status["reason"] == "rank 1 failed: an error of its own"
     # The journal of the rank that was stopped has what it did before.
     entries = runs["stopped"][2].entries
     ops = {entry.tag.op.split()[0]: entry.tag for entry in entries}
     assert {"totals", "gradients", "stop", "checkpoint"} <= set(ops)
     assert ops["totals"].step == 1 and ops["totals"].layer is None
     assert all(entry.left is not None for entry in entries)
+
+
+def check_report(how, text, late):
+    """Who waits where, who is late, and how its process is."""
+    here = "all_reduce `gradients of layers.1.mlp.down.weight ...` (step 2, micro-batch 1)"
+    assert here in text
+    if how == "other":
+        assert "all_gather `something else` (step 2, micro-batch 0)" in text
+        assert "instead: it runs" in text
+    else:
+        assert text.startswith("watchdog: rank 0 has waited ") and f" s in {here}" in text
+        process = {"stopped": "it is stopped (state T)", "dies": "it is dead"}.get(how, "it runs")
+        assert f"rank 1 is missing: {process}" in text
+        assert f"pid {late.pid} on {late.host}. It last left all_reduce `" in text
+    assert ("in sleeps_in_a_function_of_its_own" in text) == (how == "sleeps")
+
+
+class Recording(Axis):
+    """Rank 0 of 2, where the other one has the same."""
+
+    tags = []
+
+    def gather(self, x, tag):
+        self.tags.append(self.group.journal.complete(tag))
+        return torch.cat([x, x])
+
+    def scatter_sum(self, x, tag):
+        self.tags.append(self.group.journal.complete(tag))
+        return 2 * x.chunk(2)[0]
+
+
+@pytest.mark.parametrize("recompute", ["none", "full"])
+def test_collectives_of_layers_say_which(tiny_config, tmp_path, recompute):
+    """Also those of the backward pass, in which layers are computed again."""
+    journal = Journal(tmp_path, 0)
+    axis = Recording("tp", 0, 2, Group(None, "tp", journal))
+    axis.tags.clear()
+    tp = TensorParallel(axis, sp=True)
+    model = build_model(tiny_config.model, tp=tp, recompute=recompute)
+    journal.at(step=5, micro_batch=1)
+    tokens = torch.arange(34).view(2, 17)
+    loss = model(tokens[:, :-1], tokens[:, 1:])
+    forward, axis.tags[:] = list(axis.tags), []
+    journal.at(layer=7)  # where somebody else was last
+    loss.backward()
+    pairs = [("enter", layer) for layer in (0, 0, 1, 1)]
+    expected = [each for pair in pairs for each in (pair, ("leave", pair[1]))]
+    expected = [("leave", None), *expected, ("enter", None)]
+    assert [(tag.op, tag.layer) for tag in forward] == [*expected, ("loss", None)]
+    backward = [(tag.op, tag.layer) for tag in axis.tags if "backward" in tag.op]
+    assert backward == [(f"{op}, backward", layer) for op, layer in reversed(expected)]
+    again = [(tag.op, tag.layer) for tag in axis.tags if "backward" not in tag.op]
+    # The last product of a layer is nothing that the backward pass needs.
+    layers = [(op, layer) for layer in (1, 0) for op in ("enter", "leave", "enter")]
+    assert again == (layers if recompute == "full" else [])
+    assert {tag[2:] for tag in forward + axis.tags} == {(1, 5)}

@@ -22,7 +22,9 @@ from stellarator.parallel import findings, watchdog
 from stellarator.parallel.collectives import Group
 from stellarator.parallel.findings import report
 from stellarator.parallel.journal import Journal, Tag, file_of, process_state, read
+from stellarator.parallel.verdict import Verdict
 from stellarator.parallel.watchdog import Watchdog
+from stellarator.train.signals import StopRequest
 
 pytestmark = pytest.mark.dist
 TIMEOUT, GRACE = 2.0, 5.0
@@ -274,3 +276,19 @@ def test_a_rank_of_another_machine(two, tmp_path, monkeypatch):
     text, running, _ = report(tmp_path, 0, entry, (0, 1))
     assert "no sign of life for 31.0 s: it is stopped or dead, or its machine is" in text
     assert running == []
+
+
+def test_stacks_do_not_take_the_signals_of_schedulers(tmp_path):
+    with StopRequest() as stop, Watchdog(Journal(tmp_path, 0), 60.0, look_seconds=0.05):
+        stop.defer()
+        os.kill(os.getpid(), signal.SIGUSR2)
+        time.sleep(0.05)
+        assert stop.received == signal.SIGUSR2
+
+
+def test_one_rank_speaks(tmp_path):
+    """Others wait for its line, and not for ever."""
+    first, second = Verdict(tmp_path), Verdict(tmp_path)
+    assert first.claim() and not second.claim() and second.wait(0.1) is None
+    threading.Timer(0.2, first.tell, ["why"]).start()
+    assert second.wait(5.0) == first.line == "why"

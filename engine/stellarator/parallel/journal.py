@@ -174,6 +174,16 @@ class Journal:
         """Where the run is from now on: step, micro_batch, layer; None: in none."""
         self.where = self.where._replace(**places)
 
+    def complete(self, tag: Tag | str) -> Tag:
+        """A tag with the places that the caller left to the journal."""
+        if isinstance(tag, str):
+            tag = Tag(tag)
+        layer, micro_batch, step = (
+            there if given is None else None if given == NOWHERE else given
+            for given, there in zip(tag[1:], self.where[1:], strict=True)
+        )
+        return Tag(tag.op[:88], layer, micro_batch, step)
+
     def register(self, group: str, ranks: tuple[int, ...]) -> None:
         """Who is in a group, for those who follow a chain of waiting ranks."""
         if self._groups.setdefault(group, tuple(ranks)) != tuple(ranks):
@@ -204,7 +214,7 @@ class Journal:
             self._channels[channel] = index, sequence + 1, name
             self._numbers += 1
             entry = Entry(
-                *(self._numbers, sequence + 1, channel, kind, self._complete(tag), elements, now),
+                *(self._numbers, sequence + 1, channel, kind, self.complete(tag), elements, now),
                 now if waits else None,
             )
             self.open[entry.number] = entry
@@ -280,16 +290,6 @@ class Journal:
     def close(self) -> None:
         """Note that this process ends as it should."""
         self._change(closed=1)
-
-    def _complete(self, tag: Tag | str) -> Tag:
-        """With the places that the caller left to the journal."""
-        if isinstance(tag, str):
-            tag = Tag(tag)
-        layer, micro_batch, step = (
-            there if given is None else None if given == NOWHERE else given
-            for given, there in zip(tag[1:], self.where[1:], strict=True)
-        )
-        return Tag(tag.op[:88], layer, micro_batch, step)
 
     def _add(self, channel: str) -> None:
         if len(self._channels) == _CHANNELS or len(channel.encode()) > 64:
