@@ -1,14 +1,19 @@
 """The Slurm template on two "nodes" of this machine: a worker is killed, then the job's time is up.
 
 srun and scontrol are imitated; torchrun, its rendezvous and its restarts are real. The reference is
-a run of two processes that nothing disturbs: its losses, to the bit. Not covered: Slurm itself.
+a run of two processes that nothing disturbs, but that one is slow: its losses, to the bit. Not
+covered: Slurm itself.
 """
 
+import contextlib
 import dataclasses
 import json
 import os
+import signal
+import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -16,6 +21,7 @@ from ranks import start
 from runs import changed, losses
 
 from stellarator import cli, settings
+from stellarator.train import loop
 
 pytestmark = pytest.mark.dist
 ROOT = Path(__file__).resolve().parents[2]
@@ -70,9 +76,39 @@ if __name__ == "__main__":
 """
 
 
+class Slow(loop.Trainer):
+    """Rank 1 works longer, which is said and changes nothing."""
+
+    def _dropout(self, batch):
+        time.sleep(0.3 * self.mesh.world.rank)
+        return super()._dropout(batch)
+
+
 def undisturbed(rank, path):
+    loop.Trainer = Slow
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
     os._exit(cli.main(["train", "--config", path]))
+
+
+def free_port():
+    with socket.socket() as found:
+        found.bind(("localhost", 0))
+        return found.getsockname()[1]
+
+
+def finished(command, environment, folder):
+    """(exit code, output) of a program; none of its processes is left."""
+    path = folder / "output.txt"
+    with open(path, "wb") as output:
+        options = {"cwd": folder, "stdout": output, "stderr": output}
+        process = subprocess.Popen(command, env=environment, **options)
+        try:
+            return process.wait(timeout=240), path.read_text()
+        finally:
+            for entry in Path("/proc").glob("[0-9]*"):
+                with contextlib.suppress(OSError):
+                    if f"RUN={folder}/run\0".encode() in (entry / "environ").read_bytes():
+                        os.kill(int(entry.name), signal.SIGKILL)
 
 
 def test_a_job_that_is_disturbed_trains_the_same_model(tiny_config, tmp_path, monkeypatch):
@@ -104,25 +140,25 @@ def test_a_job_that_is_disturbed_trains_the_same_model(tiny_config, tmp_path, mo
     }
     script = ["bash", "-c", 'export BATCH_PID=$$; exec bash "$@"', "batch", TEMPLATE]
     for count, status in enumerate(("preempted", "done")):
-        done = subprocess.run(
-            [*script, "--config", paths["run"]],
-            env=environment | {"SLURM_RESTART_COUNT": str(count)},
-            **{"cwd": tmp_path, "capture_output": True, "text": True, "timeout": 200},
-        )
+        environment |= {"SLURM_RESTART_COUNT": str(count), "PORT": str(free_port())}
+        code, output = finished([*script, "--config", paths["run"]], environment, tmp_path)
         told = json.loads((tmp_path / "run" / "status.json").read_text())
-        assert told["status"] == status, done.stdout + done.stderr
+        assert told["status"] == status, output
         assert (tmp_path / "requeued").exists() == (status == "preempted")
         (tmp_path / "requeued").unlink(missing_ok=True)
-        output = done.stdout + done.stderr
         if status == "preempted":
             assert "rank 1 is missing: it is dead" in output
             assert "resumed " in output and 7 <= told["step"] <= 10
             assert list((tmp_path / "run" / "logs" / "4711.0").iterdir())
         else:
-            assert done.returncode == 0, output
+            assert code == 0, output
     for process in others:
         process.join(timeout=60)
         assert process.exitcode == 0
     expected = losses(tmp_path / "undisturbed")
     assert losses(tmp_path / "run") == expected and len(expected) == 12 + 4
     assert not (tmp_path / "run" / "journals").exists()
+    assert "warning: rank 1 is slow: 0." in (tmp_path / "undisturbed" / "log.txt").read_text()
+    lines = (tmp_path / "undisturbed" / "metrics.jsonl").read_text().splitlines()
+    slow = [r["slow"] for r in map(json.loads, lines) if r["kind"] == "ranks"]
+    assert len(slow) == 12 and all(found.get("1", 0.0) >= 0.3 for found in slow[1:])
