@@ -36,7 +36,7 @@ _ALIGNMENT = 128  # elements: parts begin where kernels can read 16 bytes at a t
 
 @dataclass(frozen=True)
 class DataParallel:
-    """The ranks that have other rows of a batch, and what they share out.
+    """The ranks that have other rows of a batch or other tokens of them, and what they share out.
 
     bucket_bytes: of gradients, from which a bucket is full.
     reduce_dtype: what gradients are rounded to for their sum; None: not rounded.
