@@ -33,8 +33,9 @@ from benchmarks.usage import UsageError, count, one_of, positive
 from stellarator.config import ModelConfig, OptimConfig
 from stellarator.model import build_model
 from stellarator.parallel.buckets import DataParallel
+from stellarator.parallel.collectives import Group
 from stellarator.parallel.context import context_attention
-from stellarator.parallel.mesh import Axis, Group
+from stellarator.parallel.mesh import Axis
 from stellarator.parallel.products import column_product
 from stellarator.parallel.tensor import TensorParallel
 from stellarator.parallel.zigzag import Plan
@@ -96,7 +97,7 @@ def _ring(link: Link, rank: int, device: str, scale: int) -> Prepare:
 
 
 def _axis(name: str, link: Link, rank: int) -> Axis:
-    return LinkedAxis(name, rank, RANKS, Group(dist.group.WORLD), link)
+    return LinkedAxis(name, rank, RANKS, Group(dist.group.WORLD, name), link)
 
 
 CASES = {

@@ -120,6 +120,7 @@ class ParallelConfig:
     zero: int = 0  # 1: states, 2: and gradients, 3: and parameters are shared out over dp, cp
     bucket_mib: float = 32.0  # of gradients that are summed at a time, beside the backward pass
     reduce_dtype: str = "fp32"  # of that sum; "bf16": half the bytes, rounded
+    timeout_seconds: float = 600.0  # of a collective; then the run ends and says who is missing
 
 
 @dataclass(frozen=True)

@@ -370,6 +370,7 @@ def _check_train(config: RunConfig) -> list[str]:
     problems += _one_of("parallel.reduce_dtype", config.parallel.reduce_dtype, ("fp32", "bf16"))
     problems += _one_of("parallel.cp_form", config.parallel.cp_form, ("ring", "gather"))
     problems += _finite("parallel.bucket_mib", config.parallel.bucket_mib, above=0)
+    problems += _finite("parallel.timeout_seconds", config.parallel.timeout_seconds, above=0)
     problems += _one_of("train.recompute", train.recompute, ("none", "selective", "full"))
     problems += _one_of("train.on_nonfinite", train.on_nonfinite, ("stop", "skip"))
     implementations = ("auto", "triton", "cpu", "torch", "reference")

@@ -38,7 +38,7 @@ def start(function, size: int, *args, timeout: float = 60.0) -> list:
     """(process, end of a pipe) for `function(rank, *args)` on each rank."""
     context = multiprocessing.get_context("forkserver")
     # Imported once, in the process from which the others are forked.
-    context.set_forkserver_preload(["torch.distributed", "stellarator_kernels.attention.api"])
+    context.set_forkserver_preload(["stellarator.train.loop"])
     store, started = str(Path(tempfile.mkdtemp(), "store")), []
     for rank in range(size):
         here, there = context.Pipe(duplex=False)

@@ -9,7 +9,7 @@ import torch.distributed as dist
 from ranks import on_ranks
 
 from stellarator.parallel.collectives import Group, Message
-from stellarator.parallel.journal import Entry, Journal, Tag, file_of, read
+from stellarator.parallel.journal import NOWHERE, Entry, Journal, Tag, file_of, read
 
 pytestmark = pytest.mark.dist
 
@@ -22,7 +22,9 @@ def every_call(rank, size, folder):
     total = sum(all_of)
     assert torch.equal(group.all_reduce(x.clone(), "sum"), total)
     assert torch.equal(group.all_reduce(x.clone(), "max", maximum=True), all_of[-1])
-    assert torch.equal(group.all_reduce(x.clone(), "sum", wait=False).wait(), total)
+    pending = group.all_reduce(x.clone(), "sum", wait=False)
+    assert group.journal.oldest() is None  # it is only begun
+    assert torch.equal(pending.wait(), total)
     for dim in (0, 1):
         assert torch.equal(group.all_gather(x, "gather", dim=dim), torch.cat(all_of, dim))
         wide = torch.cat([x + 1000 * n for n in range(size)], dim)
@@ -128,16 +130,48 @@ class Work:
         pass
 
 
+class Event:
+    """Of a GPU, which comes to it later; elapsed_time is in ms."""
+
+    done = False
+
+    def __init__(self, seconds):
+        self.seconds = seconds
+
+    def query(self):
+        return self.done
+
+    def elapsed_time(self, other):
+        return 1e3 * (other.seconds - self.seconds)
+
+
 def test_what_a_gpu_has_only_queued_is_left_when_it_is_done(tmp_path):
     journal = Journal(tmp_path, 0)
     group = Group(None, "dp", journal)
+    group._now = iter([Event(0.5), Event(2.5)]).__next__
     works = [Work(), Work()]
     entries = [journal.enter("dp", "all_reduce", str(n), 1) for n in range(2)]
     group._finish(works, entries)
-    assert journal.oldest() == entries[0]
+    assert journal.oldest() == entries[0] and journal.waited_seconds == 0.0
+    Event.done = True
+    assert journal.waited_seconds == 2.0
     works[0].done = True
     third = journal.enter("dp", "all_reduce", "c", 1)  # looks after the earlier ones
     assert journal.oldest() == entries[1] and isinstance(third, Entry)
     works[1].done = True
     journal.settle()
     assert journal.oldest() == third
+
+
+def test_what_is_only_begun_is_not_waited_for(tmp_path):
+    journal = Journal(tmp_path, 0)
+    journal.at(step=4, layer=3)
+    begun = journal.enter("pp:0>1", "send", Tag("kv", NOWHERE, 2), 1, waits=False)
+    assert str(begun.tag) == "`kv` (step 4, micro-batch 2)"
+    assert journal.oldest() is None and read(tmp_path, 0).waits is None
+    second = journal.enter("pp", "all_reduce", "b", 1)
+    journal.wait(begun)
+    assert read(tmp_path, 0).waits == second == journal.oldest()  # for longer
+    journal.leave(second)
+    waits = read(tmp_path, 0).waits
+    assert waits == journal.oldest() and waits.sequence == 1 and waits.waits > waits.entered

@@ -178,9 +178,9 @@ def counted(rank, size, folder):
         heard = []
         enter = journal.enter
 
-        def listening(channel, kind, tag, elements, heard=heard, enter=enter):
+        def listening(channel, kind, tag, elements, waits, heard=heard, enter=enter):
             heard.append((kind, channel, elements))
-            return enter(channel, kind, tag, elements)
+            return enter(channel, kind, tag, elements, waits)
 
         journal.enter = listening
         of_rank(Case(T=8 * size, window=window), rank, size, group, "ring")

@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from stellarator.config import ModelConfig
 from stellarator.model import KVCache, build_model
 from stellarator.model.dropout import Dropout, Masks
-from stellarator.parallel import mesh, zigzag
+from stellarator.parallel import zigzag
 from stellarator.parallel.collectives import Group
 from stellarator.parallel.mesh import Axis
 from stellarator.parallel.rows import ContextParallel, Cut
@@ -105,7 +105,7 @@ def plant(fault: str) -> None:
 def all_models(rank: int, size: int) -> list[dict]:
     """Losses and gradients, summed over the ranks, of all models by each fault."""
     kept = [(owner, dict(vars(owner))) for owner in (Cut, Masks)]
-    axis, found = Axis("cp", rank, size, mesh.Group(dist.group.WORLD)), []
+    axis, found = Axis("cp", rank, size, Group(dist.group.WORLD, "cp")), []
     for fault in ("", *FAULTS):
         plant(fault)
         found.append({})
@@ -114,11 +114,11 @@ def all_models(rank: int, size: int) -> list[dict]:
             window = dataclasses.replace(SMALL, **fields).window
             for form in ("ring",) if fault else ("ring", "gather"):
                 cp = ContextParallel(axis, form, window)
-                cut = Cut(zigzag.Plan(rank, size, B, T, window=window), cp.group, form)
+                cut = Cut(zigzag.Plan(rank, size, B, T, window=window), cp.axis.group, form)
                 if bounds is not None:
                     cut = cp.cut((B, T), torch.tensor(bounds))
                     assert cut.plan is cp.cut((B, T), torch.tensor(bounds)).plan  # made once
-                found[-1][name, form] = [axis.sum_(x) for x in loss_and_gradients(name, cut)]
+                found[-1][name, form] = [axis.sum_(x, "sum") for x in loss_and_gradients(name, cut)]
         for owner, names in kept:
             for name in ("own", "positions", "attention", "__init__"):
                 if name in names:

@@ -16,7 +16,8 @@ from stellarator.model import build_model, layers
 from stellarator.model.dropout import Dropout
 from stellarator.model.transformer import RECOMPUTE
 from stellarator.parallel import products
-from stellarator.parallel.mesh import Axis, Group
+from stellarator.parallel.collectives import Group
+from stellarator.parallel.mesh import Axis
 from stellarator.parallel.pipeline.deferred import Deferred
 from stellarator.parallel.products import Again, column_product, row_product
 from stellarator.parallel.tensor import TensorParallel
@@ -51,7 +52,7 @@ def gradients(product, needs, x, weight, bias, dy):
 
 def every_form(rank: int, size: int):
     """Both ways in every form, and the products whose weight gradient is made apart."""
-    axis = Axis("tp", rank, size, Group(dist.group.WORLD))
+    axis = Axis("tp", rank, size, Group(dist.group.WORLD, "tp"))
     for sp in (False, True):
         tp = TensorParallel(axis, sp)
         for dtype in (torch.float64, torch.float32, torch.bfloat16):
@@ -120,7 +121,7 @@ def later(tp, shape, x, weight, bias, dy):
             given = x.clone().requires_grad_()
             column_product(given, w, bias, shape, tp, deferred).backward(dy)
             assert w.grad is None and not w.main_grad.any() and given.grad is not None
-            whole = tp.axis.gather(x.flatten(0, 1)) if tp.sp else x.flatten(0, 1)
+            whole = tp.axis.gather(x.flatten(0, 1), "test") if tp.sp else x.flatten(0, 1)
             total.add_(dy.flatten(0, 1).T @ whole)
     for key in (0, 1):
         deferred.run(key)
@@ -172,16 +173,16 @@ class Message:
 class Timed(Axis):
     """Of ranks that are all like this one; a sum takes 2 s, a part of one or a gather 1 s."""
 
-    def gather(self, x):
+    def gather(self, x, tag):
         return torch.cat([x] * self.size)
 
-    def begin_sum_(self, x):
+    def begin_sum_(self, x, tag):
         return Message(CLOCK, "sum", 2.0)
 
-    def begin_scatter_sum_(self, x):
+    def begin_scatter_sum_(self, x, tag):
         return Message(CLOCK, "part", 1.0)
 
-    def begin_gather(self, x, part):
+    def begin_gather(self, x, part, tag):
         x.copy_(torch.cat([part] * self.size))
         return Message(CLOCK, "gather", 1.0)
 
@@ -205,7 +206,8 @@ def test_the_input_of_a_product_by_rows_is_made_while_its_gradient_travels(monke
     x, weight, _, _ = tensors(1, tp, torch.float64)
     x, weight = x.requires_grad_(), weight.requires_grad_()
     made = Again(lambda x: CLOCK.spend("make", 0.75) or x.exp(), (x,))
-    monkeypatch.setattr(Timed, "scatter_sum", lambda self, x: x[: len(x) // self.size].clone())
+    part = lambda self, x, tag: x[: len(x) // self.size].clone()  # noqa: E731
+    monkeypatch.setattr(Timed, "scatter_sum", part)
     y = row_product(x.exp(), weight, tp, again=made)
     monkeypatch.setattr(products, "_ops", Timing())
     CLOCK.__init__()

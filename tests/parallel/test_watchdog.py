@@ -4,10 +4,12 @@ Not covered: processes on several machines (their files are imitated), NCCL.
 """
 
 import dataclasses
+import json
 import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -16,10 +18,13 @@ import torch
 import torch.distributed as dist
 from ranks import on_ranks, start
 
-from stellarator.parallel import watchdog
+from stellarator.parallel import findings, watchdog
 from stellarator.parallel.collectives import Group
+from stellarator.parallel.findings import report
 from stellarator.parallel.journal import Journal, Tag, file_of, process_state, read
-from stellarator.parallel.watchdog import Watchdog, report
+from stellarator.parallel.verdict import Verdict
+from stellarator.parallel.watchdog import Watchdog
+from stellarator.train.signals import StopRequest
 
 pytestmark = pytest.mark.dist
 TIMEOUT, GRACE = 2.0, 5.0
@@ -29,16 +34,18 @@ LATE = 2  # the rank at fault
 def misbehaves(rank, folder, how):
     """Three ranks; two steps, in the second of which rank 2 does not come along."""
     journal = Journal(folder, rank)
-    texts = Path(folder, f"said_{rank}")
 
-    def say(text):
-        with open(texts, "a") as file:
-            file.write(f"{time.time():.3f} {text}\n")
+    def tell(text, line):
+        with open(Path(folder, "told"), "x") as file:  # by one rank only
+            file.write(f"{rank} {text}")
 
-    dog = Watchdog(journal, TIMEOUT, say, look_seconds=0.25)
-    group = Group(dist.group.WORLD, "dp", journal, dog.explain)
+    def leave(line):
+        Path(folder, f"left_{rank}.new").write_text(f"{time.time():.3f} {line}")
+        os.replace(Path(folder, f"left_{rank}.new"), Path(folder, f"left_{rank}"))
+
+    group = Group(dist.group.WORLD, "dp", journal)
     x = torch.ones(4)
-    with dog:
+    with Watchdog(journal, TIMEOUT, tell, leave, look_seconds=0.25):
         journal.at(step=811)
         group.all_reduce(x, "loss")
         journal.at(step=812, micro_batch=3)
@@ -48,16 +55,14 @@ def misbehaves(rank, folder, how):
         try:
             group.all_reduce(x, Tag("grad_norm", layer=17))
         except RuntimeError as error:
-            say(f"raised: {error}")
-        # A rank that leaves early would look dead to those who still write.
-        deadline = time.time() + TIMEOUT + GRACE
-        while rank != LATE and time.time() < deadline and not _all_said(folder):
-            time.sleep(0.1)
-    os._exit(0)  # gloo's threads may be inside a collective
+            leave(str(error))
+        time.sleep(60)  # until it is killed
 
 
-def _all_said(folder):
-    return all(Path(folder, f"said_{r}").exists() for r in range(2))
+def _left(folder, how):
+    """Whether all that can have left."""
+    ranks = range(2 if how in ("stopped", "dies") else 3)
+    return all(Path(folder, f"left_{r}").exists() for r in ranks)
 
 
 def sleeps_in_a_function_of_its_own():
@@ -75,71 +80,63 @@ def how_it_fails(how, group, x):
         group.recv(x, 0, "kv")
 
 
-def said(folder, how):
-    """{rank: (seconds after the ranks went into step 812, text)} of the ranks that behave."""
+def found_after(folder, how):
+    """(report, {rank: (seconds after the ranks went into step 812, line)}, the late journal)."""
     started = start(misbehaves, 3, str(folder), how)
     deadline = time.monotonic() + 60
-    while time.monotonic() < deadline and not _all_said(folder):
+    while time.monotonic() < deadline and not _left(folder, how):
         time.sleep(0.1)
-    time.sleep(0.2)  # a file may be there before its text
     late = read(folder, LATE)
     for process, _ in started:
         process.kill()
     begun = max(float(Path(folder, f"ready_{r}").read_text()) for r in range(2))
     found = {}
-    for r in range(2):
-        when, _, text = Path(folder, f"said_{r}").read_text().partition(" ")
-        found[r] = float(when) - begun, text
-    print(found[0][1], file=sys.stderr)
-    return found, late
+    for path in folder.glob("left_?"):
+        when, _, line = path.read_text().partition(" ")
+        found[int(path.name[-1])] = float(when) - begun, line
+    told = Path(folder, "told").read_text()
+    print(told, found, file=sys.stderr)
+    return told, found, late
 
 
-HERE = "all_reduce `grad_norm` (step 812, micro-batch 3, layer 17), number 2 of dp, 4 elements"
+HERE = "all_reduce `grad_norm` (step 812, micro-batch 3, layer 17), number 2 of dp"
 BEFORE = "It last left all_reduce `loss` (step 811), number 1 of dp, "
 
 
-@pytest.mark.parametrize("how", ["sleeps", "stopped", "other"])
-def test_a_rank_that_does_not_come_is_named_by_all_others(how, tmp_path):
-    found, late = said(tmp_path, how)
-    for rank, (seconds, text) in found.items():
-        assert TIMEOUT - 0.1 <= seconds <= TIMEOUT + GRACE, text
-        assert f"watchdog: rank {rank} has waited " in text and f" s in {HERE}." in text
-        assert "rank 2 is missing: " in text
-        assert f", pid {late.pid} on {late.host}." in text
-        assert f"waiting as well: rank {1 - rank} (" in text
-        if how == "other":
-            assert (
-                "It waits in recv `kv` (step 812, micro-batch 3), number 1 of dp:0>2, for" in text
-            )
-            lines = text.splitlines()
-            assert lines[3].startswith("    rank 0 is missing") or rank == 1, text
-            assert ("which waits as said above: a circle" in lines[3]) == (rank == 0)
-        else:
-            assert BEFORE in text
-        assert ("it is stopped (state T)" in text) == (how == "stopped")
-    assert ("stack of rank 2:" in found[0][1]) == (how != "stopped")
-    assert ("in sleeps_in_a_function_of_its_own" in found[0][1]) == (how == "sleeps")
-    assert ("in how_it_fails" in found[0][1]) == (how != "stopped")
-    assert "stack of" not in found[1][1]  # one asks, not all
-
-
-def test_a_rank_that_dies_is_named_at_once(tmp_path):
-    """gloo fails on the others; the error says why."""
-    found, late = said(tmp_path, "dies")
-    for seconds, text in found.values():
-        assert seconds <= TIMEOUT + GRACE
-        assert f"s in {HERE}." in text, text
-        assert f"rank 2 is missing: it is dead, pid {late.pid} on {late.host}. {BEFORE}" in text
-    assert any(
-        text.startswith("raised: ") and "what failed: " in text for _, text in found.values()
-    )
+@pytest.mark.parametrize("how", ["sleeps", "stopped", "other", "dies"])
+def test_a_rank_that_does_not_come_is_named(how, tmp_path):
+    """One report, and one line on which all ranks end that can."""
+    told, found, late = found_after(tmp_path, how)
+    rank, text = int(told[0]), told[2:]
+    assert text.startswith(f"watchdog: rank {rank} has waited ")
+    assert f" s in {HERE}, 4 elements." in text
+    process = {"stopped": "it is stopped (state T), so that it cannot show its stack"}
+    process = process.get(how, "it is dead" if how == "dies" else "it runs")
+    process += f", pid {late.pid} on {late.host}."
+    assert f"rank 2 is missing: {process}" in text
+    if how == "other":
+        assert "It waits in recv `kv` (step 812, micro-batch 3), number 1 of dp:0>2, for" in text
+        where = "    rank 0 is missing"
+        assert any(line.startswith(where) for line in text.splitlines())
+        assert (f"{where}, which waits as said above: a circle." in text) == (rank == 0)
+    else:
+        assert f"{process} {BEFORE}" in text
+        line = f"rank 2 holds up {HERE}: {process} {BEFORE}"
+        assert all(said.startswith(line) and "\n" not in said for _, said in found.values())
+    assert ("stack of rank 2:" in text) == (how in ("sleeps", "other"))
+    assert ("in sleeps_in_a_function_of_its_own" in text) == (how == "sleeps")
+    assert ("what failed: " in text) == (how == "dies")  # gloo fails on the others
+    assert set(found) == set(range(2 if how in ("stopped", "dies") else 3))
+    assert len({line for _, line in found.values()}) == 1
+    for seconds, _ in found.values():
+        assert (how == "dies" or seconds >= TIMEOUT - 0.1) and seconds <= TIMEOUT + GRACE
 
 
 def two_groups(rank, folder):
     """Ranks 0 and 1 share a group, 1 and 2 another: 0 waits for 1, which waits for 2."""
     journal, texts = Journal(folder, rank), []
     first, second = dist.new_group([0, 1]), dist.new_group([1, 2])
-    with Watchdog(journal, 1.0, texts.append, look_seconds=0.2):
+    with Watchdog(journal, 1.0, lambda *told: texts.append(told), texts.append, 0.2):
         if rank == 0:
             Group(first, "tp", journal).all_reduce(torch.ones(2), "mlp")
         if rank == 1:
@@ -153,33 +150,43 @@ def two_groups(rank, folder):
 
 
 def test_a_chain_of_waiting_ranks_is_followed(tmp_path):
+    """By who waits longest or looks first, and by that one only."""
     texts = on_ranks(two_groups, 3, str(tmp_path))
-    assert [len(said) for said in texts] == [1, 1, 0]  # once for each collective
-    lines = texts[0][0].splitlines()
-    assert lines[1].startswith("  rank 1 is missing: it runs")
-    assert lines[2].startswith("    It waits in all_reduce `tied`, number 1 of pp, for ")
-    assert lines[3].startswith("    rank 2 is missing: it runs")
-    stack = texts[0][0].partition("stack of rank 2:")[2]
+    ((report, line),) = [said for texts in texts for said in texts if isinstance(said, tuple)]
+    lines = report.splitlines()
+    if "rank 0 has waited" in lines[0]:
+        assert lines[1].startswith("  rank 1 is missing: it runs")
+        assert lines[2].startswith("    It waits in all_reduce `tied`, number 1 of pp, for ")
+        assert lines[3].startswith("    rank 2 is missing: it runs")
+    else:
+        assert lines[1].startswith("  rank 2 is missing: it runs")
+    stack = report.partition("stack of rank 2:")[2]
     assert "in two_groups" in stack and "in _watch" not in stack
+    assert line.startswith("rank 2 holds up all_reduce `")
+    left = [said for texts in texts for said in texts if isinstance(said, str)]
+    assert left.count(line) == len(left) == 3
 
 
 def wrong_kind(rank, folder):
     """Rank 1 enters all_gather where the others enter all_reduce; gloo fails or hangs."""
     journal, texts = Journal(folder, rank), []
-    dog = Watchdog(journal, TIMEOUT, texts.append, look_seconds=0.2)
-    group = Group(dist.group.WORLD, "tp", journal, dog.explain)
-    with dog:
+    group = Group(dist.group.WORLD, "tp", journal)
+
+    def enters():
         try:
             if rank == 1:
-                group.all_gather(torch.ones(3), "a", wait=False)
+                group.all_gather(torch.ones(3), "a")
             else:
-                group.all_reduce(torch.ones(64), "b", wait=False)
-            deadline = time.time() + TIMEOUT + GRACE
-            while time.time() < deadline and not texts:
-                time.sleep(0.1)
+                group.all_reduce(torch.ones(64), "b", wait=False).wait()
         except RuntimeError as error:
             texts.append(str(error))
-    Path(folder, f"said_{rank}").write_text(texts[0] if texts else "nothing")
+
+    with Watchdog(journal, TIMEOUT, lambda *told: texts.append(told), texts.append, 0.2):
+        threading.Thread(target=enters, daemon=True).start()
+        deadline = time.time() + TIMEOUT + GRACE
+        while time.time() < deadline and not any(isinstance(text, str) for text in texts):
+            time.sleep(0.1)
+    Path(folder, f"said_{rank}").write_text(json.dumps(texts))
     while not all(Path(folder, f"said_{r}").exists() for r in range(3)):
         time.sleep(0.05)
     os._exit(0)
@@ -189,10 +196,16 @@ def test_a_rank_in_another_collective_is_named(tmp_path):
     started = start(wrong_kind, 3, str(tmp_path))
     for process, _ in started:
         process.join(timeout=60)
-    texts = [Path(tmp_path, f"said_{r}").read_text() for r in range(3)]
-    for rank in (0, 2):
-        assert "rank 1 entered all_gather `a`, number 1 of tp, 3 elements, instead" in texts[rank]
-    assert "rank 0 entered all_reduce `b`, number 1 of tp, 64 elements, instead" in texts[1]
+    texts = [json.loads(Path(tmp_path, f"said_{r}").read_text()) for r in range(3)]
+    ((report, line),) = [said for found in texts for said in found if isinstance(said, list)]
+    assert all(line in found for found in texts)
+    a, b = "all_gather `a`, number 1 of tp", "all_reduce `b`, number 1 of tp"
+    if "rank 1 has waited" in report:
+        assert f"rank 0 entered {b}, 64 elements, instead" in report
+        assert line.startswith(f"rank 1 is in {a}, rank 0 in {b}.")
+    else:
+        assert f"rank 1 entered {a}, 3 elements, instead" in report
+        assert f"is in {b}, rank 1 in {a}." in line
 
 
 @pytest.fixture
@@ -206,12 +219,15 @@ def two(tmp_path):
 def test_nobody_is_missing(two, tmp_path):
     mine, other, entry = two
     other.enter("tp", "all_reduce", "x", 4)
-    text, running = report(tmp_path, 0, entry, (0, 1))
+    text, running, line = report(tmp_path, 0, entry, (0, 1))
     assert "nobody is missing: all have entered it" in text and running == []
+    assert (
+        line == f"all have entered {entry}, and it does not end: the network or a device is stuck"
+    )
 
 
 def test_a_rank_without_a_journal(two, tmp_path):
-    text, running = report(tmp_path, 0, two[2], (0, 1, 2))
+    text, running, _ = report(tmp_path, 0, two[2], (0, 1, 2))
     assert "rank 2 is missing: it has no journal: it never came so far." in text
     assert "rank 1 is missing: it runs" in text and "It has entered no collective." in text
     assert running == [1]
@@ -219,7 +235,7 @@ def test_a_rank_without_a_journal(two, tmp_path):
 
 def test_a_rank_that_has_ended_or_whose_number_another_process_has(two, tmp_path, monkeypatch):
     mine, other, entry = two
-    monkeypatch.setattr(watchdog, "process_state", lambda pid: ("S", 1))
+    monkeypatch.setattr(findings, "process_state", lambda pid: ("S", 1))
     assert "rank 1 is missing: it is dead" in report(tmp_path, 0, entry, (0, 1))[0]
     other.close()
     assert "it has ended as it should" in report(tmp_path, 0, entry, (0, 1))[0]
@@ -231,7 +247,7 @@ def test_a_process_that_nobody_has_reaped_is_dead(two, tmp_path, monkeypatch):
     while (state := process_state(process.pid)) is None:
         time.sleep(0.01)
     record = dataclasses.replace(read(tmp_path, 1), pid=process.pid, started=state[1])
-    monkeypatch.setattr(watchdog, "read", lambda folder, rank: record)
+    monkeypatch.setattr(findings, "read", lambda folder, rank: record)
     assert "rank 1 is missing: it runs" in report(tmp_path, 0, two[2], (0, 1))[0]
     process.kill()
     os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
@@ -244,18 +260,35 @@ def test_a_rank_of_another_machine(two, tmp_path, monkeypatch):
     """Only its heartbeat is believed; it is asked for its stack through a file."""
     mine, other, entry = two
     elsewhere = iter(range(1000))
-    monkeypatch.setattr(watchdog, "machine", lambda: f"machine {next(elsewhere)}")
+    for module in (findings, watchdog):
+        monkeypatch.setattr(module, "machine", lambda: f"machine {next(elsewhere)}")
     assert "whether it runs is not known" in report(tmp_path, 0, entry, (0, 1))[0]
     dog = Watchdog(mine, 60.0, look_seconds=0.05)
     assert dog._stacks([1]) == {1: ["it has no watchdog, so it cannot be asked."]}
     with Watchdog(other, 60.0, look_seconds=0.05):
-        text, running = report(tmp_path, 0, entry, (0, 1))
+        text, running, _ = report(tmp_path, 0, entry, (0, 1))
         assert "rank 1 is missing: it runs" in text and running == [1]
         stack = dog._stacks([1])[1]
         assert any("test_a_rank_of_another_machine" in line for line in stack)
         assert not file_of(tmp_path, 1, "asked").exists()
     old = dataclasses.replace(read(tmp_path, 1), heartbeat=time.time() - 31.0)
-    monkeypatch.setattr(watchdog, "read", lambda folder, rank: old)
-    text, running = report(tmp_path, 0, entry, (0, 1))
+    monkeypatch.setattr(findings, "read", lambda folder, rank: old)
+    text, running, _ = report(tmp_path, 0, entry, (0, 1))
     assert "no sign of life for 31.0 s: it is stopped or dead, or its machine is" in text
     assert running == []
+
+
+def test_stacks_do_not_take_the_signals_of_schedulers(tmp_path):
+    with StopRequest() as stop, Watchdog(Journal(tmp_path, 0), 60.0, look_seconds=0.05):
+        stop.defer()
+        os.kill(os.getpid(), signal.SIGUSR2)
+        time.sleep(0.05)
+        assert stop.received == signal.SIGUSR2
+
+
+def test_one_rank_speaks(tmp_path):
+    """Others wait for its line, and not for ever."""
+    first, second = Verdict(tmp_path), Verdict(tmp_path)
+    assert first.claim() and not second.claim() and second.wait(0.1) is None
+    threading.Timer(0.2, first.tell, ["why"]).start()
+    assert second.wait(5.0) == first.line == "why"

@@ -131,7 +131,7 @@ Reducer._made = watched("gradient", Reducer._made)
 Bucket.begin_reduce = watched("begin", Bucket.begin_reduce)
 for name in ("begin_sum_", "begin_scatter_sum_"):
     begin = getattr(mesh.Axis, name)
-    setattr(mesh.Axis, name, lambda self, x, begin=begin: Waiting(begin(self, x)))
+    setattr(mesh.Axis, name, lambda self, x, tag, begin=begin: Waiting(begin(self, x, tag)))
 
 class Waiting:
     def __init__(self, work):
@@ -310,7 +310,7 @@ def test_ranks_of_a_pipeline_name_the_same_gradients(tiny_config):
     said = []
 
     class Saying(Axis):
-        def max_(self, x):
+        def max_(self, x, tag):
             said.append(x.clone())
             return x.copy_(torch.stack(said).amax(0))
 
@@ -328,7 +328,7 @@ def test_a_gradient_after_its_reduction_is_an_error(tiny_config):
     """No sum is needed to see it: another process is not there."""
 
     class Silent(Axis):
-        def begin_sum_(self, x):
+        def begin_sum_(self, x, tag):
             return torch.futures.Future()
 
     model = build_model(tiny_config.model)

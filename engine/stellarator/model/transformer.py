@@ -69,6 +69,7 @@ class Layer(torch.nn.Module):
         self.mlp = Mlp(config, kernels, tp, **to)
 
     def forward(self, branch, residual, context: Context, index: int):
+        self.attention.tp.axis.at(layer=index)
         branch, residual = self.attention(self.attention_norm, branch, residual, context, index)
         shape = context.positions.shape
         dropout = context.masks and context.masks.residual(2 * index + 1)
@@ -313,6 +314,7 @@ class Transformer(torch.nn.Module):
 
     def _embed(self, tokens: torch.Tensor, context: Context) -> torch.Tensor:
         """The residual stream before the first layer."""
+        self.tp.axis.at(layer=None)
         learned, positions = self.config.positions == "learned", context.positions
         if learned and self.embedding.whole and self.tp.alone:
             table = self.position_embedding.weight
@@ -337,6 +339,7 @@ class Transformer(torch.nn.Module):
 
     def _finish(self, branch, residual, context: Context) -> torch.Tensor:
         """The states (B, T, C) of all tokens behind the final norm."""
+        self.tp.axis.at(layer=None)
         last = context.masks and context.masks.residual(2 * self.config.num_layers)
         return self.tp.enter(self.final_norm(branch, residual, last)[0], context.positions.shape)
 

@@ -26,6 +26,7 @@ from dataclasses import dataclass
 import torch
 
 from stellarator.parallel.gradients import SharedGradients, counted_spans
+from stellarator.parallel.journal import NOWHERE, Tag
 from stellarator.parallel.mesh import Axis
 from stellarator.parallel.shard import FlatPart, Shard
 from stellarator.parallel.tensor import TensorParallel
@@ -116,6 +117,7 @@ class Bucket:
         ]
         named = [*kinds[0], *kinds[1]]
         self.names = [name for name, _ in named]
+        self.about = self.names[0] + " ..." * (len(self.names) > 1)  # for journals
         self.shards = {name: shards[name] for name in self.names}
         self.spans: dict[str, tuple[int, int, torch.Size]] = {}
         parts = data.axis.size if stage else 1
@@ -227,7 +229,7 @@ class Bucket:
         sent = full.to(self.data.reduce_dtype or full.dtype)
         self.end_reduce()  # of another micro-batch
         begin = axis.begin_scatter_sum_ if self.data.stage else axis.begin_sum_
-        self._reducing = (sent, begin(sent))
+        self._reducing = (sent, begin(sent, Tag(f"gradients of {self.about}", NOWHERE)))
         if self.data.stage >= 2:
             self.full_grads = None  # `sent` lives until the end of the reduction
 
@@ -249,7 +251,12 @@ class Bucket:
         if self._gathering is not None or self.full_params.untyped_storage().nbytes():
             return
         self.full_params.untyped_storage().resize_(self._bytes)
-        self._gathering = self.data.axis.begin_gather(self.full_params, self.params)
+        self._get()
+
+    def _get(self) -> None:
+        """Begin to gather the own parts of all ranks."""
+        tag = Tag(f"parameters of {self.about}", NOWHERE)
+        self._gathering = self.data.axis.begin_gather(self.full_params, self.params, tag)
 
     def gather(self) -> None:
         """Have the parameters here."""
@@ -270,4 +277,4 @@ class Bucket:
         if self.data.stage == 3:
             self.free()  # they are gathered before their next use
         elif self.data.stage:
-            self._gathering = self.data.axis.begin_gather(self.full_params, self.params)
+            self._get()

@@ -7,6 +7,7 @@ what is entered and left, from which a watchdog names who is missing. In a group
 call returns what it was given.
 """
 
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -31,6 +32,10 @@ class Pending:
         self._works, self._result, self._group = works, result, group
         self._entries, self._keep = entries, keep  # sent tensors live until they are sent
 
+    def is_completed(self) -> bool:
+        """Whether it is known to be done."""
+        return all(work.is_completed() for work in self._works)
+
     def wait(self):
         """The result; on a GPU its stream waits, not the host."""
         works, self._works = self._works, ()
@@ -46,18 +51,13 @@ class Group:
     Args:
         process_group: of torch.distributed; None: this process alone.
         name: of the group, the same on all its ranks ("tp"), for the journal.
-        journal: of this process, or None.
-        explain: called with the entries and the error when a collective fails; what it returns is
-            the message of the error instead.
+        journal: of this process, or None. Its `explain` gives the message of an error.
 
     `tag` of each call is a `Tag` or the name of its op. Tensors are contiguous.
     """
 
-    def __init__(
-        self, process_group, name: str, journal: Journal | None = None, explain=None
-    ) -> None:
-        self.process_group, self.name = process_group, name
-        self.journal, self.explain = journal, explain
+    def __init__(self, process_group, name: str, journal: Journal | None = None) -> None:
+        self.process_group, self.name, self.journal = process_group, name, journal
         alone = process_group is None
         self.ranks = (0,) if alone else tuple(dist.get_process_group_ranks(process_group))
         self.size = len(self.ranks)
@@ -77,13 +77,16 @@ class Group:
         return self._run("all_reduce", tag, x, wait, lambda: dist.all_reduce(x, op, **self._with))
 
     def all_gather(
-        self, x: torch.Tensor, tag: Tag | str, *, dim=0, wait=True
+        self, x: torch.Tensor, tag: Tag | str, *, dim=0, wait=True, into=None
     ) -> torch.Tensor | Pending:
-        """The tensors of all ranks, in order, along a dimension. `wait=False` needs dim 0."""
+        """The tensors of all ranks, in order, along a dimension. `wait=False` needs dim 0.
+
+        into: takes the result, for dim 0; x may be its part.
+        """
         if self.size == 1:
             return x if wait else Pending(result=x)
-        assert wait or dim == 0, "what arrives must be moved when it is there"
-        whole = x.new_empty((self.size * x.shape[0], *x.shape[1:]))
+        assert dim == 0 or (wait and into is None), "what arrives must be moved when it is there"
+        whole = x.new_empty((self.size * x.shape[0], *x.shape[1:])) if into is None else into
         gather = _newest("all_gather_single", "all_gather_into_tensor")
         done = self._run("all_gather", tag, x, wait, lambda: gather(whole, x, **self._with), whole)
         if dim == 0:
@@ -91,9 +94,12 @@ class Group:
         return whole.unflatten(0, (self.size, -1)).movedim(0, dim).flatten(dim, dim + 1)
 
     def reduce_scatter(
-        self, x: torch.Tensor, tag: Tag | str, *, dim=0, wait=True
+        self, x: torch.Tensor, tag: Tag | str, *, dim=0, wait=True, into=None
     ) -> torch.Tensor | Pending:
-        """This rank's part, along a dimension, of the sum over the ranks."""
+        """This rank's part, along a dimension, of the sum over the ranks.
+
+        into: takes the result; it may be that part of x.
+        """
         if self.size == 1:
             return x if wait else Pending(result=x)
         if x.shape[dim] % self.size:
@@ -102,7 +108,7 @@ class Group:
                 f"{self.name} divide, got {tuple(x.shape)}. Pad it."
             )
         parts = x.unflatten(dim, (self.size, -1)).movedim(dim, 0).contiguous()
-        part, parts = torch.empty_like(parts[0]), parts.flatten(0, 1)
+        part, parts = torch.empty_like(parts[0]) if into is None else into, parts.flatten(0, 1)
         scatter = _newest("reduce_scatter_single", "reduce_scatter_tensor")
         return self._run(
             *("reduce_scatter", tag, x, wait),
@@ -148,7 +154,7 @@ class Group:
         ]
         if not both:
             return Pending()
-        entries = [self._enter(kind, tag, m.tensor, m.peer) for kind, _, m in both]
+        entries = [self._enter(kind, tag, m.tensor, False, m.peer) for kind, _, m in both]
         operations = [
             dist.P2POp(call, m.tensor, self.ranks[m.peer], self.process_group)
             for _, call, m in both
@@ -163,19 +169,20 @@ class Group:
 
     def _run(self, kind, tag, x, wait, call, result=None, keep=None):
         """One collective: start it, and wait for it or return what waits."""
-        entries = [self._enter(kind, tag, x)]
+        entries = [self._enter(kind, tag, x, wait)]
         works = [self._start(call, entries, wait)]
         pending = Pending(works, x if result is None else result, self, entries, keep)
         return pending.wait() if wait else pending
 
-    def _enter(self, kind: str, tag, x: torch.Tensor, peer: int | None = None) -> Entry | None:
+    def _enter(self, kind: str, tag, x, wait: bool, peer: int | None = None) -> Entry | None:
         if self.journal is None:
             return None
         channel = self.name
         if peer is not None:
             ends = (self.rank, peer) if kind == "send" else (peer, self.rank)
             channel = f"{self.name}:{self.ranks[ends[0]]}>{self.ranks[ends[1]]}"
-        return self.journal.enter(channel, kind, tag, x.numel())
+        # What a GPU has queued it waits for, whether the host does or not.
+        return self.journal.enter(channel, kind, tag, x.numel(), wait or not self._host_waits)
 
     def _start(self, call, entries, wait=False):
         """What `call` returns: one work, or a list of them."""
@@ -190,17 +197,31 @@ class Group:
 
     def _finish(self, works, entries) -> None:
         """Wait, and note what is done; a GPU has only queued it, and is asked again later."""
+        if self.journal is not None:
+            for entry in entries:
+                if entry.waits is None:
+                    self.journal.wait(entry)
+            begun = self._now()
         try:
             for work in works:
                 work.wait()
         except RuntimeError as error:
             self._fail(entries, error)
         if self.journal is not None:
+            self.journal.waited(begun, self._now())
             for entry, work in self._pairs(entries, works):
                 if self._host_waits or work.is_completed():
                     self.journal.leave(entry)
                 else:
                     self.journal.leave_later(entry, work)
+
+    def _now(self):
+        """Of the host, or of the stream of the GPU that waits in its place."""
+        if self._host_waits:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
 
     @staticmethod
     def _pairs(entries, works):
@@ -211,9 +232,9 @@ class Group:
         )
 
     def _fail(self, entries, error: RuntimeError):
-        if self.explain is None or self.journal is None:
+        if self.journal is None or self.journal.explain is None:
             raise error
-        raise RuntimeError(self.explain(entries, error)) from error
+        raise RuntimeError(self.journal.explain(entries, error)) from error
 
 
 def _newest(*names: str):

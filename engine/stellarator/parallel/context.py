@@ -151,7 +151,9 @@ class _ContextAttention(torch.autograd.Function):
         rows = _Rows(q, out, lse, torch.zeros_like(out) if dout is None else dout, dlse)
         dq, dk, dv = (x.new_zeros(x.shape, dtype=compute_dtype(x)) for x in (q, k, v))
         backward = _ring_backward if ctx.form == "ring" else _gather_backward
-        backward(rows, k.contiguous(), v.contiguous(), dq, dk, dv, ctx.options, ctx.group, ctx.tag)
+        tag = ctx.tag if isinstance(ctx.tag, Tag) else Tag(ctx.tag)
+        tag = tag._replace(op=f"{tag.op}, backward")
+        backward(rows, k.contiguous(), v.contiguous(), dq, dk, dv, ctx.options, ctx.group, tag)
         return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), None, None, None, None
 
 

@@ -51,7 +51,7 @@ class Wholes:
             self._shards[name].counted_into_(whole, part)
         bits = whole.view(_BITS[whole.element_size()])
         for axis in self._axes:
-            axis.sum_(bits)
+            axis.sum_(bits, f"whole {name}")
         return whole
 
     def rest(self) -> None:

@@ -7,6 +7,7 @@ import math
 
 import torch
 
+from stellarator.parallel.journal import NOWHERE, Tag
 from stellarator.parallel.shard import Shard
 from stellarator.parallel.tensor import TensorParallel
 
@@ -44,7 +45,7 @@ class SharedGradients:
         buffer = self._slots[0][0].new_zeros(self._total)
         for part, start in self._slots:
             buffer[start : start + part.numel()].copy_(part.reshape(-1))
-        self.axis.sum_(buffer)
+        self.axis.sum_(buffer, Tag("shared gradients", NOWHERE))
         for part, start in self._slots:
             part.copy_(buffer[start : start + part.numel()].view(part.shape))
 

@@ -1,6 +1,6 @@
 """Which collectives this process entered and left, where every other process can read it.
 
-defines: Tag, Entry, Record, Journal, read, file_of
+defines: Tag, NOWHERE, Entry, Record, Journal, read, file_of
 
 A journal is one small file per rank, mapped into memory: what is written there is seen by all
 processes of the machine at once, also while this one is stopped, and stays when it dies. On other
@@ -30,16 +30,17 @@ _KEPT = 8  # entries of a channel
 _CHANNELS = 256
 _SLOT = 256  # bytes of an entry
 _HEADER = 512
-_ENTRY = struct.Struct("=QQddQiii64s24s88s")
+_ENTRY = struct.Struct("=QQdddQiii64s24s88s")
 _SUM = struct.Struct("=I")
 _STATIC = struct.Struct("=8sqqi64s128s")  # mark, pid, start of the process, rank, host, machine
 _CHANGING = struct.Struct("@dqq")  # heartbeat, closed, number of channels
 _CHANGING_AT = 384
-_MARK = b"STELJRN1"
+_MARK = b"STELJRN2"
+NOWHERE = -1  # of a collective that belongs to no layer, or to no micro-batch
 
 
 class Tag(NamedTuple):
-    """What a collective is for. None: as the journal's `where` says."""
+    """What a collective is for. None: as the journal's `where` says; NOWHERE: in none."""
 
     op: str
     layer: int | None = None
@@ -62,6 +63,7 @@ class Entry(NamedTuple):
     tag: Tag
     elements: int
     entered: float  # seconds since 1970
+    waits: float | None = None  # since when its rank waits for it; None: it has only begun it
     left: float | None = None
 
     def __str__(self) -> str:
@@ -104,9 +106,9 @@ class Record:
 
     @property
     def waits(self) -> Entry | None:
-        """What it entered first of all that it has not left."""
-        waiting = (e for e in self.entries if e.left is None)
-        return min(waiting, key=lambda e: e.number, default=None)
+        """What it has waited for the longest."""
+        waiting = (e for e in self.entries if e.left is None and e.waits is not None)
+        return min(waiting, key=lambda e: e.waits, default=None)
 
     def members(self, channel: str) -> tuple[int, ...]:
         """Ranks of a channel."""
@@ -150,8 +152,10 @@ class Journal:
         self.folder, self.rank = Path(folder), rank
         self.where = Tag("")
         self.open: dict[int, Entry] = {}
+        self.explain = None  # (entries, error) -> message of a collective that failed
         self._numbers, self._channels, self._groups = 0, {}, {}
         self._started: list[tuple[Entry, object]] = []
+        self._waited, self._waits = 0.0, []
         self._lock = threading.Lock()  # backward may run in another thread than forward
         self.folder.mkdir(parents=True, exist_ok=True)
         file_of(folder, rank, "groups").unlink(missing_ok=True)
@@ -167,8 +171,18 @@ class Journal:
         os.replace(fresh, path)  # a reader of an older run keeps the older file
 
     def at(self, **places: int | None) -> None:
-        """Where the run is from now on: step, micro_batch, layer."""
+        """Where the run is from now on: step, micro_batch, layer; None: in none."""
         self.where = self.where._replace(**places)
+
+    def complete(self, tag: Tag | str) -> Tag:
+        """A tag with the places that the caller left to the journal."""
+        if isinstance(tag, str):
+            tag = Tag(tag)
+        layer, micro_batch, step = (
+            there if given is None else None if given == NOWHERE else given
+            for given, there in zip(tag[1:], self.where[1:], strict=True)
+        )
+        return Tag(tag.op[:88], layer, micro_batch, step)
 
     def register(self, group: str, ranks: tuple[int, ...]) -> None:
         """Who is in a group, for those who follow a chain of waiting ranks."""
@@ -186,8 +200,10 @@ class Journal:
         """Ranks of a channel."""
         return _members(channel, self._groups)
 
-    def enter(self, channel: str, kind: str, tag: Tag | str, elements: int) -> Entry:
-        """Note that this process enters a collective."""
+    def enter(
+        self, channel: str, kind: str, tag: Tag | str, elements: int, waits: bool = True
+    ) -> Entry:
+        """Note that this process enters a collective; not `waits`: it only begins it."""
         if self._started:
             self.settle()
         now = time.time()
@@ -198,20 +214,50 @@ class Journal:
             self._channels[channel] = index, sequence + 1, name
             self._numbers += 1
             entry = Entry(
-                *(self._numbers, sequence + 1, channel, kind, self._complete(tag), elements, now)
+                *(self._numbers, sequence + 1, channel, kind, self.complete(tag), elements, now),
+                now if waits else None,
             )
             self.open[entry.number] = entry
             self._write(entry, index, name)
         return entry
 
+    def wait(self, entry: Entry) -> None:
+        """Note that this process goes no further until what it began is done."""
+        with self._lock:
+            found = self.open.get(entry.number)
+            if found is not None and found.waits is None:
+                self.open[entry.number] = found._replace(waits=time.time())
+                self._rewrite(self.open[entry.number])
+
     def leave(self, entry: Entry) -> None:
         """Note that it is done."""
         with self._lock:
-            if self.open.pop(entry.number, None) is None:
-                return
-            index, newest, name = self._channels[entry.channel]
-            if entry.sequence + _KEPT > newest:  # else the slot has a newer one
-                self._write(entry, index, name, time.time())
+            found = self.open.pop(entry.number, None)
+            if found is not None:
+                self._rewrite(found, time.time())
+
+    def _rewrite(self, entry: Entry, left: float = 0.0) -> None:
+        """Write an entry again."""
+        index, newest, name = self._channels[entry.channel]
+        if entry.sequence + _KEPT > newest:  # else the slot has a newer one
+            self._write(entry, index, name, left)
+
+    def waited(self, begun, ended) -> None:
+        """Note from when to when this process, or its GPU, waited: seconds, or recorded events."""
+        with self._lock:
+            if isinstance(begun, float):
+                self._waited += ended - begun
+            else:
+                self._waits.append((begun, ended))
+
+    @property
+    def waited_seconds(self) -> float:
+        """In all collectives so far; of a GPU, as far as it has come."""
+        with self._lock:
+            while self._waits and self._waits[0][1].query():
+                begun, ended = self._waits.pop(0)
+                self._waited += begun.elapsed_time(ended) / 1e3
+            return self._waited
 
     def leave_later(self, entry: Entry, work) -> None:
         """It was only started: it is left when `work.is_completed()`."""
@@ -232,9 +278,10 @@ class Journal:
             self._started = still + self._started
 
     def oldest(self) -> Entry | None:
-        """The first that was entered and not left."""
+        """What this process has waited for the longest."""
         with self._lock:
-            return next(iter(self.open.values()), None)
+            waiting = [e for e in self.open.values() if e.waits is not None]
+        return min(waiting, key=lambda e: e.waits, default=None)
 
     def beat(self) -> None:
         """Note that this process lives; its watchdog calls it."""
@@ -243,16 +290,6 @@ class Journal:
     def close(self) -> None:
         """Note that this process ends as it should."""
         self._change(closed=1)
-
-    def _complete(self, tag: Tag | str) -> Tag:
-        """With the places that the caller left to the journal."""
-        if isinstance(tag, str):
-            tag = Tag(tag)
-        layer, micro_batch, step = (
-            there if given is None else given
-            for given, there in zip(tag[1:], self.where[1:], strict=True)
-        )
-        return Tag(tag.op[:88], layer, micro_batch, step)
 
     def _add(self, channel: str) -> None:
         if len(self._channels) == _CHANNELS or len(channel.encode()) > 64:
@@ -272,8 +309,8 @@ class Journal:
         tag = entry.tag
         places = (-1 if p is None else p for p in (tag.step, tag.micro_batch, tag.layer))
         data = _ENTRY.pack(
-            entry.number, entry.sequence, entry.entered, left, entry.elements, *places, name,
-            entry.kind.encode(), tag.op.encode()[:88],
+            entry.number, entry.sequence, entry.entered, entry.waits or 0.0, left, entry.elements,
+            *places, name, entry.kind.encode(), tag.op.encode()[:88],
         )  # fmt: skip
         at = _HEADER + (index * _KEPT + entry.sequence % _KEPT) * _SLOT
         data += _SUM.pack(zlib.crc32(data))
@@ -306,12 +343,12 @@ def _text(data: bytes) -> str:
 def _parse(data: bytes, at: int) -> Entry | None:
     """The entry of a slot; None where there is none, or half of one."""
     body = data[at : at + _ENTRY.size]
-    number, sequence, entered, left, elements, step, micro_batch, layer, *texts = _ENTRY.unpack(
-        body
-    )
+    number, sequence, entered, waits, left, elements, *rest = _ENTRY.unpack(body)
+    step, micro_batch, layer, *texts = rest
     if number == 0 or zlib.crc32(body) != _SUM.unpack_from(data, at + _ENTRY.size)[0]:
         return None
     step, micro_batch, layer = (None if p < 0 else p for p in (step, micro_batch, layer))
     channel, kind, op = map(_text, texts)
     tag = Tag(op, layer, micro_batch, step)
-    return Entry(number, sequence, channel, kind, tag, elements, entered, left or None)
+    times = entered, waits or None, left or None
+    return Entry(number, sequence, channel, kind, tag, elements, *times)

@@ -49,7 +49,7 @@ class _Loss(torch.autograd.Function):
     def forward(ctx, hidden, weight, targets, first: int, vocab_size: int, axis: Axis, impl: str):
         ctx.options = {"vocab_start": first, "vocab_size": vocab_size, "impl": impl}
         found = linear_cross_entropy_statistics(hidden, weight, targets, **ctx.options)
-        of_all = axis.gather(found[None])
+        of_all = axis.gather(found[None], "loss")
         loss, lse = cross_entropy_of_statistics(of_all, targets)
         ctx.save_for_backward(hidden, weight, targets, lse)
         return loss

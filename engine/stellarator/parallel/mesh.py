@@ -1,17 +1,20 @@
 """Who this process is among all processes, as one explicit object.
 
-defines: Group, Axis, Mesh, start
+defines: Axis, Mesh, start
 
 A mesh has an axis for each kind of parallelism and one, `world`, for all processes. There is no
-other record of process groups: who needs one is given it.
+other record of process groups: who needs one is given it. What they do is in a journal
+(`stellarator.parallel.journal`), if the mesh has one.
 """
 
 import contextlib
 import hashlib
 import os
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
-from datetime import timedelta
+from datetime import datetime, timedelta
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -22,67 +25,68 @@ import torch.distributed as dist
 import torch.distributed.nn.functional  # noqa: F401
 
 from stellarator.config import ParallelConfig
+from stellarator.parallel.collectives import Group, Pending
+from stellarator.parallel.journal import NOWHERE, Journal, Tag
 from stellarator.parallel.layout import AXES, Layout, layout_of
 
-
-class Group:
-    """A process group until its mesh stops: gloo's threads end with the last reference to it."""
-
-    def __init__(self, process_group: dist.ProcessGroup):
-        self.process_group: dist.ProcessGroup | None = process_group
+_LATER_SECONDS = 60.0
 
 
 @dataclass(frozen=True)
 class Axis:
-    """Ranks that share one kind of work: this one is `rank` of `size`. Of one rank: all no-ops."""
+    """Ranks that share one kind of work: this one is `rank` of `size`. Of one rank: all no-ops.
+
+    `tag` of each call says what it is for: the name of an op, or a `Tag`.
+    """
 
     name: str
     rank: int = 0
     size: int = 1
     group: Group | None = None
 
-    def sum_(self, x: torch.Tensor) -> torch.Tensor:
+    def at(self, **places: int | None) -> None:
+        """Where the run is from now on (step, micro_batch, layer), for the journal."""
+        if self.group is not None and self.group.journal is not None:
+            self.group.journal.at(**places)
+
+    @property
+    def layer(self) -> int:
+        """Where the run is now; for autograd functions, whose backward comes later."""
+        if self.group is None or self.group.journal is None:
+            return NOWHERE
+        layer = self.group.journal.where.layer
+        return NOWHERE if layer is None else layer
+
+    def sum_(self, x: torch.Tensor, tag: Tag | str) -> torch.Tensor:
         """Sum over the ranks, in place; the same bits on every rank."""
-        if self.size > 1:
-            dist.all_reduce(x, group=self.group.process_group)
-        return x
+        return self.group.all_reduce(x, tag) if self.size > 1 else x
 
-    def max_(self, x: torch.Tensor) -> torch.Tensor:
+    def max_(self, x: torch.Tensor, tag: Tag | str) -> torch.Tensor:
         """Maximum over the ranks, in place."""
-        if self.size > 1:
-            dist.all_reduce(x, op=dist.ReduceOp.MAX, group=self.group.process_group)
-        return x
+        return self.group.all_reduce(x, tag, maximum=True) if self.size > 1 else x
 
-    def gather(self, x: torch.Tensor) -> torch.Tensor:
+    def gather(self, x: torch.Tensor, tag: Tag | str) -> torch.Tensor:
         """The x of all ranks, one behind the other along the first dimension."""
-        if self.size == 1:
-            return x
-        found = x.new_empty((self.size * x.shape[0], *x.shape[1:]))
-        dist.all_gather_into_tensor(found, x.contiguous(), group=self.group.process_group)
-        return found
+        return self.group.all_gather(x.contiguous(), tag) if self.size > 1 else x
 
-    def scatter_sum(self, x: torch.Tensor) -> torch.Tensor:
+    def scatter_sum(self, x: torch.Tensor, tag: Tag | str) -> torch.Tensor:
         """This rank's part of the sum over the ranks, cut along the first dimension."""
-        if self.size == 1:
-            return x
-        found = x.new_empty((x.shape[0] // self.size, *x.shape[1:]))
-        dist.reduce_scatter_tensor(found, x.contiguous(), group=self.group.process_group)
-        return found
+        return self.group.reduce_scatter(x.contiguous(), tag) if self.size > 1 else x
 
     # Begun here, and done when `wait` of what is returned comes back; flat tensors, in place.
 
-    def begin_sum_(self, x: torch.Tensor) -> dist.Work:
+    def begin_sum_(self, x: torch.Tensor, tag: Tag | str) -> Pending:
         """Sum over the ranks."""
-        return dist.all_reduce(x, group=self.group.process_group, async_op=True)
+        return self.group.all_reduce(x, tag, wait=False)
 
-    def begin_scatter_sum_(self, x: torch.Tensor) -> dist.Work:
+    def begin_scatter_sum_(self, x: torch.Tensor, tag: Tag | str) -> Pending:
         """This rank's part of x becomes that of the sum; what the rest becomes is undefined."""
         part = x.view(self.size, -1)[self.rank]
-        return dist.reduce_scatter_tensor(part, x, group=self.group.process_group, async_op=True)
+        return self.group.reduce_scatter(x, tag, wait=False, into=part)
 
-    def begin_gather(self, x: torch.Tensor, part: torch.Tensor) -> dist.Work:
+    def begin_gather(self, x: torch.Tensor, part: torch.Tensor, tag: Tag | str) -> Pending:
         """x becomes the parts of all ranks, one behind the other; `part` may be a view of x."""
-        return dist.all_gather_into_tensor(x, part, group=self.group.process_group, async_op=True)
+        return self.group.all_gather(part, tag, wait=False, into=x)
 
 
 @dataclass(frozen=True)
@@ -97,6 +101,7 @@ class Mesh:
     dp: Axis = Axis("dp")
     pp: Axis = Axis("pp")
     replicas: Axis = Axis("replicas")  # dp and cp: who holds the same parameters
+    journal: Journal | None = None
     groups: list[Group] = field(default_factory=list)
 
     def among(self, name: str, sets: list[list[int]]) -> Axis:
@@ -104,13 +109,22 @@ class Mesh:
 
         Every process calls this with the same sets, as torch asks for.
         """
-        found, rank = Axis(name), self.world.rank
+        found, rank = Axis(name, group=self._alone(name)), self.world.rank
         for ranks in sets:
             process_group = dist.new_group(ranks)
             if rank in ranks:
-                self.groups.append(Group(process_group))
+                # Until `stop`: gloo's threads end with the last reference to the process group.
+                self.groups.append(Group(process_group, name, self.journal))
                 found = Axis(name, ranks.index(rank), len(ranks), self.groups[-1])
         return found
+
+    def _alone(self, name: str) -> Group | None:
+        """For an axis of one rank: it has the journal, so that it is told where the run is."""
+        return None if self.journal is None else Group(None, name, self.journal)
+
+    def at(self, **places: int | None) -> None:
+        """Where the run is from now on (step, micro_batch, layer), for the journal."""
+        self.world.at(**places)
 
     def stop(self) -> None:
         """Leave all process groups; nothing of this mesh can be used for collectives any more."""
@@ -118,6 +132,8 @@ class Mesh:
             group.process_group = None
         if dist.is_initialized():
             dist.destroy_process_group()
+        if self.journal is not None:
+            self.journal.close()
 
     @property
     def main(self) -> bool:
@@ -127,12 +143,12 @@ class Mesh:
     def barrier(self) -> None:
         """Wait until every rank is here."""
         # Reading the result makes the host wait too; on a GPU the collective alone does not.
-        self.world.sum_(torch.zeros(1, device=self.device)).item()
+        self.world.sum_(torch.zeros(1, device=self.device), "barrier").item()
 
-    def agrees_on(self, value: int) -> bool:
+    def agrees_on(self, value: int, tag: Tag | str = "agreement") -> bool:
         """Whether every rank passed the same number, below 2**62; all ranks get the same answer."""
         both = torch.tensor([value, -value], dtype=torch.int64, device=self.device)
-        self.world.max_(both)
+        self.world.max_(both, tag)
         return int(both[0]) == -int(both[1])
 
     @contextlib.contextmanager
@@ -151,25 +167,29 @@ class Mesh:
         except Exception as caught:
             error = caught
         text = "" if error is None else f"{type(error).__name__}: {error}"
-        alike = self.agrees_on(int.from_bytes(hashlib.sha256(text.encode()).digest()[:7]))
+        number = int.from_bytes(hashlib.sha256(text.encode()).digest()[:7])
+        alike = self.agrees_on(number, "whether all ranks can go on")
         if error is not None:
             error.told = alike and not self.main
             raise error
         if not alike:
-            raise RuntimeError(f"rank {self.world.rank} stops, as another rank failed.")
+            error = RuntimeError(f"rank {self.world.rank} stops, as another rank failed.")
+            error.told = False
+            raise error
 
 
 def start(
     device: str = "auto",
-    timeout_seconds: float = 600.0,
     parallel: ParallelConfig = ParallelConfig(),  # noqa: B008, it is frozen
+    journals: Path | None = None,
 ) -> Mesh:
     """The mesh of this process; joins the process group when torchrun started more than one.
 
     Args:
         device: "cpu", "cuda", or "auto": cuda where there is one.
-        timeout_seconds: of every collective.
-        parallel: sizes of the axes.
+        parallel: sizes of the axes, and the timeout of every collective.
+        journals: a folder that all processes see, in which each run gets a folder of its own for
+            the journals of its processes; None, or one process: no journal.
     Raises:
         ValueError: the axes do not divide the processes; before any process group is there.
         RuntimeError: cuda was asked for and there is none.
@@ -192,14 +212,20 @@ def start(
         torch.cuda.set_device(place)
     if size > 1 and not dist.is_initialized():
         backend = "nccl" if device == "cuda" else "gloo"
-        dist.init_process_group(backend, timeout=timedelta(seconds=timeout_seconds))
-    world = Axis("world", rank, size, Group(dist.group.WORLD) if size > 1 else None)
-    mesh = Mesh(place, layout, world)
-    mesh.groups.extend([world.group] if size > 1 else [])
+        # A watchdog looks after the same time, and has more to say.
+        seconds = parallel.timeout_seconds + _LATER_SECONDS
+        dist.init_process_group(backend, timeout=timedelta(seconds=seconds))
+    if size == 1:
+        return Mesh(place, layout)
+    journal = Journal(_new_folder(journals, rank, place), rank) if journals is not None else None
+    world = Axis("world", rank, size, Group(dist.group.WORLD, "world", journal))
+    mesh = Mesh(place, layout, world, journal=journal)
+    mesh.groups.append(world.group)
     axes = {}
     for name in AXES:  # groups only where an axis has more than one rank
         length, at = getattr(layout, name), layout.place(rank)[name]
-        if length == size > 1:
+        axes[name] = Axis(name, group=mesh._alone(name))
+        if length == size:
             axes[name] = Axis(name, at, length, world.group)
         elif length > 1:
             axes[name] = mesh.among(name, layout.groups(name))
@@ -207,3 +233,10 @@ def start(
     if layout.cp > 1:  # not the group of cp: its messages would queue behind sums of gradients
         replicas = mesh.among("replicas", layout.groups("cp", "dp"))
     return replace(mesh, **axes, replicas=replicas)
+
+
+def _new_folder(journals: Path, rank: int, device: torch.device) -> Path:
+    """A name that rank 0 makes for this run, so that no process reads journals of an older one."""
+    started = torch.tensor([time.time_ns() // 1000 if rank == 0 else 0], device=device)
+    dist.all_reduce(started, op=dist.ReduceOp.MAX)
+    return journals / datetime.fromtimestamp(started.item() / 1e6).strftime("%Y%m%d-%H%M%S-%f")

@@ -31,6 +31,7 @@ from dataclasses import dataclass
 
 import torch
 
+from stellarator.parallel.journal import Tag
 from stellarator.parallel.pipeline.deferred import Deferred, Rows
 from stellarator.parallel.tensor import TensorParallel
 from stellarator_kernels import linear
@@ -88,7 +89,10 @@ def row_product(
         (B, T, C), with sp (1, N_sp, C).
     """
     make, *tensors = _parts(x, again)
-    y = _RowProduct.apply(x.flatten(0, 1), weight, tp, deferred, make, *tensors)
+    dy = _Travelling()
+    # Two functions: where the layer is computed again, it ends with what the first one keeps.
+    y = _RowProduct.apply(x.flatten(0, 1), weight, tp, dy, deferred, make, *tensors)
+    y = _Leave.apply(y, tp, dy)
     return y[None] if tp.sp else y.unflatten(0, x.shape[:2])
 
 
@@ -104,8 +108,10 @@ class _ColumnProduct(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, bias, tp: TensorParallel, deferred, make, *tensors):
         ctx.tp, ctx.deferred, ctx.make = tp, deferred, make
-        ctx.save_for_backward(weight, *tensors)
-        return linear(tp.axis.gather(x) if tp.sp else x, weight, bias)
+        ctx.layer = tp.axis.layer
+        ctx.weight = weight
+        ctx.save_for_backward(*tensors)
+        return linear(tp.axis.gather(x, Tag("enter", ctx.layer)) if tp.sp else x, weight, bias)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -118,7 +124,8 @@ class _ColumnProduct(torch.autograd.Function):
             rows.begin()
         if need_dx:
             dx = _ops.product(dy, weight)
-            work = (axis.begin_scatter_sum_ if sp else axis.begin_sum_)(dx.view(-1))
+            begin = axis.begin_scatter_sum_ if sp else axis.begin_sum_
+            work = begin(dx.view(-1), Tag("enter, backward", ctx.layer))
         dweight = _weight_gradient(ctx, need_dweight, weight, dy, rows)
         dbias = dy.sum(0) if need_dbias else None
         if need_dx:
@@ -128,37 +135,73 @@ class _ColumnProduct(torch.autograd.Function):
         return dx, dweight, dbias, *(None,) * (len(ctx.needs_input_grad) - 3)
 
 
+class _Travelling:
+    """A gradient that is handed on before all of it is here."""
+
+    work = None
+
+    def wait(self) -> None:
+        if self.work is not None:
+            self.work.wait()
+            self.work = None
+
+
 class _RowProduct(torch.autograd.Function):
     """Of inputs (N, F_tp); the last inputs are what is kept of them."""
 
     @staticmethod
-    def forward(ctx, x, weight, tp: TensorParallel, deferred, make, *tensors):
-        ctx.tp, ctx.deferred, ctx.make = tp, deferred, make
-        ctx.save_for_backward(weight, *tensors)
-        y = linear(x, weight)
-        # A copy is summed: selective recomputation may keep y.
-        return tp.axis.scatter_sum(y) if tp.sp else tp.axis.sum_(y.clone())
+    def forward(ctx, x, weight, tp: TensorParallel, arriving, deferred, make, *tensors):
+        ctx.tp, ctx.arriving, ctx.deferred, ctx.make = tp, arriving, deferred, make
+        ctx.layer = tp.axis.layer
+        ctx.weight = weight
+        ctx.save_for_backward(*tensors)
+        return linear(x, weight)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, dy):
         weight, rows = _weight_and_rows(ctx, gathered=False)
         need_dx, need_dweight = ctx.needs_input_grad[:2]
-        if ctx.tp.sp:
-            whole = Rows(lambda: dy.contiguous(), ctx.tp.axis)
-            whole.begin()
-            if need_dweight and not _apart(ctx):
-                rows.begin()
-            dy = whole.wait()
+        if need_dweight and not _apart(ctx):
+            rows.begin()
+        ctx.arriving.wait()
         dx = _ops.product(dy, weight) if need_dx else None
         dweight = _weight_gradient(ctx, need_dweight, weight, dy, rows)
         return dx, dweight, *(None,) * (len(ctx.needs_input_grad) - 2)
 
 
+class _Leave(torch.autograd.Function):
+    """The sum of the (N, C) of all ranks; `arriving` is told when its gradient is on its way."""
+
+    @staticmethod
+    def forward(ctx, y, tp: TensorParallel, arriving: _Travelling):
+        ctx.tp, ctx.arriving, ctx.layer = tp, arriving, tp.axis.layer
+        tag = Tag("leave", ctx.layer)
+        # A copy is summed: selective recomputation may keep y.
+        return tp.axis.scatter_sum(y, tag) if tp.sp else tp.axis.sum_(y.clone(), tag)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, dy):
+        if not ctx.tp.sp:
+            return dy, None, None
+        axis, tag = ctx.tp.axis, Tag("leave, backward", ctx.layer)
+        whole = dy.new_empty(axis.size * len(dy), dy.shape[1])
+        ctx.arriving.work = axis.begin_gather(whole, dy.contiguous(), tag)
+        if torch.is_anomaly_enabled():  # autograd reads it before the product does
+            ctx.arriving.wait()
+        return whole, None, None
+
+
 def _weight_and_rows(ctx, gathered: bool) -> tuple[torch.Tensor, Rows]:
-    """The weight, and the input of the product, made again when it is asked for."""
-    (weight, *tensors), make = ctx.saved_tensors, ctx.make
-    return weight, Rows(lambda: make(*tensors).flatten(0, 1), ctx.tp.axis if gathered else None)
+    """The weight, and the input of the product, made again when it is asked for.
+
+    The weight is not saved: where a layer is computed again it would come back as another tensor,
+    without the buffer for its gradient.
+    """
+    weight, tensors, make = ctx.weight, ctx.saved_tensors, ctx.make
+    axis, tag = ctx.tp.axis if gathered else None, Tag("enter, again", ctx.layer)
+    return weight, Rows(lambda: make(*tensors).flatten(0, 1), axis, tag)
 
 
 def _apart(ctx) -> bool:

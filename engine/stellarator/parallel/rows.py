@@ -72,12 +72,7 @@ class ContextParallel:
         self._plan = plan
         # NCCL connects a group in its first collective, which all ranks must enter. That of a ring
         # may be of some: a window or documents let the others send nothing.
-        axis.sum_(torch.zeros(1, device=device))
-
-    @property
-    def group(self) -> Group:
-        """For a while only: the threads of gloo end with the last reference to its group."""
-        return Group(self.axis.group.process_group, self.axis.name)
+        axis.sum_(torch.zeros(1, device=device), "first contact")
 
     def cut(self, shape: tuple[int, int], cu_seqlens: torch.Tensor) -> Cut | None:
         """How (B, T) rows with these documents are cut; None: one rank has them whole.
@@ -86,4 +81,4 @@ class ContextParallel:
         """
         if self.axis.size == 1:
             return None
-        return Cut(self._plan(*shape, tuple(cu_seqlens.tolist())), self.group, self.form)
+        return Cut(self._plan(*shape, tuple(cu_seqlens.tolist())), self.axis.group, self.form)

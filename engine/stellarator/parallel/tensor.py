@@ -24,6 +24,7 @@ from dataclasses import dataclass
 
 import torch
 
+from stellarator.parallel.journal import Tag
 from stellarator.parallel.layout import kv_heads_of
 from stellarator.parallel.mesh import Axis
 from stellarator.parallel.shard import Piece, Shard
@@ -34,12 +35,13 @@ class _SumBackward(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, axis: Axis):
-        ctx.axis = axis
+        ctx.axis, ctx.layer = axis, axis.layer
         return x.view_as(x)
 
     @staticmethod
     def backward(ctx, dx):
-        return ctx.axis.sum_(dx.clone(memory_format=torch.contiguous_format)), None
+        dx = dx.clone(memory_format=torch.contiguous_format)
+        return ctx.axis.sum_(dx, Tag("enter, backward", ctx.layer)), None
 
 
 class _Sum(torch.autograd.Function):
@@ -47,7 +49,8 @@ class _Sum(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, axis: Axis):
-        return axis.sum_(x.clone(memory_format=torch.contiguous_format))
+        x = x.clone(memory_format=torch.contiguous_format)
+        return axis.sum_(x, Tag("leave", axis.layer))
 
     @staticmethod
     def backward(ctx, dx):
@@ -59,12 +62,12 @@ class _Gather(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, axis: Axis):
-        ctx.axis = axis
-        return axis.gather(x)
+        ctx.axis, ctx.layer = axis, axis.layer
+        return axis.gather(x, Tag("enter", axis.layer))
 
     @staticmethod
     def backward(ctx, dx):
-        return ctx.axis.scatter_sum(dx), None
+        return ctx.axis.scatter_sum(dx, Tag("enter, backward", ctx.layer)), None
 
 
 class _ScatterSum(torch.autograd.Function):
@@ -72,12 +75,12 @@ class _ScatterSum(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, axis: Axis):
-        ctx.axis = axis
-        return axis.scatter_sum(x)
+        ctx.axis, ctx.layer = axis, axis.layer
+        return axis.scatter_sum(x, Tag("leave", axis.layer))
 
     @staticmethod
     def backward(ctx, dx):
-        return ctx.axis.gather(dx), None
+        return ctx.axis.gather(dx, Tag("leave, backward", ctx.layer)), None
 
 
 @dataclass(frozen=True)

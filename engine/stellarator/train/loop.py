@@ -38,7 +38,7 @@ from stellarator.parallel.tensor import TensorParallel
 from stellarator.parallel.unfilled import without_memory
 from stellarator.progress import show
 from stellarator.sizes import FORMULA
-from stellarator.train import checkpoint, flops, kernels, memory, metrics, resume
+from stellarator.train import checkpoint, flops, kernels, memory, metrics, resume, watch
 from stellarator.train.first import first_values
 from stellarator.train.inputs import Inputs, inputs_of
 from stellarator.train.metrics import RunLog, StepMetrics, ZScore, step_line, write_status
@@ -87,7 +87,7 @@ class Trainer:
             TrainingError, CheckpointError, ShardError, ...: with one line that says what to do.
         """
         parallel = self.config.parallel
-        self.mesh = meshes.start(self.config.train.device, parallel=parallel)
+        self.mesh = meshes.start(self.config.train.device, parallel, watch.journals_of(self.folder))
         self.tp = TensorParallel(self.mesh.tp, parallel.sp)
         window, device = self.config.model.window, self.mesh.device
         self.cp = ContextParallel(self.mesh.cp, parallel.cp_form, window, device)
@@ -99,7 +99,7 @@ class Trainer:
         )
         self.pipeline = self.part = None
         try:
-            with StopRequest() as self.stop:
+            with StopRequest() as self.stop, self._watched():
                 if not self.mesh.main:
                     summary = self._run()
                 else:
@@ -109,7 +109,16 @@ class Trainer:
             return self._summary(float("nan"), time.monotonic())
         # Not after an error: other ranks may be inside a collective that leaving would wait for.
         self.mesh.stop()
+        if self.mesh.main:
+            watch.remove_journals(self.folder)
         return summary
+
+    def _watched(self) -> contextlib.AbstractContextManager:
+        """A block in which a watchdog looks after the collectives."""
+        if self.mesh.journal is None:
+            return contextlib.nullcontext()
+        seconds = self.config.parallel.timeout_seconds
+        return watch.watchdog(self.mesh.journal, self.folder, seconds, lambda: self.step)
 
     def _run_and_tell(self) -> dict:
         """`_run` of rank 0: what went wrong also goes into status.json."""
@@ -127,6 +136,8 @@ class Trainer:
 
     def _run(self) -> dict:
         config, main = self.config, self.mesh.main
+        if main and self.mesh.journal is not None:
+            watch.remove_journals(self.folder, but=self.mesh.journal.folder)
         with RunLog(self.folder, main, config.metrics.tensorboard) as self.log:
             self._build()
             self.stop.check()
@@ -191,7 +202,7 @@ class Trainer:
         self._make_model()
         if self.pipeline is not None:
             self.pipeline.attach(self.model)
-        self.clock = Stopwatch(device)
+        self.clock, self.ranks = Stopwatch(device), watch.SlowRanks(self.mesh, self.log)
         self.peak, self.peak_source = flops.peak_flops(
             device, self.dtype, config.metrics.peak_tflops
         )
@@ -236,7 +247,7 @@ class Trainer:
         self.mesh.barrier()
         found = self.found = resume.find(self.config, self.log.warn)
         seal = hashlib.sha256(json.dumps(found.manifest).encode() if found else b"").digest()
-        if not self.mesh.agrees_on(int.from_bytes(seal[:7])):
+        if not self.mesh.agrees_on(int.from_bytes(seal[:7]), "checkpoint to resume"):
             raise TrainingError(
                 f"{self.folder}: expected the same newest checkpoint on every rank, got different "
                 f"ones (rank {self.mesh.world.rank}: {found and found.folder}). Put `folder` on a "
@@ -318,7 +329,7 @@ class Trainer:
             wholes.rest()
         told = torch.tensor([int(failed is not None)], device=self.mesh.device)
         if not self.mesh.world.max_(
-            told
+            told, "checkpoint"
         ).item():  # a barrier too: nobody goes on before rank 0 is done
             return
         if required:
@@ -343,6 +354,7 @@ class Trainer:
                     spent = time.monotonic() - started
                     eta = spent / (self.step - first) * (config.train.steps - self.step)
                     self.log.say(step_line(done, config.train.steps, eta))
+                    self.ranks.look(self.step)
                 if self.validation and (last or _due(self.step, config.train.eval_interval)):
                     self.evaluate()
                 if not last and _due(self.step, config.checkpoint.interval):
@@ -352,7 +364,7 @@ class Trainer:
     def _stop_requested(self) -> bool:
         """Whether any rank was asked to stop; all ranks agree."""
         asked = torch.tensor([int(self.stop.received or 0)], device=self.mesh.device)
-        number = int(self.mesh.world.max_(asked).item())
+        number = int(self.mesh.world.max_(asked, "stop request").item())
         if number:
             self.stop.received = signal.Signals(number)
         return bool(number)
@@ -361,6 +373,8 @@ class Trainer:
         """One optimizer step."""
         clock, optimizer, mesh, config = self.clock, self.optimizer, self.mesh, self.config
         started, step = time.perf_counter(), self.step + 1
+        mesh.at(step=step)
+        self.ranks.times.begin()
         clock.start()
         waited = self.source.data_wait_seconds
         micro_batches = next(self.source)
@@ -377,19 +391,21 @@ class Trainer:
         ]
         if self.pipeline is not None:
             totals[0] += self.pipeline.step(micro_batches)
-            mesh.pp.sum_(totals[:1])
+            mesh.pp.sum_(totals[:1], "totals")
             self.pipeline.sum_tied_(optimizer.grad)
             clock.mark("pipeline")
         else:
-            for batch in micro_batches:
+            for index, batch in enumerate(micro_batches):
+                mesh.at(micro_batch=index)
                 loss = self._loss_sum(batch)
                 clock.mark("forward")
                 with optimizer.last_micro_batch(batch is micro_batches[-1]):
                     loss.backward()
                 totals[0] += loss.detach()
                 clock.mark("backward")
+            mesh.at(micro_batch=None, layer=None)
         optimizer.complete_grads()
-        mesh.replicas.sum_(totals)
+        mesh.replicas.sum_(totals, "totals")
         clock.mark("reduce")
         loss_sum, num_targets, model_flops = totals.tolist()
         divisor = max(1, int(num_targets))
@@ -402,6 +418,7 @@ class Trainer:
             self.progress.skipped += 1
         clock.mark("optimizer")
         split = clock.split_ms()
+        self.ranks.times.end()
         seconds = time.perf_counter() - started
         self.progress.tokens_total += int(num_targets)
         return StepMetrics(
@@ -466,7 +483,9 @@ class Trainer:
         totals = torch.zeros(2, dtype=torch.float64, device=mesh.device)
         rows = config.train.eval_batches * config.train.global_batch_size
         self.model.eval()
-        for batch in self.validation.evaluation(rows, mesh.dp.rank, mesh.dp.size):
+        rows_here = self.validation.evaluation(rows, mesh.dp.rank, mesh.dp.size)
+        for index, batch in enumerate(rows_here):
+            mesh.at(micro_batch=index)
             totals[1] += batch.num_targets if mesh.cp.rank == 0 else 0
             inputs = inputs_of(batch, self.cp, mesh.device)
             if self.pipeline is not None:
@@ -474,8 +493,9 @@ class Trainer:
             else:
                 totals[0] += self._loss_sum(inputs)
         self.model.train()
-        mesh.pp.sum_(totals[:1])
-        loss_sum, count = mesh.replicas.sum_(totals).tolist()
+        mesh.at(micro_batch=None, layer=None)
+        mesh.pp.sum_(totals[:1], "evaluation")
+        loss_sum, count = mesh.replicas.sum_(totals, "evaluation").tolist()
         loss = self.progress.last_eval = loss_sum / max(1.0, count)
         self.log.record("eval", {"step": self.step, "loss": loss, "tokens": int(count)})
         self.log.say(f"eval at step {self.step}: loss {loss:.4f} over {int(count):,} tokens")

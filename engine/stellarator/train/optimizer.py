@@ -110,7 +110,7 @@ class FlatOptimizer:
         if self.axes:
             squares = norm.square()
             for axis in self.axes:
-                axis.sum_(squares)
+                axis.sum_(squares, "gradient norm")
             norm = squares.sqrt()
         return norm / num_targets
 
@@ -192,5 +192,5 @@ class FlatOptimizer:
         none = torch.zeros_like(next(iter(wrong.values())))
         found = torch.stack([wrong.get(name, none) for name in names]).int()
         for axis in self.axes:
-            axis.max_(found)
+            axis.max_(found, "gradients that are not finite")
         return [name for name, is_wrong in zip(names, found.tolist(), strict=True) if is_wrong]

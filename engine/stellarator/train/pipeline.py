@@ -94,4 +94,4 @@ class Pipeline:
         grad_of: name of a parameter -> its gradient.
         """
         if self.tie.size > 1:
-            self.tie.sum_(grad_of("embedding.weight"))
+            self.tie.sum_(grad_of("embedding.weight"), "gradient of the tied embedding")

@@ -12,6 +12,7 @@ from collections.abc import Callable
 
 import torch
 
+from stellarator.parallel.journal import Tag
 from stellarator.parallel.mesh import Axis
 from stellarator_kernels import linear
 
@@ -21,10 +22,16 @@ class Rows:
 
     Args:
         make: gives (N, in); with an axis (N_sp, in), and those of all its ranks are gathered.
+        tag: of the gather.
     """
 
-    def __init__(self, make: Callable[[], torch.Tensor], axis: Axis | None = None):
-        self._make, self._axis = make, axis
+    def __init__(
+        self,
+        make: Callable[[], torch.Tensor],
+        axis: Axis | None = None,
+        tag: Tag | str = "inputs of a product",
+    ):
+        self._make, self._axis, self._tag = make, axis, tag
         self._x = self._work = None
 
     def begin(self) -> None:
@@ -35,7 +42,7 @@ class Rows:
         if self._axis is not None:
             part, size = self._x, self._axis.size * len(self._x)
             self._x = part.new_empty(size, part.shape[1])
-            self._work = self._axis.begin_gather(self._x, part)
+            self._work = self._axis.begin_gather(self._x, part, self._tag)
 
     def wait(self) -> torch.Tensor:
         """All of them, (N, in)."""

@@ -14,8 +14,9 @@ from collections import deque
 from collections.abc import Callable
 
 import torch
-import torch.distributed as dist
 
+from stellarator.parallel.collectives import Pending
+from stellarator.parallel.journal import NOWHERE, Tag
 from stellarator.parallel.mesh import Axis, Mesh
 from stellarator.parallel.pipeline.deferred import Deferred
 from stellarator.parallel.pipeline.schedules import (
@@ -39,23 +40,31 @@ class Links:
 
     def __init__(self, mesh: Mesh):
         self.axis, columns = mesh.pp, mesh.layout.groups("pp")
-        self.ranks = next(column for column in columns if mesh.world.rank in column)
         size = self.axis.size
         steps = [(a, (a + 1) % size) for a in range(size if size > 2 else 1)]
-        self._groups = {
-            pair: mesh.among("link", [sorted(column[r] for r in pair) for column in columns]).group
+        self._links = {
+            pair: mesh.among(
+                "link {}-{}".format(*pair), [sorted(column[r] for r in pair) for column in columns]
+            )
             for pair in [*steps, *(step[::-1] for step in steps)]
         }
 
-    def send(self, x: torch.Tensor, to: int):
-        """Begin to send; returns a handle with `wait`."""
-        group = self._groups[self.axis.rank, to].process_group
-        return dist.isend(x, self.ranks[to], group=group)
+    def send(self, x: torch.Tensor, to: int, key: tuple) -> Pending:
+        """Begin to send what `key` says to a rank of the axis; keeps x until it is sent."""
+        link = self._links[self.axis.rank, to]
+        return link.group.send(x, 1 - link.rank, _tag(key), wait=False)
 
-    def receive(self, x: torch.Tensor, source: int):
-        """Begin to receive into x; returns a handle with `wait`."""
-        group = self._groups[source, self.axis.rank].process_group
-        return dist.irecv(x, self.ranks[source], group=group)
+    def receive(self, x: torch.Tensor, source: int, key: tuple) -> Pending:
+        """Begin to receive into x what `key` says."""
+        link = self._links[source, self.axis.rank]
+        return link.group.recv(x, 1 - link.rank, _tag(key), wait=False)
+
+
+def _tag(key: tuple) -> Tag:
+    """Of a message, alike at both ends: (FORWARD or BACKWARD, receiving stage, micro-batch)."""
+    kind, stage, micro_batch = key
+    what = "input" if kind == FORWARD else "gradient"
+    return Tag(f"{what} of stage {stage}", NOWHERE, micro_batch)
 
 
 class _Inbox:
@@ -68,7 +77,7 @@ class _Inbox:
     def _post(self) -> None:
         key = self.coming.popleft()
         buffer = self.empty(key[2])
-        self.posted[key] = buffer, self.links.receive(buffer, self.source)
+        self.posted[key] = buffer, self.links.receive(buffer, self.source, key)
 
     def take(self, key: tuple) -> torch.Tensor:
         """Wait for one message; the one behind it is on its way meanwhile."""
@@ -142,6 +151,7 @@ class Executor:
         for action in mine:
             kind, stage, micro_batch = action
             place = stage, micro_batch
+            self.axis.at(micro_batch=micro_batch, layer=None)
             if kind == FORWARD:
                 x = self._take((FORWARD, *place), stage - 1) if stage > 0 else None
                 inputs[place] = x if x is None else x.requires_grad_(torch.is_grad_enabled())
@@ -164,8 +174,9 @@ class Executor:
                 if x is not None:
                     self._put((BACKWARD, stage - 1, micro_batch), x.grad)
             self.done.append(action)
-        for handle, _ in self._sent:
+        for handle in self._sent:
             handle.wait()
+        self.axis.at(micro_batch=None, layer=None)
         assert self.deferred.empty, "every weight gradient has its action"
         return total
 
@@ -175,9 +186,8 @@ class Executor:
         if to == self.axis.rank:
             self._local[key] = x
             return
-        self._sent = [pair for pair in self._sent if not pair[0].is_completed()]
-        x = x.contiguous()
-        self._sent.append((self.links.send(x, to), x))
+        self._sent = [handle for handle in self._sent if not handle.is_completed()]
+        self._sent.append(self.links.send(x.contiguous(), to, key))
 
     def _take(self, key: tuple, sender: int) -> torch.Tensor:
         """What the stage `sender` has sent."""
