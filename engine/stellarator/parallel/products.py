@@ -88,8 +88,9 @@ def row_product(
         (B, T, C), with sp (1, N_sp, C).
     """
     make, *tensors = _parts(x, again)
-    y = _RowProduct.apply(x.flatten(0, 1), weight, tp, deferred, make, *tensors)
-    return y[None] if tp.sp else y.unflatten(0, x.shape[:2])
+    arriving: list = []
+    y = _RowProduct.apply(x.flatten(0, 1), weight, tp, deferred, arriving, make, *tensors)
+    return _Leave.apply(y, tp, arriving)[None] if tp.sp else tp.leave(y.unflatten(0, x.shape[:2]))
 
 
 def _parts(x: torch.Tensor, again: Again | None) -> tuple:
@@ -129,30 +130,48 @@ class _ColumnProduct(torch.autograd.Function):
 
 
 class _RowProduct(torch.autograd.Function):
-    """Of inputs (N, F_tp); the last inputs are what is kept of them."""
+    """Of inputs (N, F_tp); the last inputs are what is kept of them.
+
+    arriving: the work that gathers dy, once it has begun.
+    """
 
     @staticmethod
-    def forward(ctx, x, weight, tp: TensorParallel, deferred, make, *tensors):
-        ctx.tp, ctx.deferred, ctx.make = tp, deferred, make
+    def forward(ctx, x, weight, tp: TensorParallel, deferred, arriving, make, *tensors):
+        ctx.tp, ctx.deferred, ctx.arriving, ctx.make = tp, deferred, arriving, make
         ctx.save_for_backward(weight, *tensors)
-        y = linear(x, weight)
-        # A copy is summed: selective recomputation may keep y.
-        return tp.axis.scatter_sum(y) if tp.sp else tp.axis.sum_(y.clone())
+        return linear(x, weight)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, dy):
         weight, rows = _weight_and_rows(ctx, gathered=False)
         need_dx, need_dweight = ctx.needs_input_grad[:2]
-        if ctx.tp.sp:
-            whole = Rows(lambda: dy.contiguous(), ctx.tp.axis)
-            whole.begin()
+        if ctx.arriving:
             if need_dweight and not _apart(ctx):
                 rows.begin()
-            dy = whole.wait()
+            ctx.arriving.pop().wait()
         dx = _ops.product(dy, weight) if need_dx else None
         dweight = _weight_gradient(ctx, need_dweight, weight, dy, rows)
         return dx, dweight, *(None,) * (len(ctx.needs_input_grad) - 2)
+
+
+class _Leave(torch.autograd.Function):
+    """The sum, of which a rank keeps its tokens; the gradient has only begun to be gathered.
+
+    Apart from the product, so that a layer that is computed again stops before its last sum.
+    """
+
+    @staticmethod
+    def forward(ctx, y, tp: TensorParallel, arriving: list):
+        ctx.tp, ctx.arriving = tp, arriving
+        return tp.axis.scatter_sum(y)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, dy):
+        whole = dy.new_empty(ctx.tp.axis.size * dy.shape[0], dy.shape[1])
+        ctx.arriving.append(ctx.tp.axis.begin_gather(whole, dy.contiguous()))
+        return whole, None, None
 
 
 def _weight_and_rows(ctx, gathered: bool) -> tuple[torch.Tensor, Rows]:
