@@ -82,28 +82,28 @@ class LinkedAxis(Axis):
     def _carry(self, name: str, work, x: torch.Tensor, times: int = 1) -> _Message:
         return self.link.carry(name, work, times * x.nbytes * (self.size - 1) / self.size)
 
-    def sum_(self, x, *tag):
-        self.begin_sum_(x, *tag).wait()
+    def sum_(self, x, tag):
+        self.begin_sum_(x, tag).wait()
         return x
 
-    def gather(self, x, *tag):
+    def gather(self, x, tag):
         found = x.new_empty((self.size * x.shape[0], *x.shape[1:]))
-        self.begin_gather(found, x.contiguous(), *tag).wait()
+        self.begin_gather(found, x.contiguous(), tag).wait()
         return found
 
-    def scatter_sum(self, x, *tag):
+    def scatter_sum(self, x, tag):
         x = x.clone(memory_format=torch.contiguous_format)
-        self.begin_scatter_sum_(x.view(-1), *tag).wait()
+        self.begin_scatter_sum_(x.view(-1), tag).wait()
         return x.unflatten(0, (self.size, -1))[self.rank].clone()
 
-    def begin_sum_(self, x, *tag):
-        return self._carry("sum", super().begin_sum_(x, *tag), x, 2)
+    def begin_sum_(self, x, tag):
+        return self._carry("sum", super().begin_sum_(x, tag), x, 2)
 
-    def begin_scatter_sum_(self, x, *tag):
-        return self._carry("scattered sum", super().begin_scatter_sum_(x, *tag), x)
+    def begin_scatter_sum_(self, x, tag):
+        return self._carry("scattered sum", super().begin_scatter_sum_(x, tag), x)
 
-    def begin_gather(self, x, part, *tag):
-        return self._carry("gather", super().begin_gather(x, part, *tag), x)
+    def begin_gather(self, x, part, tag):
+        return self._carry("gather", super().begin_gather(x, part, tag), x)
 
 
 class LinkedGroup(Group):

@@ -209,6 +209,8 @@ def main(given: argparse.Namespace) -> int:
     """Measure and print."""
     names = given.case.split(",")
     one_of("--case", names, CASES)
+    if given.trace:
+        _write_trace(given.trace, [])  # now, if it cannot be written
     where, quietness = environment(), Quietness()
     with results.Writer(given.output) as write, Progress("overlap") as show:
         show(0.1, f"{RANKS} ranks")
@@ -273,7 +275,7 @@ def _events(case: str, rank: int, spans: list) -> list[dict]:
 
 
 def _write_trace(path: str, events: list[dict]) -> None:
-    first = min(event["ts"] for event in events)
+    first = min((event["ts"] for event in events), default=0.0)
     shifted = [event | {"ts": event["ts"] - first} for event in events]
     try:
         Path(path).write_text(json.dumps({"traceEvents": shifted}))

@@ -255,3 +255,24 @@ def test_deferred_gradients_gather_ahead():
     ahead = ["wait gather", "begin gather", "product"]
     assert CLOCK.events == ["begin gather", *ahead, *ahead, "wait gather", "product"]
     assert CLOCK.now == 1.0 + 3 * 1.5
+
+
+def test_a_layer_that_is_computed_again_stops_before_its_last_sum(tiny_config, monkeypatch):
+    sums, config = [], tiny_config.model
+
+    def scatter_sum(self, x, tag):
+        sums.append(x.shape)
+        return x[: len(x) // self.size].clone()
+
+    monkeypatch.setattr(Timed, "scatter_sum", scatter_sum)
+    begin = lambda self, x, tag: Message(CLOCK, "part", 0.0)  # noqa: E731
+    monkeypatch.setattr(Timed, "begin_scatter_sum_", begin)
+    tp = TensorParallel(Timed("tp", 0, 2), sp=True)
+    model = build_model(config, dtype=torch.float64, recompute="full", tp=tp)
+    tokens = torch.arange(40).view(2, 20)
+    loss = model(tokens, tokens, reduction="sum")
+    assert len(sums) == 1 + 2 * config.num_layers  # of the embedding, and two a layer
+    sums.clear()
+    loss.backward()
+    # One a layer again, and that behind the head's gradient.
+    assert len(sums) == config.num_layers + 1

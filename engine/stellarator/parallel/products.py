@@ -89,11 +89,9 @@ def row_product(
         (B, T, C), with sp (1, N_sp, C).
     """
     make, *tensors = _parts(x, again)
-    dy = _Travelling()
-    # Two functions: where the layer is computed again, it ends with what the first one keeps.
-    y = _RowProduct.apply(x.flatten(0, 1), weight, tp, dy, deferred, make, *tensors)
-    y = _Leave.apply(y, tp, dy)
-    return y[None] if tp.sp else y.unflatten(0, x.shape[:2])
+    arriving: list = []
+    y = _RowProduct.apply(x.flatten(0, 1), weight, tp, deferred, arriving, make, *tensors)
+    return _Leave.apply(y, tp, arriving)[None] if tp.sp else tp.leave(y.unflatten(0, x.shape[:2]))
 
 
 def _parts(x: torch.Tensor, again: Again | None) -> tuple:
@@ -108,8 +106,7 @@ class _ColumnProduct(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, bias, tp: TensorParallel, deferred, make, *tensors):
         ctx.tp, ctx.deferred, ctx.make = tp, deferred, make
-        ctx.layer = tp.axis.layer
-        ctx.weight = weight
+        ctx.weight, ctx.layer = weight, tp.axis.layer
         ctx.save_for_backward(*tensors)
         return linear(tp.axis.gather(x, Tag("enter", ctx.layer)) if tp.sp else x, weight, bias)
 
@@ -135,25 +132,16 @@ class _ColumnProduct(torch.autograd.Function):
         return dx, dweight, dbias, *(None,) * (len(ctx.needs_input_grad) - 3)
 
 
-class _Travelling:
-    """A gradient that is handed on before all of it is here."""
-
-    work = None
-
-    def wait(self) -> None:
-        if self.work is not None:
-            self.work.wait()
-            self.work = None
-
-
 class _RowProduct(torch.autograd.Function):
-    """Of inputs (N, F_tp); the last inputs are what is kept of them."""
+    """Of inputs (N, F_tp); the last inputs are what is kept of them.
+
+    arriving: the work that gathers dy, once it has begun.
+    """
 
     @staticmethod
-    def forward(ctx, x, weight, tp: TensorParallel, arriving, deferred, make, *tensors):
-        ctx.tp, ctx.arriving, ctx.deferred, ctx.make = tp, arriving, deferred, make
-        ctx.layer = tp.axis.layer
-        ctx.weight = weight
+    def forward(ctx, x, weight, tp: TensorParallel, deferred, arriving, make, *tensors):
+        ctx.tp, ctx.deferred, ctx.arriving, ctx.make = tp, deferred, arriving, make
+        ctx.weight, ctx.layer = weight, tp.axis.layer
         ctx.save_for_backward(*tensors)
         return linear(x, weight)
 
@@ -162,34 +150,36 @@ class _RowProduct(torch.autograd.Function):
     def backward(ctx, dy):
         weight, rows = _weight_and_rows(ctx, gathered=False)
         need_dx, need_dweight = ctx.needs_input_grad[:2]
-        if need_dweight and not _apart(ctx):
-            rows.begin()
-        ctx.arriving.wait()
+        if ctx.arriving:
+            if need_dweight and not _apart(ctx):
+                rows.begin()
+            ctx.arriving.pop().wait()
         dx = _ops.product(dy, weight) if need_dx else None
         dweight = _weight_gradient(ctx, need_dweight, weight, dy, rows)
         return dx, dweight, *(None,) * (len(ctx.needs_input_grad) - 2)
 
 
 class _Leave(torch.autograd.Function):
-    """The sum of the (N, C) of all ranks; `arriving` is told when its gradient is on its way."""
+    """The sum, of which a rank keeps its tokens; the gradient has only begun to be gathered.
+
+    Apart from the product, so that a layer that is computed again stops before its last sum.
+    """
 
     @staticmethod
-    def forward(ctx, y, tp: TensorParallel, arriving: _Travelling):
+    def forward(ctx, y, tp: TensorParallel, arriving: list):
         ctx.tp, ctx.arriving, ctx.layer = tp, arriving, tp.axis.layer
-        tag = Tag("leave", ctx.layer)
-        # A copy is summed: selective recomputation may keep y.
-        return tp.axis.scatter_sum(y, tag) if tp.sp else tp.axis.sum_(y.clone(), tag)
+        return tp.axis.scatter_sum(y, Tag("leave", ctx.layer))
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, dy):
-        if not ctx.tp.sp:
-            return dy, None, None
         axis, tag = ctx.tp.axis, Tag("leave, backward", ctx.layer)
         whole = dy.new_empty(axis.size * len(dy), dy.shape[1])
-        ctx.arriving.work = axis.begin_gather(whole, dy.contiguous(), tag)
+        work = axis.begin_gather(whole, dy.contiguous(), tag)
         if torch.is_anomaly_enabled():  # autograd reads it before the product does
-            ctx.arriving.wait()
+            work.wait()
+        else:
+            ctx.arriving.append(work)
         return whole, None, None
 
 
