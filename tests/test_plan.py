@@ -6,6 +6,7 @@ whether a machine is as fast as assumed.
 """
 
 import dataclasses
+import itertools
 
 import pytest
 import torch
@@ -145,22 +146,40 @@ def test_starcoderbase_flops():
 # Parts of a plan.
 
 
-@pytest.mark.parametrize("precision", ["bf16", "fp32", "fp64"])
-def test_state_on_one_gpu_is_what_the_optimizer_holds(precision):
-    config = small(precision=precision)
+@pytest.mark.parametrize(
+    "precision,weights",
+    [("bf16", "masters"), ("fp32", "masters"), ("fp64", "masters")]
+    + [("bf16", "remainders"), ("bf16", "stochastic")],
+)
+def test_state_on_one_gpu_is_what_the_optimizer_holds(precision, weights):
+    optim = OptimConfig(weights=weights)
+    config = dataclasses.replace(small(precision=precision), optim=optim)
     memory = make_plan(make_case(config, ParallelConfig(), 1), Machine()).memory[0]
     dtype = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp64": torch.float64}[precision]
     model = Transformer(config.model, dtype=dtype)
     for p in model.parameters():
         torch.nn.init.zeros_(p)
     held = {"parameters": 0, "gradients": 0, "masters": 0, "moments": 0}
-    names = {"params": "parameters", "grads": "gradients", "master": "masters"}
-    names |= {"exp_avg": "moments", "exp_avg_sq": "moments"}
-    for bucket in FlatOptimizer(model, OptimConfig()).buckets:
-        for name, kind in names.items():
-            buffer = getattr(bucket, name)
-            held[kind] += 0 if buffer is None else buffer.nbytes
+    for bucket in FlatOptimizer(model, optim).buckets:
+        buffers = {"parameters": [bucket.params], "gradients": [bucket.grads]}
+        for kind, tensors in (buffers | bucket.states.tensors()).items():
+            held[kind] += sum(x.nbytes for x in tensors)
     assert {kind: getattr(memory, kind) for kind in held} == held
+
+
+def test_bytes_that_an_update_moves():
+    """By hand: gradients read for the norm and the update, the rest read and written."""
+    machine, each = Machine(), {}
+    for kinds in itertools.product(("masters", "remainders", "stochastic"), ("fp32", "8bit")):
+        optim = OptimConfig(weights=kinds[0], moments=kinds[1])
+        config = dataclasses.replace(small(precision="bf16"), optim=optim)
+        case = make_case(config, ParallelConfig(), 1)
+        moved = optimizer_seconds(case, machine) * machine.hbm_gbps * 1e9
+        each[kinds] = moved / case.parameters(0)
+    moments = {"fp32": 16, "8bit": 4 * (1 + 4 / 256)}
+    weights = {"masters": 8 + 2, "remainders": 4 + 4, "stochastic": 4}
+    expected = {(w, m): weights[w] + moments[m] + 8 for w, m in each}
+    assert each == pytest.approx(expected)
 
 
 def test_zero_shares_out_one_kind_after_the_other():

@@ -45,7 +45,7 @@ def memory_of(case: Case, rank: int, simulation: Simulation) -> Memory:
     count, dp, zero = case.parameters(rank), case.layout.dp, case.parallel.zero
     shared = -(-count // dp)  # ZeRO shares out over the replicas
     state = {
-        kind: size * (shared if zero >= sizes.SHARED_FROM[kind] else count)
+        kind: round(size * (shared if zero >= sizes.SHARED_FROM[kind] else count))
         for kind, size in case.state_bytes.items()
     }
     return Memory(
