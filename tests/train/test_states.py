@@ -276,7 +276,8 @@ def test_shared_heads_begin_with_a_group(tiny_config):
 
 
 def test_the_update_in_cpp_has_masters_only(tiny_config):
-    kernels.check(narrow(tiny_config, kernels="cpu"), torch.device("cpu"), torch.bfloat16)
-    config = narrow(tiny_config, "remainders", kernels="cpu")
+    wide = dataclasses.replace(tiny_config, model=dataclasses.replace(tiny_config.model, width=64))
+    kernels.check(narrow(wide, kernels="cpu"), torch.device("cpu"), torch.bfloat16)
+    config = narrow(wide, "remainders", kernels="cpu")
     with pytest.raises(ValueError, match="adamw_: remainders, stochastic rounding and moments of"):
         kernels.check(config, torch.device("cpu"), torch.bfloat16)

@@ -1,14 +1,23 @@
-"""Gradients of parameters that several tensor ranks hold: made whole, and counted once.
+"""Gradients of parameters: where they are added; of what several tensor ranks hold, made whole.
 
-defines: SharedGradients, counted_spans
+defines: room_of, SharedGradients, counted_spans
 """
 
 import math
+from collections.abc import Callable
 
 import torch
 
 from stellarator.parallel.shard import Shard
 from stellarator.parallel.tensor import TensorParallel
+
+
+def room_of(parameter: torch.Tensor) -> Callable[[], torch.Tensor] | None:
+    """What gives the buffer that sums this gradient without rounding, in its shape.
+
+    An op that is given it may add to it and hand nothing on to autograd. None where nobody trains.
+    """
+    return getattr(parameter, "main_grad", None) if torch.is_grad_enabled() else None
 
 
 class SharedGradients:

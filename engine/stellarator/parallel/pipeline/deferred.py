@@ -9,7 +9,9 @@ is made of, by (stage, micro-batch), and `Deferred.run` makes it.
 
 import torch
 
+from stellarator.parallel.gradients import room_of
 from stellarator_kernels import linear
+from stellarator_kernels.linear import Room, gradient_or_add
 
 
 class Deferred:
@@ -29,9 +31,11 @@ class Deferred:
 
     @torch.no_grad()
     def run(self, key) -> None:
-        """Make the gradients that were put under a key: they are added to `weight.main_grad`."""
+        """Make the gradients that were put under a key: they are added to `weight.main_grad()`."""
         for weight, dy, x in self._waiting.pop(key, ()):
-            weight.main_grad.add_(dy.T @ x)
+            dweight = gradient_or_add(dy, x, "auto", weight.main_grad)
+            if dweight is not None:
+                weight.main_grad().add_(dweight)
 
     @property
     def empty(self) -> bool:
@@ -43,9 +47,9 @@ class _SplitLinear(torch.autograd.Function):
     """linear(x, weight, bias), whose weight gradient may be deferred."""
 
     @staticmethod
-    def forward(ctx, x, weight, bias, deferred: Deferred):
+    def forward(ctx, x, weight, bias, deferred: Deferred, room: Room | None):
         ctx.save_for_backward(x, weight)
-        ctx.deferred, ctx.has_bias = deferred, bias is not None
+        ctx.deferred, ctx.has_bias, ctx.room = deferred, bias is not None, room
         return linear(x, weight, bias)
 
     @staticmethod
@@ -54,14 +58,14 @@ class _SplitLinear(torch.autograd.Function):
         dy2, x2 = dy.flatten(0, -2), x.flatten(0, -2)
         dweight = None
         if ctx.deferred.key is None:
-            dweight = dy2.T @ x2
+            dweight = gradient_or_add(dy2, x2, "auto", ctx.room)
         else:
             ctx.deferred.add(weight, dy2, x2)
-        return dy @ weight, dweight, dy2.sum(0) if ctx.has_bias else None, None
+        return dy @ weight, dweight, dy2.sum(0) if ctx.has_bias else None, None, None
 
 
 def split_linear(
     x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, deferred: Deferred
 ) -> torch.Tensor:
     """x @ weight^T + bias; x (..., in), weight (out, in), bias (out,) or None."""
-    return _SplitLinear.apply(x, weight, bias, deferred)
+    return _SplitLinear.apply(x, weight, bias, deferred, room_of(weight))
