@@ -73,12 +73,12 @@ class Case:
         words = [f"tp {p.tp}"] * (p.tp > 1) + ["sp"] * p.sp
         if p.pp * p.stages_per_rank > 1:
             words.append(f"pp {p.pp} {p.schedule}")
-        words += [f"cp {p.cp}"] * (p.cp > 1) + [f"dp {self.dp}"] * (self.dp > 1)
+        words += [f"cp {p.cp} {p.cp_form}"] * (p.cp > 1) + [f"dp {self.dp}"] * (self.dp > 1)
         return " ".join(words + [f"zero {p.zero}"] * (p.zero > 0))
 
 
 def _cases() -> list[Case]:
-    """tp 1, 2, 4; sp; pp 1, 2, 4 by each schedule; dp 1, 2, 4; zero 1, 2, 3; mixtures."""
+    """tp, pp, dp, cp of 1, 2, 4; sp; each schedule; zero 1, 2, 3; both forms of cp; mixtures."""
     found = []
 
     def add(model: str, dp: int = 1, **parallel) -> None:
@@ -116,6 +116,22 @@ def _cases() -> list[Case]:
     add(one, tp=4)
     add(one, pp=4)
     add(one, 2, tp=2, sp=True, pp=2, schedule="zb_h1")
+    for cp in (2, 4):
+        for form in ("ring", "gather"):
+            add(two, cp=cp, cp_form=form)
+    add(two, cp=2, tp=2, sp=True)
+    add(two, cp=2, pp=2)
+    for zero in (0, 1, 3):
+        add(two, 2, cp=2, zero=zero)
+    add(two, 2, cp=2, pp=2, zero=1)
+    add(dropping, cp=2)
+    add(dropping, cp=4, cp_form="gather")
+    add(dropping, cp=2, tp=2, sp=True, pp=2, schedule="zb_v", stages_per_rank=2)
+    add(untied, cp=2, cp_form="gather")
+    add(untied, 2, cp=2, tp=2, sp=True, zero=3)
+    add(one, cp=2)
+    add(one, cp=2, tp=2, sp=True)
+    add(one, cp=2, pp=4)
     return found
 
 

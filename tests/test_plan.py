@@ -15,6 +15,7 @@ from stellarator import recipes, sizes
 from stellarator.cli import main
 from stellarator.config import OptimConfig, ParallelConfig
 from stellarator.model import Transformer
+from stellarator.parallel.zigzag import Plan as Ring
 from stellarator.plan import (
     Machine,
     make_case,
@@ -280,28 +281,54 @@ def test_optimizer_moves_what_its_cost_says():
 
 @pytest.mark.parametrize(("window", "hops"), [(None, 7), (4096, 4), (2, 1), (1025, 1), (1026, 2)])
 def test_keys_and_values_go_as_far_as_the_window_sees(window, hops):
-    """Rows of 16,384 on eight context ranks: chunks of 1,024. Forward once, back twice."""
+    """Rows of 16,384 on eight context ranks: chunks of 1,024; recompute="selective".
+
+    The blocks are those that the ring sends: forward, again for what is computed again, and back,
+    in bf16; then the sums of their gradients, too, in fp32.
+    """
     config = recipes.get("starcoder2_3b_long")
     model = dataclasses.replace(config.model, window=window)
     config = dataclasses.replace(config, model=model)
     case = make_case(config, ParallelConfig(cp=8), 8)
     (found,) = [t for t in traffic_of(case, 0) if t.axis == "cp"]
-    kv = 2 * 2048 * 2 * 128 * 2
-    assert found.num_messages == 3 * hops * 30 * 160
-    assert found.num_bytes == found.num_messages * kv
+    rings = [Ring(rank, 8, 1, 16384, window=window) for rank in range(8)]
+    sends = [blocks for ring in rings for step in ring.steps for _, blocks in step.sends]
+    block, layers = 2 * 1024 * 2 * 128, 30 * 160
+    assert found.num_messages == 4 * hops * layers
+    assert found.num_bytes == layers * sum(map(len, sends)) * block * (3 * 2 + 4) / 8
+    kv = 2 * block * 2
     assert make_plan(case, Machine()).memory[0].buffers == 2 * kv  # in use and on the way
+    case = make_case(config, ParallelConfig(cp=8, cp_form="gather"), 8)
+    (found,) = [t for t in traffic_of(case, 0) if t.axis == "cp"]
+    assert found.num_messages == 4 * layers
+    assert found.num_bytes == layers * 7 * 2 * block * (3 * 2 + 4)
+    assert make_plan(case, Machine()).memory[0].buffers == 8 * (kv + 2 * kv)
 
 
-@pytest.mark.parametrize(("recompute", "back"), [("none", 1), ("selective", 1), ("full", 2)])
-def test_whole_layers_that_are_computed_again_send_again(recompute, back):
+@pytest.mark.parametrize(
+    ("recompute", "back", "keys"), [("none", 1, 1), ("selective", 1, 2), ("full", 2, 2)]
+)
+def test_what_is_computed_again_is_sent_again(recompute, back, keys):
+    """A cut row's keys and values with "selective", too: the parts of attention are not kept."""
     train = dataclasses.replace(BASE.train, recompute=recompute)
     config = dataclasses.replace(BASE, train=train)
     case = make_case(config, ParallelConfig(tp=2, cp=2), 512)
-    row, kv = 4096 * 6144 * 2, 2 * 4096 * 128 * 2
-    assert layer_traffic(case, "forward") == LayerTraffic(2 * row, 2, kv, 1)
+    row, kv = 4096 * 6144 * 2, 2 * 4096 * 128
+    each = 3 / 4 * kv  # early chunks up, late ones down: 3 of 4 in all, by both ranks
+    assert layer_traffic(case, "forward") == LayerTraffic(2 * row, 2, 2 * each, 1)
     assert layer_traffic(case, "backward") == LayerTraffic(
-        2 * back * row, 2 * back, (back + 1) * kv, back + 1
+        2 * back * row, 2 * back, (2 * keys + 4) * each, keys + 1
     )
+
+
+def test_zero_shares_out_over_the_context_ranks_too():
+    cut, plain = (make_case(BASE, ParallelConfig(zero=3, cp=cp), 512) for cp in (2, 1))
+    one, two = (make_plan(case, Machine()) for case in (cut, plain))
+    for kind in ("parameters", "gradients", "masters", "moments"):
+        assert getattr(one.memory[0], kind) == getattr(two.memory[0], kind)
+    assert one.optimizer_seconds == two.optimizer_seconds
+    gathered = "parameters from their parts"
+    assert sent(one, 0, "dp")[gathered][0] == 2 * sent(two, 0, "dp")[gathered][0]
 
 
 def test_tensor_traffic_without_sp_is_as_large_but_for_what_is_gathered_again():
@@ -432,6 +459,8 @@ def test_values_of_the_recipe_can_be_changed(capsys):
     text = capsys.readouterr().out
     assert "pp 4 (zb_v x 2 stages)" in text and "8 micro-batches of 1 on each of 1 r" in text
     assert "DOES NOT FIT: 10 GiB less 6 for what is not counted leave 4" in text
+    assert main(["plan", "--gpus", "2", "--cp", "2", "--cp-form", "gather"]) == 0
+    assert "cp 2 (gather), pp 1, dp 1" in capsys.readouterr().out
     assert main(["plan", "--gpus", "2", "--search", "--top", "2"]) == 0
     assert "layouts work" in capsys.readouterr().out
 

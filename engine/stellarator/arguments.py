@@ -136,6 +136,8 @@ def _add_plan(verbs) -> None:
         ("--stages-per-rank", "of a pipeline rank (default: the fewest that the schedule has)"),
     ):
         verb.add_argument(name, type=_at_least(1), metavar="N", help=text)
+    text = "how they get keys and values (default: ring)"
+    verb.add_argument("--cp-form", choices=("ring", "gather"), help=text)
     verb.add_argument("--sp", action="store_true", help="tensor ranks share out the tokens, too")
     text = "gpipe, 1f1b, interleaved, zb_h1 or zb_v (default: 1f1b)"
     verb.add_argument("--schedule", metavar="NAME", help=text)

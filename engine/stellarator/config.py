@@ -118,8 +118,9 @@ class ParallelConfig:
     stages_per_rank: int = 1  # v: model chunks of a rank, for interleaved and V-shaped schedules
     schedule: str = "1f1b"  # see stellarator.parallel.pipeline.schedules
     cp: int = 1  # context: tokens of a row
-    zero: int = 0  # 1: states, 2: and gradients, 3: and parameters are shared out over dp
-    bucket_mib: float = 32.0  # of gradients that dp sums at a time, beside the backward pass
+    cp_form: str = "ring"  # keys and values go round; "gather": each rank has those of whole rows
+    zero: int = 0  # 1: states, 2: and gradients, 3: and parameters are shared out over dp, cp
+    bucket_mib: float = 32.0  # of gradients that are summed at a time, beside the backward pass
     reduce_dtype: str = "fp32"  # of that sum; "bf16": half the bytes, rounded
 
 

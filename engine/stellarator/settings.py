@@ -16,7 +16,7 @@ import types
 import typing
 from pathlib import Path
 
-from stellarator.config import ModelConfig, ParallelConfig, RunConfig
+from stellarator.config import ModelConfig, RunConfig
 from stellarator.parallel import layout
 
 
@@ -382,6 +382,7 @@ def _check_train(config: RunConfig) -> list[str]:
     problems = _one_of("train.precision", train.precision, ("bf16", "fp32", "fp64"))
     problems += _one_of("train.device", train.device, ("auto", "cpu", "cuda"))
     problems += _one_of("parallel.reduce_dtype", config.parallel.reduce_dtype, ("fp32", "bf16"))
+    problems += _one_of("parallel.cp_form", config.parallel.cp_form, ("ring", "gather"))
     problems += _finite("parallel.bucket_mib", config.parallel.bucket_mib, above=0)
     problems += _one_of("train.recompute", train.recompute, ("none", "selective", "full"))
     problems += _one_of("train.on_nonfinite", train.on_nonfinite, ("stop", "skip"))
@@ -424,13 +425,7 @@ def check_inputs(config: RunConfig) -> list[str]:
 
 def check_layout(config: RunConfig, world_size: int) -> list[str]:
     """Why so many processes cannot share the run as `parallel` says."""
-    parallel, built = config.parallel, ParallelConfig()
-    problems = [
-        f"parallel.{name}: expected {getattr(built, name)!r}, got {getattr(parallel, name)!r}: "
-        f"this version trains with tp, sp, pp, zero and data parallelism. Leave parallel.{name} out"
-        for name in ("cp",)
-        if getattr(parallel, name) != getattr(built, name)
-    ]
+    parallel, problems = config.parallel, []
     stages = parallel.pp * parallel.stages_per_rank
     if stages > 1 and parallel.zero > 1:
         problems.append(

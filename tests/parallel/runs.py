@@ -1,6 +1,6 @@
 """Runs of several processes, and how they are compared with one process.
 
-defines: losses, assert_same_state, torchrun, changed, stopping
+defines: losses, counts, assert_same_state, torchrun, changed, stopping
 """
 
 import dataclasses
@@ -19,6 +19,14 @@ from stellarator import settings
 def losses(folder) -> list[float]:
     records = map(json.loads, Path(folder, "metrics.jsonl").read_text().splitlines())
     return [r["loss"] for r in records if r["kind"] in ("train", "eval")]
+
+
+def counts(folder, processes: int) -> list[float]:
+    """Target tokens and model FLOPs of each step, over all ranks; peak_tflops is 1."""
+    records = map(json.loads, Path(folder, "metrics.jsonl").read_text().splitlines())
+    steps = [r for r in records if r["kind"] == "train"]
+    flops = [1e9 * r["mfu"] * r["step_ms"] * processes for r in steps]
+    return [r["tokens"] for r in steps] + flops
 
 
 def assert_same_state(one, other, step: int) -> None:

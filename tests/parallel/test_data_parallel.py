@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from runs import assert_same_state, losses, torchrun
 
+from stellarator.config import ParallelConfig
 from stellarator.train.loop import Trainer
 
 
@@ -68,15 +69,18 @@ class Looking(Trainer):
         assert any("gloo" in name for name in threads()), threads()
         return super()._one_step()
 
-assert Looking(settings.resolve(RunConfig(), sys.argv[2])).run()["status"] == "done"
+trainer = Looking(settings.resolve(RunConfig(), sys.argv[2]))
+assert trainer.run()["status"] == "done"
 assert not any("gloo" in name for name in threads()), threads()
 """
 
 
 def test_no_thread_of_the_group_outlives_the_run(tiny_config, tmp_path):
+    """Context ranks have two groups, and make more of what refers to them."""
     program = tmp_path / "leaves.py"
     program.write_text(LEAVES)
-    done = torchrun(tiny_config, tmp_path, 2, [str(program)])
+    config = dataclasses.replace(tiny_config, parallel=ParallelConfig(cp=2))
+    done = torchrun(config, tmp_path, 2, [str(program)])
     assert done.returncode == 0, done.stderr[-6000:]
 
 

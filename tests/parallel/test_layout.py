@@ -69,7 +69,7 @@ def test_every_reason_is_given_at_once():
         "parallel.tp: expected a divisor of num_heads = 6, got 4",
         "parallel.tp: expected a divisor of ffn_width = 10, got 4",
         "expected at most num_layers = 3, got 4",
-        "data.seq_length: expected a multiple of 24 for cp = 3 and sp = True, got 64. Pass 72.",
+        "data.seq_length: expected a multiple of 12 for cp = 3 and sp = True, got 64. Pass 72.",
         "train.global_batch_size: expected a multiple of micro_batch_size * dp = 2 * 1, got 7",
         "parallel.stages_per_rank: expected 1 for schedule 1f1b, got 2. Pass 1, or another",
     ):
@@ -83,6 +83,16 @@ def test_every_reason_is_given_at_once():
     assert problems(model, ParallelConfig(sp=True), 1, **SIZES) == [
         "parallel.sp: expected false without tp, got True. Pass sp=false."
     ]
+
+
+def test_rows_are_cut_in_two_chunks_a_context_rank_and_their_tokens_by_tensor_ranks():
+    """T a multiple of 2 cp, and of cp * tp with sp: what works is not refused, what cannot is."""
+    model = ModelConfig(num_heads=12, num_kv_heads=12, width=96, ffn_width=96)
+    for cp, tp, T in itertools.product((1, 2, 3, 4), (1, 2, 3, 4), range(12, 60)):
+        p = ParallelConfig(cp=cp, tp=tp, sp=tp > 1)
+        sizes = SIZES | {"seq_length": T}
+        works = (cp == 1 or T % (2 * cp) == 0) and (T / cp / tp).is_integer()
+        assert (problems(model, p, cp * tp, **sizes) == []) == works, (cp, tp, T)
 
 
 def test_layouts_of_the_recipes():

@@ -11,13 +11,13 @@ from safetensors.numpy import load_file, save_file
 from benchmarks import parity
 
 NAMES = [
-    ("starcoder2", "pp 2 gpipe"),
     ("starcoder2", "pp 2 interleaved"),
     ("starcoder2", "pp 2 zb_h1"),
+    ("starcoder2 dropout", "cp 2 ring"),
     ("starcoder2 dropout", "pp 2 zb_v"),
     ("starcoder2 dropout", "tp 2 sp dp 2"),
     ("starcoder2 untied", "tp 4 sp"),
-    ("starcoder", "tp 2 sp"),
+    ("starcoder", "tp 2 sp cp 2 ring"),
     ("starcoder", "pp 4 1f1b"),
 ]
 
@@ -54,7 +54,7 @@ def test_a_layout_that_differs_is_seen(tmp_path, monkeypatch):
 def test_the_matrix_has_what_it_promises():
     names = {case.name for case in parity.CASES}
     assert len(parity.CASES) >= 24 and len(set(parity.CASES)) == len(parity.CASES)
-    for axis, sizes in (("tp", (2, 4)), ("pp", (2, 4)), ("dp", (2, 4))):
+    for axis, sizes in (("tp", (2, 4)), ("pp", (2, 4)), ("cp", (2, 4)), ("dp", (2, 4))):
         for size in sizes:
             assert any(f"{axis} {size}" in name for name in names)
     assert max(case.processes for case in parity.CASES) == 8

@@ -1,7 +1,8 @@
 """Tensor and sequence parallelism train the same model: gloo processes, float64, through the loop.
 
 The reference is the run of one process: its losses, weights and moments, and the weights of step 0
-to the bit. Not covered: NCCL; pipelines and context parallelism, which the loop refuses.
+to the bit. Not covered: NCCL; mixtures with pipelines and context parallelism (test_zero.py,
+test_parity_matrix.py).
 """
 
 import dataclasses
@@ -74,10 +75,13 @@ def test_layouts_that_cannot_work_are_refused(tiny_config, monkeypatch):
     text = "\n".join(refused.value.problems)
     assert "expected a divisor of num_heads = 4, got 3" in text and "ffn_width = 64, got 3" in text
     assert "micro_batch_size * dp" not in text or "dp = " in text
-    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(settings.ConfigError) as refused:  # 64 tokens a row
+        Trainer(dataclasses.replace(tiny_config, parallel=ParallelConfig(cp=3, tp=4, sp=True)))
+    assert [p.split(":")[0] for p in refused.value.problems] == ["parallel", "data.seq_length"]
     with pytest.raises(settings.ConfigError) as refused:
-        Trainer(dataclasses.replace(tiny_config, parallel=ParallelConfig(cp=2)))
-    assert [p.split(":")[0] for p in refused.value.problems] == ["parallel.cp"]
+        Trainer(dataclasses.replace(tiny_config, parallel=ParallelConfig(cp=2, cp_form="star")))
+    assert refused.value.problems == ["parallel.cp_form: expected one of ring, gather, got 'star'"]
+    monkeypatch.setenv("WORLD_SIZE", "2")
     for layout in ({"pp": 2}, {"stages_per_rank": 2, "schedule": "interleaved"}):
         with pytest.raises(settings.ConfigError) as refused:
             parallel = ParallelConfig(zero=2, **layout)

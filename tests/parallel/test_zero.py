@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from runs import assert_same_state, changed, losses, stopping, torchrun
+from runs import assert_same_state, changed, counts, losses, stopping, torchrun
 from safetensors.torch import load_file
 
 from stellarator import settings
@@ -45,6 +45,10 @@ FOUR = {
     "zero 3 of four": ({"zero": 3}, "none"),
     "zero 0 pp": ({"zero": 0, "pp": 2}, "none"),
     "zero 1 pp": ({"zero": 1, "pp": 2, "schedule": "zb_h1"}, "none"),
+    "zero 0 cp": ({"zero": 0, "cp": 4}, "selective"),
+    "zero 2 cp": ({"zero": 2, "cp": 2}, "none"),
+    "zero 3 cp": ({"zero": 3, "cp": 2, "cp_form": "gather"}, "full"),
+    "zero 1 cp pp": ({"zero": 1, "cp": 2, "pp": 2, "schedule": "zb_h1"}, "none"),
 }
 # One process group for all runs: to make another one in the same processes may hang.
 ONE_BY_ONE = """
@@ -100,6 +104,7 @@ def test_ranks_follow_one_process(processes, cases, model, small, tmp_path):
     Trainer(one).run()
     for name, many in run_all(cases, one, tmp_path, processes).items():
         assert losses(many.folder) == pytest.approx(losses(one.folder), rel=1e-12, abs=0), name
+        assert counts(many.folder, processes) == pytest.approx(counts(one.folder, 1), rel=1e-9)
         assert_same_state(one.folder, many.folder, 3)
 
 

@@ -37,17 +37,14 @@ struct WorkOf<uint16_t> {
     typedef Narrow type;
 };
 
-// Rows x Panels sums in registers, over the whole of k.
+// Rows x Panels sums in registers, over the whole of k. They begin at zero and are added to C at
+// the end: a sum over many products (all queries of 12 heads, say) is then one of sums of k terms,
+// which rounds less often at its full size than a sum of single terms.
 template <int Rows, int Panels>
 inline void block(float* c, int64_t ldc, const float* a, int64_t lda, const float* b, int64_t k,
                   bool accumulate) {
     constexpr int kParts = kPanel / kLanes;
-    Floats sums[Rows][Panels * kParts];
-    for (int r = 0; r < Rows; ++r) {
-        for (int p = 0; p < Panels * kParts; ++p) {
-            sums[r][p] = accumulate ? load(c + r * ldc + p * kLanes) : (Floats){};
-        }
-    }
+    Floats sums[Rows][Panels * kParts] = {};
     for (int64_t i = 0; i < k; ++i) {
         Floats row[Panels * kParts];
         for (int p = 0; p < Panels; ++p) {
@@ -61,7 +58,10 @@ inline void block(float* c, int64_t ldc, const float* a, int64_t lda, const floa
         }
     }
     for (int r = 0; r < Rows; ++r) {
-        for (int p = 0; p < Panels * kParts; ++p) store(c + r * ldc + p * kLanes, sums[r][p]);
+        for (int p = 0; p < Panels * kParts; ++p) {
+            float* to = c + r * ldc + p * kLanes;
+            store(to, accumulate ? load(to) + sums[r][p] : sums[r][p]);
+        }
     }
 }
 

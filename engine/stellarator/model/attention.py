@@ -16,6 +16,7 @@ from stellarator.model.cache import KVCache
 from stellarator.model.dropout import Masks
 from stellarator.model.layers import LayerNorm, Linear, RowLinear, fusible
 from stellarator.parallel.layout import kv_heads_of
+from stellarator.parallel.rows import Cut
 from stellarator.parallel.tensor import ALONE, TensorParallel
 from stellarator_kernels import (
     bias_rope,
@@ -35,6 +36,12 @@ class Context:
     cu_seqlens: torch.Tensor | None = None  # (E+1,) int32: bounds of documents in N tokens
     cache: KVCache | None = None
     masks: Masks | None = None  # None: nothing is dropped
+    cut: Cut | None = None  # of rows whose tokens ranks share out; it has their documents
+
+    @property
+    def packed(self) -> bool:
+        """Whether rows have bounds of documents."""
+        return (self.cut.plan if self.cut else self).cu_seqlens is not None
 
 
 class Attention(torch.nn.Module):
@@ -70,8 +77,8 @@ class Attention(torch.nn.Module):
         config, shape = self.config, qkv.shape[:2]
         if context.cache is not None:
             y = self._attend_cached(qkv, context, layer)
-        elif context.masks is not None and config.attention_dropout:
-            y = self._attend_dropping(qkv, context, layer)
+        elif context.cut is not None or (context.masks is not None and config.attention_dropout):
+            y = self._attend_parts(qkv, context, layer)
         else:
             y = projected_attention(
                 qkv,
@@ -84,8 +91,8 @@ class Attention(torch.nn.Module):
             )
         return self.out(y.reshape(*shape, self.widths[0])), residual
 
-    def _attend_dropping(self, qkv, context: Context, layer: int):
-        """Attention with dropout of its weights."""
+    def _attend_parts(self, qkv, context: Context, layer: int):
+        """Attention with dropout of its weights, or to tokens of other ranks."""
         config, documents = self.config, context.cu_seqlens
         rotated = context.rotation is not None
         # It has fewer implementations than attention.
@@ -96,13 +103,15 @@ class Attention(torch.nn.Module):
             table=context.rotation,
             impl=impl,
         )
+        options = {"impl": self.kernels}
+        if context.masks is not None and config.attention_dropout:
+            first_head = self.tp.axis.rank * self.heads
+            options |= context.masks.attention(layer, context.packed, first_head)
+        if context.cut is not None:
+            return context.cut.attend(*parts, layer, **options)
         if documents is not None:
             parts = [part.flatten(0, 1) for part in parts]
-        first_head = self.tp.axis.rank * self.heads
-        options = context.masks.attention(layer, documents is not None, first_head)
-        return flash_attention(
-            *parts, window=config.window, cu_seqlens=documents, impl=self.kernels, **options
-        )
+        return flash_attention(*parts, window=config.window, cu_seqlens=documents, **options)
 
     def _attend_cached(self, qkv, context: Context, layer: int):
         """Attention to everything in the cache, which takes the new keys and values first."""

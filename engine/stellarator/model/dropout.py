@@ -11,6 +11,7 @@ Letters: N tokens, L layers, C width.
 from dataclasses import dataclass
 
 from stellarator.config import ModelConfig
+from stellarator.parallel.rows import Cut
 from stellarator.parallel.tensor import ALONE, TensorParallel
 from stellarator_kernels import random
 
@@ -28,7 +29,14 @@ class Dropout:
 
 
 class Masks:
-    """Keys of one forward pass; see stellarator_kernels.random."""
+    """Keys of one forward pass; see stellarator_kernels.random.
+
+    Args:
+        dropout, config: what is dropped, at which rates.
+        shape: (B, T) of whole rows.
+        device: of the keys.
+        tp, cut: the ranks that have other tokens of these rows.
+    """
 
     def __init__(
         self,
@@ -37,14 +45,15 @@ class Masks:
         shape: tuple[int, int],
         device,
         tp: TensorParallel = ALONE,
+        cut: Cut | None = None,
     ):
         B, T = shape
         self.config, self.seed, self.first_row = config, dropout.seed, dropout.first_row
         self.first_token = dropout.first_row * T
         # All rows share their keys; each place has columns of its own.
         size = (2 * config.num_layers + 1, config.width)
-        rows = random.element_keys(self.seed, 2, (self.first_token,), (B * T,), device)
-        self.rows = tp.own_tokens(rows.view(B, T)).flatten()
+        rows = random.element_keys(self.seed, 2, (self.first_token,), (B * T,), device).view(B, T)
+        self.rows = tp.own_tokens(rows if cut is None else cut.own(rows)).flatten()
         self.columns = random.element_keys(self.seed, 3, (0, 0), size, device)
 
     def embedding(self) -> dict:

@@ -34,6 +34,7 @@ from stellarator.model.mlp import Mlp
 from stellarator.parallel.gradients import room_of
 from stellarator.parallel.layout import Part
 from stellarator.parallel.loss import vocabulary_cross_entropy
+from stellarator.parallel.rows import Cut
 from stellarator.parallel.shard import Shard
 from stellarator.parallel.tensor import ALONE, TensorParallel
 from stellarator_kernels import dropout as drop
@@ -45,9 +46,12 @@ RECOMPUTE = ("none", "selective", "full")
 _REDUCTIONS = ("mean", "sum", "none")
 
 
-def _selective_policy(context, op, *args, **kwargs) -> CheckpointPolicy:
-    """Keep the results of attention and of products, but not those of twice their input's width."""
-    keep = op.name().startswith("stellarator::flash_attention")
+def _selective_policy(ring: bool, context, op, *args, **kwargs) -> CheckpointPolicy:
+    """Keep the results of attention and of products, but not those of twice their input's width.
+
+    A ring merges its attention from parts that would take more memory than all the rest.
+    """
+    keep = op.name().startswith("stellarator::flash_attention") and not ring
     if op.name() == "stellarator::product":
         left, right = args[:2]
         keep = right.shape[1] <= 2 * left.shape[1]
@@ -148,7 +152,8 @@ class Transformer(torch.nn.Module):
         kernels: `impl` of every op.
         recompute: what the backward pass computes again instead of keeping, beside norms and
             gelu. "none"; "selective": RoPE and the MLP's first product, whose result is the widest
-            tensor; "full": whole layers. The gradients are the same to the bit.
+            tensor, and attention by a ring; "full": whole layers. The gradients are the same to
+            the bit.
         tp: the ranks that share every layer.
         part: what of the layers is here, on a rank of a pipeline; None: all.
         device, dtype: of the parameters.
@@ -201,6 +206,7 @@ class Transformer(torch.nn.Module):
         reduction: str = "mean",
         cache: KVCache | None = None,
         dropout: Dropout | None = None,
+        cut: Cut | None = None,
     ) -> torch.Tensor:
         """Logits, or with targets the loss.
 
@@ -213,6 +219,8 @@ class Transformer(torch.nn.Module):
             reduction: of the losses: "mean" over the targets, "sum", or "none".
             cache: takes the keys and values of these tokens, which see all that it holds.
             dropout: what to drop, at the rates of the configuration; None: nothing.
+            cut: where ranks share out the tokens of rows: tokens, targets and positions are those
+                of this rank, as are logits and losses, and the documents are in its plan.
         Returns:
             without targets (B, T, V) fp32 (fp64 in a float64 model); with targets a scalar in nats
             of that dtype, or (B, T) for reduction="none", 0 where the target is -100.
@@ -220,7 +228,7 @@ class Transformer(torch.nn.Module):
             ValueError: shapes or dtypes disagree, or learned positions are fewer than T.
         """
         if targets is None:
-            options = {"cu_seqlens": cu_seqlens, "cache": cache, "dropout": dropout}
+            options = {"cu_seqlens": cu_seqlens, "cache": cache, "dropout": dropout, "cut": cut}
             return self.logits(self.hidden(tokens, positions=positions, **options))
         todo = "Shift the tokens by one, keep the shape"
         expect_shape("model", "targets", targets, "(B, T)", tuple(tokens.shape), todo)
@@ -229,8 +237,8 @@ class Transformer(torch.nn.Module):
                "Pass one of them")  # fmt: skip
         expect(cache is None, "model", "no cache with targets", "both",
                "Compute the loss in one pass")  # fmt: skip
-        options = {"positions": positions, "cu_seqlens": cu_seqlens, "dropout": dropout}
-        states = self.hidden(tokens, **options)
+        options = {"cu_seqlens": cu_seqlens, "dropout": dropout, "cut": cut}
+        states = self.hidden(tokens, positions=positions, **options)
         loss = self._loss(states.flatten(0, 1), targets.flatten(), reduction)
         return loss.view(tokens.shape) if reduction == "none" else loss
 
@@ -257,12 +265,13 @@ class Transformer(torch.nn.Module):
         cu_seqlens: torch.Tensor | None = None,
         cache: KVCache | None = None,
         dropout: Dropout | None = None,
+        cut: Cut | None = None,
     ) -> torch.Tensor:
         """The states (B, T, C) after the final norm; arguments as in `forward`."""
-        positions = self._check_inputs(tokens, positions, cu_seqlens, cache)
+        positions = self._check_inputs(tokens, positions, cu_seqlens, cache, cut)
         expect(cache is None or dropout is None, "model", "no dropout with a cache", "both",
                "Generate without")  # fmt: skip
-        context = self._context(tokens, positions, cu_seqlens, cache, dropout)
+        context = self._context(positions, cu_seqlens, cache, dropout, cut)
         branch, residual = None, self._embed(tokens, context)
         for index, layer in self.layers.items():
             branch, residual = self._run_layer(layer, branch, residual, context, index)
@@ -280,18 +289,19 @@ class Transformer(torch.nn.Module):
         positions: torch.Tensor | None = None,
         cu_seqlens: torch.Tensor | None = None,
         dropout: Dropout | None = None,
+        cut: Cut | None = None,
     ) -> torch.Tensor:
         """Some layers, with the embedding before the first and the loss behind the last.
 
         Args:
             layers: of this rank, one behind the other.
             x: the residual stream before them, (B, T, C) or with sp (1, N_sp, C); None: the first.
-            tokens, targets, positions, cu_seqlens, dropout: as in `forward`.
+            tokens, targets, positions, cu_seqlens, dropout, cut: as in `forward`.
         Returns:
             the residual stream behind them, or behind the last layer the sum of the losses.
         """
-        positions = self._check_inputs(tokens, positions, cu_seqlens, None)
-        context = self._context(tokens, positions, cu_seqlens, None, dropout)
+        positions = self._check_inputs(tokens, positions, cu_seqlens, None, cut)
+        context = self._context(positions, cu_seqlens, None, dropout, cut)
         branch, residual = None, self._embed(tokens, context) if x is None else x
         for index in layers:
             branch, residual = self._run_layer(self.layers[index], branch, residual, context, index)
@@ -318,14 +328,15 @@ class Transformer(torch.nn.Module):
             x = drop(x, **context.masks.embedding(), impl=_narrower(self.kernels))
         return x
 
-    def _context(self, tokens, positions, cu_seqlens, cache, dropout: Dropout | None) -> Context:
+    def _context(self, positions, cu_seqlens, cache, dropout: Dropout | None, cut) -> Context:
         """What all layers share."""
         rotation = masks = None
         if self.config.positions == "rope":
             rotation = rope_table(positions, self.config.head_width, self.config.rope_theta)
         if dropout is not None:
-            masks = Masks(dropout, self.config, tokens.shape, tokens.device, self.tp)
-        return Context(positions, rotation, cu_seqlens, cache, masks)
+            shape = positions.shape if cut is None else (cut.plan.B, cut.plan.T)
+            masks = Masks(dropout, self.config, shape, positions.device, self.tp, cut)
+        return Context(positions, rotation, cu_seqlens, cache, masks, cut)
 
     def _finish(self, branch, residual, context: Context) -> torch.Tensor:
         """The states (B, T, C) of all tokens behind the final norm."""
@@ -348,7 +359,9 @@ class Transformer(torch.nn.Module):
             return layer(branch, residual, context, index)
         options = {}
         if self.recompute == "selective":
-            options["context_fn"] = partial(create_selective_checkpoint_contexts, _selective_policy)
+            ring = context.cut is not None and context.cut.form == "ring"
+            policy = partial(_selective_policy, ring)
+            options["context_fn"] = partial(create_selective_checkpoint_contexts, policy)
         # Masks of dropout are functions of their keys, so there is no random state to keep.
         return checkpoint(
             *(layer, branch, residual, context, index),
@@ -357,7 +370,7 @@ class Transformer(torch.nn.Module):
             **options,
         )
 
-    def _check_inputs(self, tokens, positions, cu_seqlens, cache) -> torch.Tensor:
+    def _check_inputs(self, tokens, positions, cu_seqlens, cache, cut) -> torch.Tensor:
         """The positions (B, T), after every argument has been checked."""
         op = "model"
         expect(tokens.dim() == 2, op, "tokens (B, T)", tuple(tokens.shape), "Add a batch dimension")
@@ -365,7 +378,8 @@ class Transformer(torch.nn.Module):
         B, T = tokens.shape
         limit = self.config.max_positions
         if self.config.positions == "learned":
-            T_all = T if cache is None else T + cache.longest
+            T_all = T if cut is None else cut.plan.T
+            T_all = T_all if cache is None else T + cache.longest
             expect(T_all <= limit, op, f"at most {limit} learned positions", T_all, "Cut the rows")
         if cache is not None:
             expect(self.tp.alone, op, "no cache with tensor parallelism", "both",
@@ -375,6 +389,17 @@ class Transformer(torch.nn.Module):
             expect(len(cache.lengths) == B, op, f"a cache of {B} rows", len(cache.lengths),
                    "Make the cache for this batch")  # fmt: skip
             cache.check_room(T)
+        if cut is not None:
+            plan, mask = cut.plan, (cut.plan.causal, cut.plan.window)
+            expect(cu_seqlens is None and cache is None, op, "no cu_seqlens or cache with a cut",
+                   "both", "Give the bounds of documents to the plan")  # fmt: skip
+            expect(mask == (True, self.config.window), op,
+                   f"a causal plan with window {self.config.window}", mask,
+                   "Make it for this model")  # fmt: skip
+            expect_shape(op, "tokens", tokens, "(B, T/P)", (plan.B, plan.T // plan.size),
+                         "Pass cut.own of the rows")  # fmt: skip
+        if positions is None and cut is not None:
+            return cut.positions(tokens.device)
         if positions is None:
             positions = torch.arange(T, device=tokens.device).expand(B, T)
             return positions if cache is None else positions + cache.lengths[:, None]

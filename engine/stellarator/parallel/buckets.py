@@ -37,7 +37,7 @@ _ALIGNMENT = 256
 
 @dataclass(frozen=True)
 class DataParallel:
-    """The ranks that have other rows of a batch, and what they share out.
+    """The ranks that have other rows of a batch or other tokens of them, and what they share out.
 
     bucket_bytes: of gradients, from which a bucket is full.
     reduce_dtype: what gradients are rounded to for their sum; None: not rounded.

@@ -183,9 +183,6 @@ def _flipped(call: Call, x: torch.Tensor | None, dim: int) -> torch.Tensor | Non
 def _mask_and_dropout(options: _Options, slot: int, call: Call, H: int, device):
     """(cu_seqlens, row_keys, column_keys, causal, window) of the operators of flash_attention."""
     plan, rows = options.plan, options.plan.slots[slot][0]
-    bounds = call.bounds
-    if bounds is not None:
-        bounds = torch.tensor(bounds, dtype=torch.int32, device=device)
     row_keys = column_keys = None
     if options.dropout_p > 0.0:
         b, h, i, j = options.dropout_origin
@@ -197,7 +194,7 @@ def _mask_and_dropout(options: _Options, slot: int, call: Call, H: int, device):
         starts = b, j + first + call.k[0]
         column_keys = random.element_keys(options.dropout_seed, 1, starts, (R, S), device)
         row_keys, column_keys = _flipped(call, row_keys, 2), _flipped(call, column_keys, 1)
-    return bounds, row_keys, column_keys, call.mask != "full", call.window
+    return plan.documents(call, device), row_keys, column_keys, call.mask != "full", call.window
 
 
 def _attend(q, k, v, out, lse, options: _Options, slot: int, call: Call) -> None:

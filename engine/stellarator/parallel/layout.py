@@ -6,6 +6,7 @@ Ranks are numbered with the tensor axis fastest and the pipeline axis slowest: w
 closest. Sizes of axes have the names of ParallelConfig; dp is what the other axes leave.
 """
 
+import math
 from dataclasses import dataclass
 
 from stellarator.config import ModelConfig, ParallelConfig
@@ -142,7 +143,7 @@ def problems(
         "Every stage holds at least one layer",
     )
     expect(not p.sp or p.tp > 1, "parallel.sp: expected false without tp", p.sp, "Pass sp=false")
-    parts = p.cp * (p.tp if p.sp else 1) * (2 if p.cp > 1 else 1)
+    parts = p.cp * math.lcm(p.tp if p.sp else 1, 2 if p.cp > 1 else 1)
     expect(
         seq_length % parts == 0,
         f"data.seq_length: expected a multiple of {parts} for cp = {p.cp} and sp = {p.sp}",

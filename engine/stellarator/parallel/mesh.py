@@ -96,6 +96,7 @@ class Mesh:
     cp: Axis = Axis("cp")
     dp: Axis = Axis("dp")
     pp: Axis = Axis("pp")
+    replicas: Axis = Axis("replicas")  # dp and cp: who holds the same parameters
     groups: list[Group] = field(default_factory=list)
 
     def among(self, name: str, sets: list[list[int]]) -> Axis:
@@ -202,4 +203,7 @@ def start(
             axes[name] = Axis(name, at, length, world.group)
         elif length > 1:
             axes[name] = mesh.among(name, layout.groups(name))
-    return replace(mesh, **axes)
+    replicas = axes.get("dp", mesh.replicas)
+    if layout.cp > 1:  # not the group of cp: its messages would queue behind sums of gradients
+        replicas = mesh.among("replicas", layout.groups("cp", "dp"))
+    return replace(mesh, **axes, replicas=replicas)

@@ -239,6 +239,17 @@ class Plan:
             found.append((slice(row, row + 1), tuple(bounds)))
         return tuple(found)
 
+    @cached_property
+    def _tensors(self) -> dict[tuple, torch.Tensor]:
+        return {}
+
+    def documents(self, call: Call, device: torch.device) -> torch.Tensor | None:
+        """(E+1,) int32: the bounds inside a call, brought to the device once."""
+        key = call.bounds, device
+        if call.bounds is not None and key not in self._tensors:
+            self._tensors[key] = torch.tensor(call.bounds, dtype=torch.int32, device=device)
+        return self._tensors.get(key)
+
     def _calls(self, slot: int, q_chunk: int, k_chunk: int) -> list[Call]:
         bounds, places = self.slots[slot][1], (self.place(q_chunk), self.place(k_chunk))
         return calls_between(*places, bounds, self.causal, self.window)

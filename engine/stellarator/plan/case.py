@@ -55,6 +55,11 @@ class Case:
         return self.rows * self.config.data.seq_length // self.layout.cp
 
     @property
+    def replicas(self) -> int:
+        """Ranks that hold the same parameters: those of the data and the context axis."""
+        return self.layout.dp * self.layout.cp
+
+    @property
     def step_tokens(self) -> int:
         """Tokens of a step, over all ranks."""
         return self.config.train.global_batch_size * self.config.data.seq_length

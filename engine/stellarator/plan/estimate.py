@@ -139,7 +139,7 @@ def optimizer_seconds(case: Case, machine: Machine) -> float:
     state, layout = case.state_bytes, case.layout
     count = max(case.parameters(rank) for rank in range(layout.pp))
     if case.parallel.zero:
-        count = -(-count // layout.dp)
+        count = -(-count // case.replicas)
     if case.config.optim.weights == "masters" and state["masters"]:
         weights = 2 * state["masters"] + state["parameters"]  # parameters are written only
     else:
@@ -167,6 +167,8 @@ def _stage_seconds(case: Case, machine: Machine, stage: Stage, pairs: float):
     products = 2 * N * sizes.layer_matmul_parameters(model, tp)
     attention = 4 * model.head_width * (model.num_heads // tp) * pairs
     again = {"none": 0, "full": products + attention, "selective": _up_flops(case)}
+    if case.layout.cp > 1 and case.parallel.cp_form == "ring":
+        again["selective"] += attention
     flops = [
         products + attention,
         products + 2.5 * attention + again[case.config.train.recompute],

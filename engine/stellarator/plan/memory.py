@@ -42,8 +42,8 @@ def memory_of(case: Case, rank: int, simulation: Simulation) -> Memory:
         rank: on the pipeline axis.
         simulation: of the schedule, with `stage_activation_bytes` as activations.
     """
-    count, dp, zero = case.parameters(rank), case.layout.dp, case.parallel.zero
-    shared = -(-count // dp)  # ZeRO shares out over the replicas
+    count, zero = case.parameters(rank), case.parallel.zero
+    shared = -(-count // case.replicas)
     state = {
         kind: round(size * (shared if zero >= sizes.SHARED_FROM[kind] else count))
         for kind, size in case.state_bytes.items()
@@ -113,10 +113,15 @@ def _buffer_bytes(case: Case, rank: int, simulation: Simulation) -> int:
         held += row  # the tokens of all tensor ranks, in front of a product
     if layout.cp > 1:
         kv_heads = max(1, model.num_kv_heads // layout.tp)
-        held += 2 * 2 * case.tokens * kv_heads * model.head_width * case.itemsize
-    if parallel.zero >= 2 and layout.dp > 1 and rank in (case.stages[0].rank, case.stages[-1].rank):
+        kv = 2 * case.tokens * kv_heads * model.head_width
+        if parallel.cp_form == "ring":
+            held += 2 * kv * case.itemsize  # in use and on their way
+        else:  # of whole rows, with the sums of their gradients
+            held += layout.cp * kv * (case.itemsize + max(4, case.itemsize))
+    has_end = rank in (case.stages[0].rank, case.stages[-1].rank)
+    if parallel.zero >= 2 and case.replicas > 1 and has_end:
         # From the loss to the end of the backward, where the embedding adds to it.
         held += sizes.embedding_parameters(model, layout.tp) * max(4, case.itemsize)
-    if parallel.zero >= 3 and layout.dp > 1:
+    if parallel.zero >= 3 and case.replicas > 1:
         held += 2 * sizes.layer_parameters(model, layout.tp) * case.itemsize
     return held

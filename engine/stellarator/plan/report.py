@@ -60,6 +60,7 @@ def _layout(case: Case) -> str:
     if parallel.stages_per_rank > 1:
         schedule += f" x {parallel.stages_per_rank} stages"
     words = [f"tp {layout.tp}" + (" with sp" if parallel.sp else ""), f"cp {layout.cp}"]
+    words[-1] += f" ({parallel.cp_form})" if layout.cp > 1 else ""
     words += [f"pp {layout.pp}" + (f" ({schedule})" if layout.pp > 1 else ""), f"dp {layout.dp}"]
     return ", ".join([*words, f"zero {parallel.zero}"])
 

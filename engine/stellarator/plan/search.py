@@ -75,8 +75,8 @@ def layouts(config: RunConfig, num_gpus: int) -> Iterator[ParallelConfig]:
                 dp = num_gpus // tp // pp // cp
                 for schedule, v in _ways(pp):
                     for sp in (False, True)[: 1 if tp == 1 else 2]:
-                        for zero in range(4 if dp > 1 else 1):
-                            yield ParallelConfig(tp, sp, pp, v, schedule, cp, zero)
+                        for zero in range(4 if dp * cp > 1 else 1):
+                            yield ParallelConfig(tp, sp, pp, v, schedule, cp, zero=zero)
 
 
 def _ways(pp: int) -> Iterator[tuple[str, int]]:

@@ -49,8 +49,9 @@ def layer_traffic(case: Case, direction: str) -> LayerTraffic:
 
     Tensor axis: the results of the two row-parallel products forward, the input gradients of the
     two column-parallel ones back. With sp each is a gather and a reduce-scatter, and the backward
-    gathers the inputs of the two products again. Context axis: keys and values go round as far as
-    the window sees; back, so do their gradients.
+    gathers the inputs of the two products again. Context axis: keys and values go as far as the
+    window sees, or by "gather" to all; again in a backward, with the sums of their gradients, which
+    are not rounded; and once more where anything is computed again.
     """
     model, tp, cp = case.model, case.layout.tp, case.layout.cp
     back = direction == "backward"
@@ -61,23 +62,33 @@ def layer_traffic(case: Case, direction: str) -> LayerTraffic:
     if case.parallel.sp and back:
         calls += 2
         tp_bytes += 2 * _gather(row, tp)
-    kv_heads = max(1, model.num_kv_heads // tp)
-    hops = _context_hops(case) * (passes + back)
-    kv = 2 * case.tokens * kv_heads * model.head_width * case.itemsize
-    return LayerTraffic(tp_bytes, calls if tp > 1 else 0, hops * kv, hops if cp > 1 else 0)
+    if cp == 1:
+        return LayerTraffic(tp_bytes, calls if tp > 1 else 0, 0, 0)
+    kv = 2 * case.tokens * max(1, model.num_kv_heads // tp) * model.head_width
+    passes = 2 if back and case.config.train.recompute != "none" else 1
+    times, exchanges = _context_hops(case)
+    cp_bytes = times * kv * (passes * case.itemsize + back * max(4, case.itemsize))
+    return LayerTraffic(tp_bytes, calls if tp > 1 else 0, cp_bytes, exchanges * (passes + back))
 
 
-def _context_hops(case: Case) -> int:
-    """How many other ranks' keys and values a rank needs, of cp - 1.
+def _context_hops(case: Case) -> tuple[float, int]:
+    """(how often a rank sends as much as its own keys and values, in how many exchanges).
 
-    A rank has two of 2 * cp chunks of a row, so that causal work is even; a window of W reaches
-    back over the chunks that W - 1 tokens touch.
+    By a ring a rank has two of 2 * cp chunks of a row, so that causal work is even. A window of W
+    reaches back over the chunks that W - 1 tokens touch; each chunk goes from rank to rank to all
+    that see it, up and down, in `parallel.zigzag`. What is sent differs by rank; this is the mean.
     """
-    cp, window = case.layout.cp, case.model.window
-    if window is None:
-        return cp - 1
+    cp, window, last = case.layout.cp, case.model.window, 2 * case.layout.cp - 1
+    if case.parallel.cp_form == "gather":
+        return cp - 1, 1
     chunk = case.config.data.seq_length // (2 * cp)
-    return min(cp - 1, math.ceil((window - 1) / chunk))
+    reach = last if window is None else math.ceil((window - 1) / chunk)
+    sent = furthest = 0
+    for own in range(last + 1):
+        ranks = [min(c, last - c) for c in range(own, min(own + reach, last) + 1)]
+        sent += max(ranks) - min(ranks)
+        furthest = max(furthest, max(ranks) - ranks[0], ranks[0] - min(ranks))
+    return sent / (2 * cp), furthest
 
 
 def traffic_of(case: Case, rank: int) -> list[Traffic]:
@@ -139,7 +150,7 @@ def _pipeline(case: Case, rank: int) -> list[Traffic]:
 
 def _data(case: Case, rank: int, layers: int) -> list[Traffic]:
     """One bucket for each layer, one for the rest; ranks of the context axis are replicas, too."""
-    replicas, dp, zero = case.layout.dp * case.layout.cp, case.layout.dp, case.parallel.zero
+    replicas, zero = case.replicas, case.parallel.zero
     if replicas == 1:
         return []
     count, buckets, m = case.parameters(rank), layers + 1, case.num_micro_batches
@@ -150,8 +161,6 @@ def _data(case: Case, rank: int, layers: int) -> list[Traffic]:
     times = m if zero >= 2 else 1
     num_bytes = round(times * _gather(gradients, replicas))
     found = [Traffic("dp", "sum of gradients, in parts", num_bytes, times * buckets)]
-    if dp > 1:
-        gathers = 2 * m if zero >= 3 else 1  # for each forward and each backward
-        num_bytes = round(gathers * _gather(count * case.itemsize, dp))
-        found.append(Traffic("dp", "parameters from their parts", num_bytes, gathers * buckets))
-    return found
+    gathers = 2 * m if zero >= 3 else 1  # for each forward and each backward
+    num_bytes = round(gathers * _gather(count * case.itemsize, replicas))
+    return [*found, Traffic("dp", "parameters from their parts", num_bytes, gathers * buckets)]

@@ -33,11 +33,13 @@ from stellarator.model.dropout import Dropout
 from stellarator.parallel import mesh as meshes
 from stellarator.parallel.buckets import DataParallel
 from stellarator.parallel.gather import Wholes
+from stellarator.parallel.rows import ContextParallel
 from stellarator.parallel.shard import shards_of
 from stellarator.parallel.tensor import TensorParallel
 from stellarator.progress import show
 from stellarator.sizes import FORMULA
 from stellarator.train import checkpoint, flops, kernels, memory, metrics, resume
+from stellarator.train.inputs import Inputs, inputs_of
 from stellarator.train.metrics import RunLog, StepMetrics, ZScore, step_line, write_status
 from stellarator.train.optimizer import KINDS, FlatOptimizer
 from stellarator.train.pipeline import Pipeline
@@ -86,8 +88,10 @@ class Trainer:
         parallel = self.config.parallel
         self.mesh = meshes.start(self.config.train.device, parallel=parallel)
         self.tp = TensorParallel(self.mesh.tp, parallel.sp)
+        window, device = self.config.model.window, self.mesh.device
+        self.cp = ContextParallel(self.mesh.cp, parallel.cp_form, window, device)
         self.data = DataParallel(
-            self.mesh.dp,
+            self.mesh.replicas,
             parallel.zero,
             int(parallel.bucket_mib * 2**20),
             torch.bfloat16 if parallel.reduce_dtype == "bf16" else None,
@@ -180,7 +184,7 @@ class Trainer:
             self.whole = dict(whole.named_parameters())
             self._print_header(sum(p.numel() for p in self.whole.values()))
             held = Transformer(config.model, tp=self.tp, part=self.part, device="meta").parameters()
-            count, replicas = sum(p.numel() for p in held), self.mesh.dp.size
+            count, replicas = sum(p.numel() for p in held), self.mesh.replicas.size
             kinds = config.optim.weights, config.optim.moments
             precision = config.train.precision
             memory.check(count, precision, device, self.data.stage, replicas, *kinds)
@@ -305,7 +309,7 @@ class Trainer:
 
         All ranks that get them read them in turn: each holds other parts.
         """
-        if self.mesh.dp.rank > 0 and not self.data.stage:
+        if self.mesh.replicas.rank > 0 and not self.data.stage:
             return None
         named = {f"{kind}.{n}": p.detach() for kind in KINDS for n, p in self.whole.items()}
         parts, shards = self.optimizer.state(), self.optimizer.shards()
@@ -387,25 +391,27 @@ class Trainer:
         optimizer.zero_grad()
         # (sum of token losses, target tokens, model FLOPs), of this rank and then of all
         totals = torch.zeros(3, dtype=torch.float64, device=mesh.device)
-        for batch in micro_batches:
+        for batch in micro_batches if mesh.cp.rank == 0 else ():  # the others read the same rows
             totals[1] += batch.num_targets
             totals[2] += flops.batch_flops(config.model, batch.cu_seqlens.diff().tolist())
-        micro_batches = [batch.to(mesh.device, non_blocking=True) for batch in micro_batches]
+        micro_batches = [
+            inputs_of(batch, self.cp, mesh.device, self._dropout(batch)) for batch in micro_batches
+        ]
         if self.pipeline is not None:
-            totals[0] += self.pipeline.step(micro_batches, self._dropout)
+            totals[0] += self.pipeline.step(micro_batches)
             mesh.pp.sum_(totals[:1])
             self.pipeline.sum_tied_(optimizer.grad)
             clock.mark("pipeline")
         else:
             for batch in micro_batches:
-                loss = self._loss_sum(batch, self._dropout(batch))
+                loss = self._loss_sum(batch)
                 clock.mark("forward")
                 with optimizer.last_micro_batch(batch is micro_batches[-1]):
                     loss.backward()
                 totals[0] += loss.detach()
                 clock.mark("backward")
         optimizer.complete_grads()
-        mesh.dp.sum_(totals)
+        mesh.replicas.sum_(totals)
         clock.mark("reduce")
         loss_sum, num_targets, model_flops = totals.tolist()
         divisor = max(1, int(num_targets))
@@ -443,16 +449,9 @@ class Trainer:
         rates = (model.residual_dropout, model.embedding_dropout, model.attention_dropout)
         return Dropout(self.config.train.seed, batch.first_row) if any(rates) else None
 
-    def _loss_sum(self, batch: Batch, dropout: Dropout | None = None) -> torch.Tensor:
-        """Sum of the token losses of one micro-batch; an evaluation gives no dropout."""
-        return self.model(
-            batch.tokens,
-            batch.targets,
-            positions=batch.positions,
-            cu_seqlens=batch.cu_seqlens,
-            reduction="sum",
-            dropout=dropout,
-        )
+    def _loss_sum(self, batch: Inputs) -> torch.Tensor:
+        """Sum of the token losses of one micro-batch."""
+        return self.model(batch.tokens, batch.targets, reduction="sum", **batch.options)
 
     def _may_update(self, step: int, loss: float, norm: float) -> bool:
         """False to skip a step that is not finite; raises if the run should stop there."""
@@ -490,15 +489,15 @@ class Trainer:
         rows = config.train.eval_batches * config.train.global_batch_size
         self.model.eval()
         for batch in self.validation.evaluation(rows, mesh.dp.rank, mesh.dp.size):
-            batch = batch.to(mesh.device)
+            totals[1] += batch.num_targets if mesh.cp.rank == 0 else 0
+            inputs = inputs_of(batch, self.cp, mesh.device)
             if self.pipeline is not None:
-                totals[0] += self.pipeline.evaluate(batch)
+                totals[0] += self.pipeline.evaluate(inputs)
             else:
-                totals[0] += self._loss_sum(batch)
-            totals[1] += batch.num_targets
+                totals[0] += self._loss_sum(inputs)
         self.model.train()
         mesh.pp.sum_(totals[:1])
-        loss_sum, count = mesh.dp.sum_(totals).tolist()
+        loss_sum, count = mesh.replicas.sum_(totals).tolist()
         loss = self.progress.last_eval = loss_sum / max(1.0, count)
         self.log.record("eval", {"step": self.step, "loss": loss, "tokens": int(count)})
         self.log.say(f"eval at step {self.step}: loss {loss:.4f} over {int(count):,} tokens")

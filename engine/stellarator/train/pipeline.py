@@ -3,20 +3,19 @@
 defines: Pipeline
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 
 from stellarator.config import RunConfig
-from stellarator.data.batches import Batch
 from stellarator.model import Transformer
-from stellarator.model.dropout import Dropout
 from stellarator.parallel.layout import Part
 from stellarator.parallel.mesh import Axis, Mesh
 from stellarator.parallel.pipeline.deferred import Deferred
 from stellarator.parallel.pipeline.execute import Executor, Links
 from stellarator.parallel.pipeline.schedules import FORWARD, SPLIT, Action, make, placement
 from stellarator.parallel.pipeline.split import layer_ranges, split_layers
+from stellarator.train.inputs import Inputs
 
 
 class Pipeline:
@@ -60,30 +59,24 @@ class Pipeline:
                 if hasattr(module, "deferred"):
                     module.deferred = self.deferred
 
-    def step(
-        self, batches: Sequence[Batch], dropout: Callable[[Batch], Dropout | None]
-    ) -> torch.Tensor | float:
-        """Forward and backward of the micro-batches of a step; the sum of their losses, if here.
-
-        dropout: what a micro-batch drops.
-        """
+    def step(self, batches: Sequence[Inputs]) -> torch.Tensor | float:
+        """Forward and backward of the micro-batches of a step; the sum of their losses, if here."""
         v = self.parallel.stages_per_rank
         schedule = make(self.parallel.schedule, self.axis.size, len(batches), v)
-        return self._run(schedule, batches, dropout)
+        return self._run(schedule, batches)
 
-    def evaluate(self, batch: Batch) -> torch.Tensor | float:
+    def evaluate(self, batch: Inputs) -> torch.Tensor | float:
         """The sum of the losses of one batch, if here; forward only."""
         schedule = [[] for _ in range(self.axis.size)]
         for stage, rank in enumerate(self.ranks):
             schedule[rank].append(Action(FORWARD, stage, 0))
-        return self._run(schedule, [batch], lambda _: None)
+        return self._run(schedule, [batch])
 
-    def _run(self, schedule: list[list[Action]], batches: Sequence[Batch], dropout):
+    def _run(self, schedule: list[list[Action]], batches: Sequence[Inputs]):
         def forward(stage: int, micro_batch: int, x: torch.Tensor | None) -> torch.Tensor:
             batch = batches[micro_batch]
-            options = {"positions": batch.positions, "cu_seqlens": batch.cu_seqlens}
-            options["dropout"] = dropout(batch)
-            return self.model.stage(self.stages[stage], x, batch.tokens, batch.targets, **options)
+            given = batch.tokens, batch.targets
+            return self.model.stage(self.stages[stage], x, *given, **batch.options)
 
         def empty(micro_batch: int) -> torch.Tensor:
             like, C = (
