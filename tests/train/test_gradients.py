@@ -222,6 +222,18 @@ def test_buckets_begin_when_ops_have_added_their_gradients(stage, dtype, adding,
     assert gone() is None  # nodes with hooks do not keep each other
 
 
+@pytest.mark.parametrize("name", [NAME, "layers.1.mlp.down.weight"])
+def test_hooks_of_a_parameter_see_and_change_its_gradient(name, config):
+    """As autograd promises, also where an op would add by itself."""
+    model, tokens = build_model(config, dtype=torch.bfloat16, seed=3), data()
+    optimizer = FlatOptimizer(model, OptimConfig())
+    seen = []
+    parameter = dict(model.named_parameters())[name]
+    parameter.register_hook(lambda g: seen.append(g.clone()) or 2 * g)
+    model(tokens[:, :-1], tokens[:, 1:], reduction="sum").backward()
+    assert len(seen) == 1 and torch.equal(optimizer.grad(name), 2 * seen[0].float())
+
+
 def test_deferred_gradients_are_added_without_a_rounding(adding):
     dy, x = (torch.randn(9, n, dtype=torch.float64) for n in (4, 5))
     weight, total = (

@@ -15,9 +15,11 @@ from stellarator.parallel.tensor import TensorParallel
 def room_of(parameter: torch.Tensor) -> Callable[[], torch.Tensor] | None:
     """What gives the buffer that sums this gradient without rounding, in its shape.
 
-    An op that is given it may add to it and hand nothing on to autograd. None where nobody trains.
+    An op that is given it may add to it and hand nothing on to autograd. None where nobody trains,
+    and where hooks wait for the gradient.
     """
-    return getattr(parameter, "main_grad", None) if torch.is_grad_enabled() else None
+    unused = not torch.is_grad_enabled() or parameter._backward_hooks
+    return None if unused else getattr(parameter, "main_grad", None)
 
 
 class SharedGradients:
