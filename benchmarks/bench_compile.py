@@ -123,7 +123,8 @@ def builds(capability: tuple[int, int]) -> Iterator[Build]:
 
 def _adamw(module) -> Iterator[Build]:
     """bf16 with each way to keep the rest of the weight, and with moments of 8 bits."""
-    given = {"HAS_CLIP": True, "HAS_FACTORS": True, "BLOCK": module._BLOCK, "GROUP": module.GROUP}
+    given = {"HAS_CLIP": True, "HAS_FACTORS": True, "HAS_ROWS": True}
+    given |= {"BLOCK": module._BLOCK, "GROUP": module.GROUP}
     kinds = ("HAS_MASTER", "HAS_REMAINDER", "STOCHASTIC")
     bf16, eight = {"weight_ptr": "*bf16"}, {"exp_avg_ptr": "*u8", "exp_avg_sq_ptr": "*u8"}
     for case, kind, is_eight in (

@@ -51,8 +51,11 @@ class Made(TorchDispatchMode):
 
 
 def kept_bytes(model: ModelConfig, N: int, recompute: str, dtype, tp=ALONE) -> int:
-    """What is alive between a forward pass and its backward, beside the parameters."""
+    """What is alive between forward and backward of training, beside parameters and gradients."""
     built = build_model(model, dtype=dtype, recompute=recompute, tp=tp)
+    for p in built.parameters():
+        total = torch.zeros_like(p, dtype=torch.promote_types(dtype, torch.float32))
+        p.main_grad = lambda total=total: total
     own = {p.untyped_storage()._cdata for p in built.parameters()}
     tokens = torch.randint(0, model.vocab_size, (1, N))
     with Made() as made:

@@ -86,6 +86,8 @@ class OptimConfig:
     eps: float = 1e-8
     weight_decay: float = 0.1
     clip_norm: float | None = 1.0
+    weights: str = "masters"  # beside bf16 parameters: fp32; or "remainders", "stochastic"
+    moments: str = "fp32"  # or "8bit": of tensors with two or more dimensions
 
 
 @dataclass(frozen=True)

@@ -348,6 +348,20 @@ def _check_optim(config: RunConfig) -> list[str]:
     problems += _within("optim.beta1", optim.beta1, 0.0, 0.999999)
     problems += _within("optim.beta2", optim.beta2, 0.0, 0.99999999)
     problems += _at_least("optim.decay_steps", optim.decay_steps, 1)
+    kinds = ("masters", "remainders", "stochastic")
+    problems += _one_of("optim.weights", optim.weights, kinds)
+    problems += _one_of("optim.moments", optim.moments, ("fp32", "8bit"))
+    precision = config.train.precision
+    if optim.weights in kinds[1:] and precision != "bf16":
+        problems.append(
+            f"optim.weights: {optim.weights} go with train.precision=bf16, got {precision}, "
+            "whose parameters have all digits. Leave optim.weights out"
+        )
+    if optim.moments == "8bit" and precision == "fp64":
+        problems.append(
+            "optim.moments: 8bit goes with train.precision=bf16 or fp32, got fp64. "
+            "Leave optim.moments out"
+        )
     if optim.min_lr > optim.lr:
         problems.append(f"optim.min_lr: expected at most lr = {optim.lr}, got {optim.min_lr}")
     if optim.schedule == "cosine" and (optim.decay_steps or steps) <= optim.warmup_steps < steps:
@@ -412,11 +426,31 @@ def check_inputs(config: RunConfig) -> list[str]:
 
 def check_layout(config: RunConfig, world_size: int) -> list[str]:
     """Why so many processes cannot share the run as `parallel` says."""
+    parallel, problems = config.parallel, []
+    if config.optim.moments == "8bit" and parallel.tp > 1 and not _whole_groups(config):
+        model = config.model
+        problems.append(
+            "optim.moments: 8bit with parallel.tp > 1 expects key/value heads that begin with a "
+            f"group of 256 moments on every rank, got width {model.width}, {model.num_heads} heads "
+            f"and parallel.tp = {parallel.tp}. Pass optim.moments=fp32"
+        )
     train = config.train
     sizes = {name: getattr(train, name) for name in ("global_batch_size", "micro_batch_size")}
-    return layout.problems(
-        config.model, config.parallel, world_size, seq_length=config.data.seq_length, **sizes
+    return problems + layout.problems(
+        config.model, parallel, world_size, seq_length=config.data.seq_length, **sizes
     )
+
+
+def _whole_groups(config: RunConfig) -> bool:
+    """Whether the heads of a tensor rank are whole groups of 256 weights of the projection.
+
+    Several ranks may hold one key/value head, and have to scale its moments alike.
+    """
+    model, tp = config.model, config.parallel.tp
+    queries = max(1, model.num_heads // tp)
+    kv_heads = max(1, model.num_kv_heads // tp)
+    each = model.head_width * model.width
+    return queries * each % 256 == 0 and kv_heads * each % 256 == 0
 
 
 def to_toml(config) -> str:

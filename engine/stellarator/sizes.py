@@ -1,8 +1,8 @@
 """How large a model is and what it costs, from its configuration alone.
 
-defines: FORMULA, STATE_BYTES, SHARED_FROM, ITEMSIZE, bytes_per_parameter, matmul_parameters,
-model_flops, row_pairs, layer_parameters, embedding_parameters, position_parameters, num_parameters,
-layer_activation_bytes
+defines: FORMULA, STATE_BYTES, SHARED_FROM, ITEMSIZE, state_bytes, bytes_per_parameter,
+matmul_parameters, model_flops, row_pairs, layer_parameters, embedding_parameters,
+position_parameters, num_parameters, layer_activation_bytes
 
 Whoever counts parameters, FLOPs or bytes of a run asks here: training, its check of the memory, and
 `stellarator plan`. Sizes are those of one tensor rank where `tp` is given. Standard library only.
@@ -15,7 +15,8 @@ from stellarator.config import ModelConfig
 # MFU counts what the model needs, not what is recomputed.
 FORMULA = "6*N_matmul*tokens + 12*D*H*L*visible_pairs"
 
-# Bytes of one parameter in the flat buffers of `FlatOptimizer`, by `train.precision`.
+# Bytes of one parameter in the flat buffers of `FlatOptimizer`, by `train.precision`; with narrower
+# masters or moments see `state_bytes`.
 STATE_BYTES = {
     "bf16": {"parameters": 2, "gradients": 4, "masters": 4, "moments": 8},
     "fp32": {"parameters": 4, "gradients": 4, "masters": 0, "moments": 8},
@@ -26,9 +27,31 @@ SHARED_FROM = {"parameters": 3, "gradients": 2, "masters": 1, "moments": 1}
 ITEMSIZE = {name: kinds["parameters"] for name, kinds in STATE_BYTES.items()}
 
 
-def bytes_per_parameter(precision: str, zero: int = 0, dp: int = 1) -> float:
+def state_bytes(
+    precision: str, weights: str = "masters", moments: str = "fp32"
+) -> dict[str, float]:
+    """Bytes of one parameter by kind, for these settings of `optim`.
+
+    Moments of 8 bits have a scale for 256 each; those of biases and norms, which stay fp32, are
+    counted like the others.
+    """
+    found = dict(STATE_BYTES[precision])
+    if precision == "bf16":
+        found["masters"] = {"masters": 4, "remainders": 2, "stochastic": 0}[weights]
+    if moments == "8bit":
+        found["moments"] = 2 * (1 + 4 / 256)
+    return found
+
+
+def bytes_per_parameter(
+    precision: str,
+    zero: int = 0,
+    dp: int = 1,
+    weights: str = "masters",
+    moments: str = "fp32",
+) -> float:
     """What a rank keeps for each parameter, with this stage of ZeRO over `dp` ranks."""
-    kinds = STATE_BYTES[precision].items()
+    kinds = state_bytes(precision, weights, moments).items()
     return sum(size / (dp if zero >= SHARED_FROM[kind] else 1) for kind, size in kinds)
 
 

@@ -60,6 +60,9 @@ def _adamw_kernel(
     key_ptr,
     n,
     first_index,
+    row_offset,
+    row_width,
+    row_stride,
     decay,
     step_size,
     root_correction,
@@ -73,6 +76,7 @@ def _adamw_kernel(
     EIGHT_BITS: tl.constexpr,
     HAS_CLIP: tl.constexpr,
     HAS_FACTORS: tl.constexpr,
+    HAS_ROWS: tl.constexpr,
     GROUP: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -92,7 +96,10 @@ def _adamw_kernel(
         step_size = tl.load(factors_ptr + 1)
         root_correction = tl.load(factors_ptr + 2)
     if STOCHASTIC or EIGHT_BITS:
-        random_bits = counter_block(tl.load(key_ptr), first_index + cols)
+        index = cols
+        if HAS_ROWS:
+            index = (cols + row_offset) // row_width * row_stride + (cols + row_offset) % row_width
+        random_bits = counter_block(tl.load(key_ptr), first_index + index)
     g = tl.load(grad_ptr + cols, mask=inside, other=0.0).to(tl.float32)
     if HAS_CLIP:
         g = g * tl.load(clip_ptr)
@@ -181,6 +188,7 @@ def _launch_triton(
             param if storage.key is None else storage.key,
             param.numel(),
             storage.first_index,
+            *(storage.rows or (0, 0, 0)),
             *numbers,
             1 - beta1,
             beta2,
@@ -192,6 +200,7 @@ def _launch_triton(
             EIGHT_BITS=storage.exp_avg_scale is not None,
             HAS_CLIP=clip is not None,
             HAS_FACTORS=memory is not param,
+            HAS_ROWS=storage.rows is not None,
             GROUP=GROUP,
             BLOCK=_BLOCK,
             num_warps=warps(storage.exp_avg_scale is not None),
@@ -301,9 +310,13 @@ def _adamw(
     eps: float,
     weight_decay: Sequence[float],
     first_indices: Sequence[int],
+    index_rows: Sequence[int],
     impl: str,
 ) -> None:
-    """scales: those of all exp_avgs, then those of all exp_avg_sqs, or none."""
+    """scales: those of all exp_avgs, then those of all exp_avg_sqs, or none.
+
+    index_rows: three numbers for each tensor, 0 where its indices follow each other; or none.
+    """
     narrow = bool(len(remainders) or len(scales)) or seed is not None
     update = _UPDATES[choose("adamw_", impl, narrowest(params), narrow=narrow)]
     # On a GPU a tensor is not read by the host: the arithmetic is done there, in float64.
@@ -314,12 +327,13 @@ def _adamw(
     remainders = remainders if len(remainders) else nothing
     averages, squares = (scales[: len(params)], scales[len(params) :]) if scales else (nothing,) * 2
     tensors = zip(params, weights, grads, exp_avgs, exp_avg_sqs, weight_decay, strict=True)
-    stored = zip(remainders, averages, squares, first_indices, strict=True)
-    for (param, weight, grad, exp_avg, exp_avg_sq, decay), (*narrow, first) in zip(
+    rows = [tuple(index_rows[i : i + 3]) for i in range(0, len(index_rows), 3)] or nothing
+    stored = zip(remainders, averages, squares, first_indices, rows, strict=True)
+    for (param, weight, grad, exp_avg, exp_avg_sq, decay), (*narrow, first, row) in zip(
         tensors, stored, strict=True
     ):
         factors = _factors(lr, step, beta1, beta2, decay)
-        storage = Storage(*narrow, key, first)
+        storage = Storage(*narrow, key, first, row if row and row[1] else None)
         update(param, weight, grad, exp_avg, exp_avg_sq, clip, factors, beta1, beta2, eps, storage)
 
 
@@ -431,6 +445,7 @@ def adamw_(
     exp_avg_sq_scales: Sequence[torch.Tensor] | None = None,
     seed: int | torch.Tensor | None = None,
     first_indices: Sequence[int] | None = None,
+    index_rows: Sequence[tuple[int, int, int] | None] | None = None,
     clip_coefficient: torch.Tensor | None = None,
     impl: str = "auto",
 ) -> None:
@@ -460,6 +475,9 @@ def adamw_(
         first_indices: global index of element 0 of each tensor, by which its random bits are found;
             None: the tensors lie one behind the other from 0 on. Ranks that hold parts of one
             buffer pass where these begin.
+        index_rows: (offset, width, stride) each, or None, of tensors that hold some columns of a
+            larger matrix: element i has the global index first_index
+            + (i + offset) // width * stride + (i + offset) % width.
         clip_coefficient: 0-d float32 tensor (float64 beside float64 params) on the same device,
             multiplied into the gradients; the host does not wait for it.
     Raises:
@@ -475,6 +493,7 @@ def adamw_(
         "exp_avg_scales": exp_avg_scales,
         "exp_avg_sq_scales": exp_avg_sq_scales,
         "first_indices": first_indices,
+        "index_rows": index_rows,
     }
     for name, tensors in (lists | {k: v for k, v in options.items() if v is not None}).items():
         expect(
@@ -512,7 +531,16 @@ def adamw_(
         return
     if first_indices is None:
         first_indices = list(accumulate((x.numel() for x in params[:-1]), initial=0))
-    lists |= {k: list(v or []) for k, v in options.items() if k != "first_indices"}
+    for rows in index_rows or ():
+        expect(
+            rows is None or (0 <= rows[0] < rows[1] and rows[2] >= rows[1]),
+            "adamw_",
+            "index_rows of (offset, width, stride), 0 <= offset < width <= stride",
+            rows,
+            "Pass the columns that are here, and those of the whole",
+        )
+    indices = ("first_indices", "index_rows")
+    lists |= {k: list(v or []) for k, v in options.items() if k not in indices}
     _check(params, lists, clip_coefficient, seed)
     device = params[0].device
     _adamw(
@@ -532,5 +560,6 @@ def adamw_(
         eps,
         [float(x) for x in weight_decay],
         list(first_indices),
+        [x for rows in index_rows or () for x in rows or (0, 0, 0)],
         impl,
     )

@@ -44,6 +44,7 @@ class Storage(NamedTuple):
     exp_avg_sq_scale: torch.Tensor | None = None
     key: torch.Tensor | None = None  # () int64, of the random bits
     first_index: int = 0  # global index of element 0
+    rows: tuple[int, int, int] | None = None  # as in `adamw_`: (offset, width, stride)
 
 
 def random_key(seed: torch.Tensor, step: float | torch.Tensor, device) -> torch.Tensor:
@@ -134,7 +135,7 @@ def store_(param, exp_avg, exp_avg_sq, new, storage: Storage, is_all: bool) -> N
     weight, new_avg, new_sq = new
     bits = None
     if storage.key is not None:
-        bits = random.counter_bits(storage.key, storage.first_index, weight.numel())
+        bits = random.counter_bits(storage.key, storage.first_index, weight.numel(), storage.rows)
     if storage.remainder is not None:
         upper, low = split_master(weight)
         param.copy_(upper)

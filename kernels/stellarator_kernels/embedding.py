@@ -10,8 +10,8 @@ of a CPU share them out by their value), so the result is the same to the bit on
 
 Triton: the ids are sorted (stably). A program adds up to 32 rows of one id in fp32; an id with more
 of them has several programs, whose sums are added in order by a second kernel. No atomics and no
-copy of dy; nothing waits for the device. With `add_embedding_gradient` the sums go into an fp32
-buffer, so rows of ids that do not occur are not touched at all.
+copy of dy; nothing waits for the device. With `add_embedding_gradient`, or `room`, the sums go into
+an fp32 buffer, so rows of ids that do not occur are not touched at all.
 
 Bytes: forward reads and writes (N, C); backward reads dy (ATen: and an fp32 copy of it), and writes
 (V, C).
@@ -24,6 +24,7 @@ from stellarator_kernels._triton import tl, triton
 from stellarator_kernels.checks import expect, expect_dtype, expect_same_device, expect_shape
 from stellarator_kernels.dispatch import choose
 from stellarator_kernels.layout import dense_rows
+from stellarator_kernels.linear import Room
 from stellarator_kernels.memory import empty_like
 
 _OP = "embedding"
@@ -189,17 +190,18 @@ def add_embedding_gradient(
 ) -> None:
     """total (V, C) fp32 += the gradient of the embedding, unrounded and in a fixed order.
 
-    dy (N, C) of any float dtype, ids (N,) int64. For a buffer that the gradient of a tied output
-    matrix is added to as well.
+    dy (N, C) of any float dtype, ids (N,) int64; with float64 total is that. For a buffer that the
+    gradient of a tied output matrix is added to as well.
     """
     op = "add_embedding_gradient"
-    expect_dtype(op, "total", total, (torch.float32,), "Accumulate in fp32")
+    dtype = reference.compute_dtype(dy)
+    expect_dtype(op, "total", total, (dtype,), f"Accumulate in {dtype}")
     expect_shape(op, "dy", dy, "(N, C)", (len(ids), total.shape[1]), "Flatten the tokens")
     expect(total.is_contiguous(), op, "contiguous total", total.stride(), "Pass the whole buffer")
     if choose(_OP, impl, dy) == "triton":
         _add_triton(total, dy, ids, True)
     else:
-        total += reference.embedding_backward_ref(dy.to(total.dtype), ids, len(total))
+        total += _embedding_backward(dy.to(dtype), ids, len(total), impl)
 
 
 def _setup_context(ctx, inputs, output):
@@ -222,12 +224,33 @@ def _backward(ctx, dy):
 _embedding_forward.register_autograd(_backward, setup_context=_setup_context)
 
 
+class _Adding(torch.autograd.Function):
+    """The same, with dweight added to what `room` gives."""
+
+    @staticmethod
+    def forward(ctx, ids, weight, impl, positions, position_weight, room):
+        _setup_context(ctx, (ids, weight, impl, positions, position_weight), None)
+        ctx.room = room
+        return _embedding_forward(ids, weight, impl, positions, position_weight)
+
+    @staticmethod
+    def backward(ctx, dy):
+        ids, positions = ctx.saved_tensors
+        dtable = None
+        if ctx.needs_input_grad[1]:
+            add_embedding_gradient(ctx.room(), dy, ids, impl=ctx.impl)
+        if positions is not None and ctx.needs_input_grad[4]:
+            dtable = _embedding_backward(dy, positions, ctx.num_positions, ctx.impl)
+        return None, None, None, None, dtable, None
+
+
 def embedding(
     ids: torch.Tensor,
     weight: torch.Tensor,
     *,
     positions: torch.Tensor | None = None,
     position_weight: torch.Tensor | None = None,
+    room: Room | None = None,
     impl: str = "auto",
 ) -> torch.Tensor:
     """weight[ids], or weight[ids] + position_weight[positions].
@@ -238,6 +261,9 @@ def embedding(
         weight: (V, C) bf16/fp16/fp32/fp64.
         positions: shape of ids, int64 in [0, P); None: no learned positions.
         position_weight: (P, C), dtype of weight; goes with positions.
+        room: gives (V, C) fp32 (fp64 for fp64), contiguous, to which the backward adds the gradient
+            of the weight without rounding it; autograd then hands on none. `linear_cross_entropy`
+            of a tied model can add to the same memory.
         impl: "auto", "triton", "torch" or "reference".
     Returns:
         (*ids.shape, C), contiguous, the dtype of weight.
@@ -261,5 +287,6 @@ def embedding(
         expect_same_device(_OP, weight=weight, positions=positions, table=position_weight)
         positions = positions.reshape(-1)
     expect_same_device(_OP, ids=ids, weight=weight)
-    rows = _embedding_forward(ids.reshape(-1), weight, impl, positions, position_weight)
+    given = ids.reshape(-1), weight, impl, positions, position_weight
+    rows = _embedding_forward(*given) if room is None else _Adding.apply(*given, room)
     return rows.view(*ids.shape, weight.shape[1])

@@ -18,9 +18,13 @@ csrc/cpu/weight_gradient.h), and those of layer_norm.py and bias_gelu.py. A pair
 implementations of its own: `explain` answers for the op in front and for `linear`.
 
 Under autocast they do what F.linear does: the product is in autocast's dtype.
+
+Each takes memory to add dweight to, unrounded, with `add_weight_gradient_` where that has a kernel
+(Triton, C++ on AMX). Elsewhere autograd hands the gradient on as ever.
 """
 
 import math
+from collections.abc import Callable
 
 import torch
 
@@ -35,6 +39,7 @@ from stellarator_kernels.memory import aligned_bytes, empty_like
 
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _ops = torch.ops.stellarator
+Room = Callable[[], torch.Tensor]  # gives the memory for a gradient when the backward needs it
 
 
 @torch.library.custom_op("stellarator::product", mutates_args=())
@@ -101,11 +106,30 @@ def _autocast(x: torch.Tensor) -> bool:
     return torch.is_autocast_enabled(x.device.type)
 
 
+def gradient_or_add(
+    dy: torch.Tensor, x: torch.Tensor, impl: str, room: Room | None
+) -> torch.Tensor | None:
+    """dy^T @ x, (N, M) and (N, K); None where a kernel has added it to what `room` gives."""
+    if room is not None and impl != "reference":
+        chosen = choose("add_weight_gradient_", "torch" if impl == "torch" else "auto", dy, x=x)
+        if chosen in ("triton", "cpu"):
+            total, shape = room(), (dy.shape[1], x.shape[1])
+            dtypes = (reference.compute_dtype(dy),)
+            expect_dtype("linear", "what room gives", total, dtypes, "Sum gradients in it")
+            expect_shape("linear", "what room gives", total, "(out, in)", shape, "Give its place")
+            dense = total.is_contiguous()
+            expect(dense, "linear", "a contiguous room", total.stride(), "Give a dense view")
+            with torch.no_grad():
+                _ops.add_weight_gradient_(total, dy, x, chosen)
+            return None
+    return _weight_gradient(dy, x, impl)
+
+
 def _parameter_gradients(ctx, dy, make_input, first: int, impl: str):
     """dweight and dbias of the product, whose place among the inputs is `first`; None: unneeded."""
     dweight = dbias = None
     if ctx.needs_input_grad[first]:
-        dweight = _weight_gradient(dy, make_input(), impl)
+        dweight = gradient_or_add(dy, make_input(), impl, ctx.room)
     if ctx.needs_input_grad[first + 1]:
         dbias = dy.sum(0)
     return dweight, dbias
@@ -113,8 +137,8 @@ def _parameter_gradients(ctx, dy, make_input, first: int, impl: str):
 
 class _Linear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, weight, bias, impl):
-        ctx.impl = impl
+    def forward(ctx, x, weight, bias, impl, room):
+        ctx.impl, ctx.room = impl, room
         ctx.save_for_backward(x, weight)
         return _product(x, weight.t(), bias, impl)
 
@@ -123,18 +147,18 @@ class _Linear(torch.autograd.Function):
         x, weight = ctx.saved_tensors
         dweight, dbias = _parameter_gradients(ctx, dy, lambda: x, 1, ctx.impl)
         dx = _product(dy, weight, None, ctx.impl) if ctx.needs_input_grad[0] else None
-        return dx, dweight, dbias, None
+        return dx, dweight, dbias, None, None
 
 
 class _LayerNormLinear(torch.autograd.Function):
     """Inputs: rows, residual rows or None, weight and bias of the norm, and of the product."""
 
     @staticmethod
-    def forward(ctx, x, residual, norm_weight, norm_bias, weight, bias, eps, impl, *dropout):
+    def forward(ctx, x, residual, norm_weight, norm_bias, weight, bias, eps, impl, room, *dropout):
         y, summed, mean, rstd = _ops.layer_norm_forward(
             x, residual, norm_weight, norm_bias, eps, impl, *dropout
         )
-        ctx.eps, ctx.impl, ctx.has_residual = eps, impl, residual is not None
+        ctx.eps, ctx.impl, ctx.room, ctx.has_residual = eps, impl, room, residual is not None
         kept, (*keys, ctx.dropout_p) = summed if ctx.has_residual else x, dropout
         ctx.save_for_backward(kept, norm_weight, norm_bias, mean, rstd, weight, *keys)
         ctx.set_materialize_grads(False)
@@ -145,7 +169,7 @@ class _LayerNormLinear(torch.autograd.Function):
         summed, norm_weight, norm_bias, mean, rstd, weight, *keys = ctx.saved_tensors
         dsummed = dsummed if ctx.has_residual else None
         if dout is None and (keys[0] is None or dsummed is None):
-            return dsummed, dsummed if ctx.has_residual else None, *(None,) * 9
+            return dsummed, dsummed if ctx.has_residual else None, *(None,) * 10
         dout = summed.new_zeros(len(summed), len(weight)) if dout is None else dout
 
         def normalised():
@@ -167,7 +191,7 @@ class _LayerNormLinear(torch.autograd.Function):
             dresidual if ctx.has_residual else None,
             dnorm_weight if need_params else None,
             dnorm_bias if need_params and has_bias else None,
-            *(dweight, dbias, *(None,) * 5),
+            *(dweight, dbias, *(None,) * 6),
         )
 
 
@@ -175,8 +199,8 @@ class _BiasGeluLinear(torch.autograd.Function):
     """Inputs: rows, bias of the gelu or None, weight and bias of the product."""
 
     @staticmethod
-    def forward(ctx, x, gelu_bias, weight, bias, approximate, impl):
-        ctx.approximate, ctx.impl = approximate, impl
+    def forward(ctx, x, gelu_bias, weight, bias, approximate, impl, room):
+        ctx.approximate, ctx.impl, ctx.room = approximate, impl, room
         ctx.save_for_backward(x, gelu_bias, weight)
         y = _ops.bias_gelu_forward(x, gelu_bias, approximate, impl)
         return _product(y, weight.t(), bias, _of_product(impl))
@@ -190,7 +214,7 @@ class _BiasGeluLinear(torch.autograd.Function):
             need_y=ctx.needs_input_grad[2],
         )  # fmt: skip
         dweight, dbias = _parameter_gradients(ctx, dout, lambda: y, 2, impl)
-        return dx, None if gelu_bias is None else dgelu_bias, dweight, dbias, None, None
+        return dx, None if gelu_bias is None else dgelu_bias, dweight, dbias, None, None, None
 
 
 def linear(
@@ -198,6 +222,7 @@ def linear(
     weight: torch.Tensor,
     bias: torch.Tensor | None = None,
     *,
+    room: Room | None = None,
     impl: str = "auto",
 ) -> torch.Tensor:
     """x @ weight^T + bias.
@@ -206,6 +231,9 @@ def linear(
         x: (..., in) bf16/fp16/fp32/fp64.
         weight: (out, in), dtype of x.
         bias: (out,), dtype of x, or None.
+        room: gives (out, in) fp32 (fp64 for fp64), contiguous, when the backward has the gradient
+            of the weight. A kernel that can adds it there, unrounded, and autograd hands on none;
+            else autograd does, as if there were no room. Not under autocast.
         impl: "auto", "cpu" (the weight gradient in C++, bf16 on AMX; ATen's other products),
             "torch" (all ATen's) or "reference".
     Returns:
@@ -217,10 +245,10 @@ def linear(
     """
     if _autocast(x):
         dtype = torch.get_autocast_dtype(x.device.type)
-        x, weight = x.to(dtype), weight.to(dtype)
+        x, weight, room = x.to(dtype), weight.to(dtype), None
         bias = None if bias is None else bias.to(dtype)
     _check("linear", x, weight, bias)
-    return _Linear.apply(_rows(x), weight, bias, impl).view(*x.shape[:-1], weight.shape[0])
+    return _Linear.apply(_rows(x), weight, bias, impl, room).view(*x.shape[:-1], weight.shape[0])
 
 
 def layer_norm_linear(
@@ -234,6 +262,7 @@ def layer_norm_linear(
     *,
     dropout_p: float = 0.0,
     dropout_keys: tuple[torch.Tensor, torch.Tensor] | None = None,
+    room: Room | None = None,
     impl: str = "auto",
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """linear(layer_norm(x), weight, bias), or of x + residual; the normalised rows are not kept.
@@ -245,6 +274,7 @@ def layer_norm_linear(
         eps: added to the variance.
         residual: shape and dtype of x.
         dropout_p, dropout_keys: as of `layer_norm`.
+        room: as of `linear`, for the weight of the product.
         impl: of the norm; "torch" and "reference" also of the product.
     Returns:
         y (..., out); with a residual (y, summed), summed = x + residual in the dtype of x.
@@ -268,7 +298,7 @@ def layer_norm_linear(
     keys = check_dropout(op, x, residual, dropout_p, dropout_keys)
     y, summed = _LayerNormLinear.apply(
         _rows(x), None if residual is None else _rows(residual), norm_weight, norm_bias,
-        weight, bias, eps, impl, *keys, float(dropout_p),
+        weight, bias, eps, impl, room, *keys, float(dropout_p),
     )  # fmt: skip
     y = y.view(*x.shape[:-1], weight.shape[0])
     return y if residual is None else (y, summed.view(x.shape))
@@ -281,6 +311,7 @@ def bias_gelu_linear(
     bias: torch.Tensor | None,
     *,
     approximate: str = "tanh",
+    room: Room | None = None,
     impl: str = "auto",
 ) -> torch.Tensor:
     """linear(bias_gelu(x, gelu_bias), weight, bias); the activated rows are not kept.
@@ -290,6 +321,7 @@ def bias_gelu_linear(
         gelu_bias: (F,) or None.
         weight, bias: (out, F) and (out,) or None.
         approximate: "tanh" or "none" (erf).
+        room: as of `linear`.
         impl: of the gelu; "torch" and "reference" also of the product.
     Returns:
         (..., out), contiguous, the dtype of x.
@@ -305,7 +337,7 @@ def bias_gelu_linear(
     _check_vectors(op, x, gelu_bias=gelu_bias)
     forms = ("tanh", "none")
     expect(approximate in forms, op, f"approximate in {forms}", repr(approximate), "Use one")
-    y = _BiasGeluLinear.apply(_rows(x), gelu_bias, weight, bias, approximate, impl)
+    y = _BiasGeluLinear.apply(_rows(x), gelu_bias, weight, bias, approximate, impl, room)
     return y.view(*x.shape[:-1], weight.shape[0])
 
 

@@ -30,6 +30,7 @@ from stellarator_kernels.bias_gelu import cdf_and_density
 from stellarator_kernels.checks import expect, expect_dtype, expect_same_device, expect_shape
 from stellarator_kernels.dispatch import choose
 from stellarator_kernels.layout import UNIT, aligned_rows
+from stellarator_kernels.linear import Room, gradient_or_add
 from stellarator_kernels.matmul import halves, matrix, tile_at, tile_product, where_of
 
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -260,11 +261,11 @@ def _fake_down_gradient(dout, weight, pre, approximate, need_y, need_dbias, impl
 
 class _Mlp(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, up, up_bias, down, down_bias, approximate, recompute, impl):
+    def forward(ctx, x, up, up_bias, down, down_bias, approximate, recompute, impl, rooms):
         wanted = any(ctx.needs_input_grad[:4])
         y, pre = _up(x, up, up_bias, approximate, True, wanted and not recompute, impl)
         ctx.approximate, ctx.recompute, ctx.impl = approximate, recompute, impl
-        ctx.has_bias = up_bias is not None
+        ctx.has_bias, ctx.rooms = up_bias is not None, rooms
         ctx.save_for_backward(x, up, down, up_bias if recompute else pre)
         return _ops.product(y, down.t(), down_bias, _of_products(impl))
 
@@ -283,10 +284,11 @@ class _Mlp(torch.autograd.Function):
             )
             dup_bias = dup_bias if ctx.has_bias and need_up_bias else None
             if need_down:
-                ddown = _ops.weight_gradient(dout, y, impl)
+                ddown = gradient_or_add(dout, y, impl, ctx.rooms[1])
             dx = _ops.product(dpre, up, None, impl) if need_x else None
-            dup = _ops.weight_gradient(dpre, x, impl) if need_up else None
-        return dx, dup, dup_bias, ddown, dout.sum(0) if need_down_bias else None, None, None, None
+            dup = gradient_or_add(dpre, x, impl, ctx.rooms[0]) if need_up else None
+        ddown_bias = dout.sum(0) if need_down_bias else None
+        return dx, dup, dup_bias, ddown, ddown_bias, None, None, None, None
 
 
 def _of_products(impl: str) -> str:
@@ -303,6 +305,7 @@ def mlp(
     *,
     approximate: str = "tanh",
     recompute: bool = False,
+    rooms: tuple[Room | None, Room | None] = (None, None),
     impl: str = "auto",
 ) -> torch.Tensor:
     """gelu(x @ up_weight^T + up_bias) @ down_weight^T + down_bias.
@@ -313,6 +316,7 @@ def mlp(
         down_weight, down_bias: (C, F) and (C,) or None, dtype of x.
         approximate: "tanh" (StarCoder2) or "none" (erf).
         recompute: keep no tensor of (N, F) for the backward, which makes one more product.
+        rooms: of up_weight and down_weight, as the `room` of `linear`.
         impl: "auto", "triton" (C and F multiples of 8), "cpu" (the gelu in C++), "torch",
             "reference"; the plain products are those of `linear`.
     Returns:
@@ -329,10 +333,11 @@ def mlp(
     if torch.is_autocast_enabled(x.device.type):
         dtype = torch.get_autocast_dtype(x.device.type)
         tensors = {n: t if t is None else t.to(dtype) for n, t in tensors.items()}
+        rooms = (None, None)
     _check(approximate, **tensors)
     x, *parameters = tensors.values()
     rows = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
-    return _Mlp.apply(rows, *parameters, approximate, recompute, impl).view(x.shape)
+    return _Mlp.apply(rows, *parameters, approximate, recompute, impl, rooms).view(x.shape)
 
 
 def _check(approximate, x, up_weight, down_weight, **biases):

@@ -128,10 +128,19 @@ def counter_key(base: torch.Tensor, count: torch.Tensor) -> torch.Tensor:
     return _mix(base + count)
 
 
-def counter_bits(key: torch.Tensor, start: int, size: int) -> torch.Tensor:
-    """(size,) int64: the bits of the elements start, start + 1, ... of a flat tensor."""
-    index = torch.arange(start, start + size, device=key.device)
-    return _mix(key + index * _signed(_GOLDEN))
+def counter_bits(
+    key: torch.Tensor, start: int, size: int, rows: tuple[int, int, int] | None = None
+) -> torch.Tensor:
+    """(size,) int64: the bits of the elements start, start + 1, ... of a flat tensor.
+
+    rows: (offset, width, stride): these are some columns of a matrix whose rows are `stride` long;
+    the first element here is number `offset` of its row of `width`.
+    """
+    index = torch.arange(size, device=key.device)
+    if rows is not None:
+        offset, width, stride = rows
+        index = (index + offset) // width * stride + (index + offset) % width
+    return _mix(key + (start + index) * _signed(_GOLDEN))
 
 
 @triton.jit

@@ -6,6 +6,7 @@ without recomputation, to the bit. Not covered: GPU, speed.
 """
 
 import copy
+import dataclasses
 import math
 import weakref
 
@@ -15,6 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from stellarator.config import ModelConfig
 from stellarator.model import KVCache, build_model
+from stellarator_kernels import _triton
 
 _SMALL = {
     "vocab_size": 53, "num_layers": 2, "width": 48, "num_heads": 6, "ffn_width": 80,
@@ -136,6 +138,26 @@ def test_implementations_agree(config):
         results.append({n: p.grad for n, p in model.named_parameters()})
     for name, grad in results[0].items():
         _assert_close(grad, results[1][name])
+
+
+@BOTH
+def test_a_step_with_tritons_kernels(config, monkeypatch):
+    """In the interpreter, which "auto" never takes; the projection leaves its bias to bias_rope."""
+    if _triton.FAILURE is not None or not _triton.INTERPRETED:
+        pytest.skip("Triton's kernels run on a GPU in tests/ops")
+    config = dataclasses.replace(config, num_layers=1, width=64, num_heads=4, window=5)
+    tokens, targets = _batch(B=1, T=7)
+    results, seen, product = [], [], torch.ops.stellarator.bias_rope_backward
+    noting = lambda *given: seen.append(given[5]) or product(*given)  # noqa: E731
+    monkeypatch.setattr(torch.ops.stellarator, "bias_rope_backward", noting)
+    for kernels, dtype in (("triton", torch.float32), ("reference", torch.float64)):
+        model = _model(config, kernels=kernels, dtype=dtype)
+        loss = model(tokens, targets)
+        loss.backward()
+        results.append({"loss": loss} | {n: p.grad for n, p in model.named_parameters()})
+    assert seen == [True]  # with the gradient of the bias; the reference has another way
+    for name, grad in results[0].items():
+        _assert_close(grad.double(), results[1][name], 2e-5)
 
 
 @BOTH

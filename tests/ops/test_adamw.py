@@ -376,6 +376,7 @@ def operator_arguments(param_dtype, clip):
         EPS,
         [0.1, 0.0],
         [0, 33],
+        [],
         "auto",
     )
 
@@ -487,7 +488,8 @@ from stellarator_kernels.testing import compile_kernel
 names = "weight exp_avg exp_avg_sq exp_avg_scale exp_avg_sq_scale clip factors".split()
 pointers = {f"{n}_ptr": "*fp32" for n in names} | {"key_ptr": "*i64", "remainder_ptr": "*i16"}
 scalars = "decay step_size root_correction beta1_rest beta2 beta2_rest eps".split()
-signature = pointers | {"n": "i64", "first_index": "i64"} | dict.fromkeys(scalars, "fp32")
+indices = dict.fromkeys(["n", "first_index", "row_offset", "row_width", "row_stride"], "i64")
+signature = pointers | indices | dict.fromkeys(scalars, "fp32")
 bf16 = {"param_ptr": "*bf16", "weight_ptr": "*bf16"}
 eight = {"exp_avg_ptr": "*u8", "exp_avg_sq_ptr": "*u8"}
 weights = {
@@ -501,7 +503,8 @@ grads, capabilities = ["*fp32", "*bf16"], [(8, 0), (9, 0)]
 for capability, grad, weight, is_eight in itertools.product(
     capabilities, grads, weights, [False, True]
 ):
-    values = flags | ({weight: True} if weight else {}) | {"EIGHT_BITS": is_eight}
+    values = flags | ({weight: True} if weight else {})
+    values |= {"EIGHT_BITS": is_eight, "HAS_ROWS": is_eight}
     built = compile_kernel(
         _adamw_kernel,
         signature | weights[weight] | {"grad_ptr": grad} | (eight if is_eight else {}),

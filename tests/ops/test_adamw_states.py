@@ -36,7 +36,7 @@ class Run:
 
     def __init__(self, weight, kind, eight_bits=False):
         n, self.kind, self.first = weight.numel(), kind, 0
-        self.options = {}
+        self.rows, self.options = None, {}
         self.param = weight.clone() if kind == "fp32" else weight.bfloat16()
         if kind == "master":
             self.options["master"] = [weight.clone()]
@@ -56,6 +56,7 @@ class Run:
         lists = [self.param], [grad], [self.exp_avg], [self.exp_avg_sq]
         options = {"lr": LR, "beta1": BETAS[0], "beta2": BETAS[1], "eps": EPS, "weight_decay": 0.1}
         options |= {"step": step, "impl": impl, "first_indices": [self.first]}
+        options["index_rows"] = [self.rows]
         adamw_(*lists, **(options | self.options | changes))
 
     @property
@@ -212,6 +213,27 @@ def test_parts_are_rounded_as_the_whole(impl, eight_bits):
         assert not same_bits(changed, whole)
     key = [random_key(torch.tensor(7), t, "cpu") for t in (1, 2, torch.tensor(2.0))]
     assert key[0] != key[1] == key[2]
+
+
+@pytest.mark.parametrize("eight_bits", [False, True])
+@pytest.mark.parametrize("impl", IMPLS)
+def test_columns_are_rounded_as_the_whole(impl, eight_bits):
+    """Of a matrix of 256-wide groups, cut by columns and then flat, in the middle of a row."""
+    R, C, width, cut = 6, 1024, 512, 5 * 256
+    grad, weight, base = gradients(R * C, 1)[0].view(R, C), weights(R * C).view(R, C), 2**40 + 3
+    whole = Run(weight.view(-1), "stochastic", eight_bits)
+    whole.first = base
+    whole.step(grad.view(-1), 1, impl)
+    for start in (0, width):
+        columns = slice(start, start + width)
+        found = []
+        for part in (slice(0, cut), slice(cut, R * width)):
+            run = Run(weight[:, columns].reshape(-1)[part], "stochastic", eight_bits)
+            run.first = base + start + part.start // width * C
+            run.rows = (part.start % width, width, C)
+            run.step(grad[:, columns].reshape(-1)[part], 1, impl)
+            found.append(run.param)
+        assert same_bits(torch.cat(found), whole.param.view(R, C)[:, columns].reshape(-1))
 
 
 @pytest.mark.parametrize("impl", IMPLS)
@@ -448,7 +470,7 @@ def test_nothing_is_read_from_a_gpu(monkeypatch, on_gpu, seed):
         scales = [empty(3, torch.float32) for _ in range(2)]
         adamw._adamw._init_fn(
             *flat, [], [empty(600, torch.int16)], scales, given["lr"], given["step"],
-            given["clip"], given["seed"], *BETAS, EPS, [0.1], [0], "triton",
+            given["clip"], given["seed"], *BETAS, EPS, [0.1], [0], [], "triton",
         )  # fmt: skip
     ((args, kwargs),) = kernel.launches
     assert kwargs["HAS_FACTORS"] == bool({"lr", "step"} & set(on_gpu))
@@ -484,7 +506,7 @@ def test_opcheck():
     scalars = [torch.tensor(x, dtype=torch.float64) for x in (LR, 1.0)]
     given = [run.param], gradients(300, 1), [run.exp_avg], [run.exp_avg_sq], []
     given += options["remainder"], scales, *scalars, None, torch.tensor(7)
-    rest = *BETAS, EPS, [0.1], [0], "torch"
+    rest = *BETAS, EPS, [0.1], [0], [], "torch"
     torch.library.opcheck(torch.ops.stellarator.adamw.default, (*given, *rest))
 
 
@@ -510,6 +532,8 @@ def test_opcheck():
             r"exp_avgs\[0\] with dtype in",
         ),
         ({"first_indices": [0, 1]}, "as many first_indices as params, 1, got 2"),
+        ({"index_rows": [(2, 2, 4)]}, r"offset < width <= stride, got \(2, 2, 4\)"),
+        ({"index_rows": [None, None]}, "as many index_rows as params, 1, got 2"),
         ({"seed": torch.zeros(1).long()}, r"seed \(\) = \(\), got \(1,\)"),
         ({"seed": torch.zeros(())}, "seed with dtype in"),
         ({"params": [torch.zeros(4)]}, "a seed only where something is rounded with it"),

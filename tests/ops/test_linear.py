@@ -386,3 +386,54 @@ def test_layer_norm_linear_with_dropout_is_the_ops_in_a_row(impl, with_dout):
     for a, b in zip(*found, strict=True):
         # Zeros may stand for the gradient of what was not used.
         assert not b.any() if a is None else torch.equal(a, b)
+
+
+@pytest.mark.parametrize("op", ["linear", *OPS])
+@pytest.mark.parametrize("taken", [True, False])
+def test_a_room_gets_the_weight_gradient(taken, op, monkeypatch):
+    """What is added is what autograd would hand on, in fp32; without a kernel autograd does it.
+
+    Triton's kernel in the interpreter stands for what a GPU has.
+    """
+    module = sys.modules[layer_norm_linear.__module__]
+    choose = module.choose
+
+    def choosing(name, impl, *given, **options):
+        adds = name == "add_weight_gradient_"
+        return ("triton" if taken else "torch") if adds else choose(name, impl, *given, **options)
+
+    monkeypatch.setattr(module, "choose", choosing)
+    N, C, M = 37, 24, 16
+    g = generator(5)
+    x, residual = (torch.randn(N, C, generator=g) for _ in range(2))
+    scale, shift = (torch.randn(C, generator=g) for _ in range(2))
+    weight, bias, dy = (torch.randn(*s, generator=g) for s in ((M, C), (M,), (N, M)))
+    total, asked = torch.full((M, C), 2.0), []
+
+    def room():
+        asked.append(None)
+        return total
+
+    def run(room):
+        leaves = [t.clone().requires_grad_() for t in (x, weight, bias, scale, shift)]
+        x_, weight_, bias_, scale_, shift_ = leaves
+        if op == "linear":
+            y = linear(x_, weight_, bias_, room=room)
+        elif op.startswith("layer"):
+            add = residual if op.endswith("residual") else None
+            given = (x_, scale_, shift_, weight_, bias_)
+            y = layer_norm_linear(*given, residual=add, room=room)
+            y = y if add is None else y[0]
+        else:
+            form = "none" if op.endswith("erf") else "tanh"
+            y = bias_gelu_linear(x_, shift_, weight_, bias_, approximate=form, room=room)
+        assert not asked, "the memory is wanted in the backward, and not before"
+        y.backward(dy)
+        return leaves
+
+    expected, found = run(None), run(room)
+    assert len(asked) == taken and (found[1].grad is None) == taken
+    for a, b in zip(found[:1] + found[2:], expected[:1] + expected[2:], strict=True):
+        assert (a.grad is None and b.grad is None) or torch.equal(a.grad, b.grad)
+    added = total - 2.0 if taken else found[1].grad
+    torch.testing.assert_close(added, expected[1].grad, rtol=1e-5, atol=1e-5)

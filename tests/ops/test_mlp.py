@@ -23,6 +23,7 @@ from torch.utils.checkpoint import (
 from stellarator_kernels import cost, explain, matmul, mlp, tuned
 from stellarator_kernels._triton import tl, triton
 from stellarator_kernels.bias_gelu import cdf_and_density
+from stellarator_kernels.linear import gradient_or_add
 from stellarator_kernels.matmul import (
     PHASES,
     Tiles,
@@ -446,3 +447,35 @@ def test_messages(change, message):
     mlp(**given)
     with pytest.raises(ValueError, match="^mlp: " + message):
         mlp(**(given | change))
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_rooms_get_the_weight_gradients(recompute, monkeypatch):
+    """One of the two, or both; the kernel that adds runs in the interpreter."""
+    module = sys.modules[gradient_or_add.__module__]
+    choose = module.choose
+    monkeypatch.setattr(
+        module,
+        "choose",
+        lambda op, *a, **k: "triton" if op == "add_weight_gradient_" else choose(op, *a, **k),
+    )
+    g = torch.Generator().manual_seed(3)
+    shapes = ((21, 16), (24, 16), (24,), (16, 24), (16,))
+    given = [torch.randn(*shape, generator=g) for shape in shapes]
+
+    def run(rooms):
+        leaves = [t.clone().requires_grad_() for t in given]
+        mlp(*leaves, recompute=recompute, rooms=rooms).square().sum().backward()
+        return [leaf.grad for leaf in leaves]
+
+    expected = run((None, None))
+    for here in ((1, 0), (0, 1), (1, 1)):
+        totals = [torch.ones(24, 16), torch.ones(16, 24)]
+        rooms = [(lambda t=t: t) if k else None for t, k in zip(totals, here, strict=True)]
+        found = run(tuple(rooms))
+        for place, total, is_here in zip((1, 3), totals, here, strict=True):
+            assert (found[place] is None) == bool(is_here)
+            if is_here:
+                found[place] = total - 1
+        for a, b in zip(found, expected, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-3)

@@ -10,8 +10,9 @@ import torch
 from grid import generator
 
 from stellarator_kernels import flash_attention, projected_attention, rope
+from stellarator_kernels.attention.projected import adds_bias
 from stellarator_kernels.rope import rope_table
-from stellarator_kernels.testing import poison_empty
+from stellarator_kernels.testing import assert_close_to_reference, poison_empty
 
 CASES = [("cpu", torch.bfloat16), ("cpu", torch.float32), ("torch", torch.float32)]
 CASES += [("reference", torch.float64), *grid.CASES]
@@ -69,6 +70,43 @@ def test_the_bits_are_those_of_the_ops(impl, dtype, rotated, shape):
     assert torch.equal(out, expected) and torch.equal(dqkv, dexpected)
     assert torch.equal(given, qkv)  # the projection is as it was
     assert dqkv.is_contiguous() and out.shape == dout.shape
+
+
+SHAPES_WITH_BIAS = {"mqa_window": True, "packed": False}  # rotated or not
+
+
+@pytest.mark.parametrize(("shape", "rotated"), SHAPES_WITH_BIAS.items())
+@pytest.mark.parametrize(("impl", "dtype"), CASES)
+def test_a_bias_of_the_projection(impl, dtype, rotated, shape):
+    """Against float64 and the sum made before, in eager code of the same dtype as the peer."""
+    qkv, dout, positions, window, cu_seqlens = make(shape, dtype)
+    _, _, H, G, D, _, _ = SHAPES[shape]
+    bias = torch.randn(qkv.shape[-1], generator=generator(3)).to(dtype)
+    table = rope_table(positions, D, 1e4) if rotated else None
+    options = {"window": window, "cu_seqlens": cu_seqlens}
+
+    def run(kind, impl, together):
+        leaves = [x.to(kind).requires_grad_() for x in (qkv.clone(), bias.clone())]
+        given, added = leaves
+        if together:
+            out = projected_attention(given, H, G, table, bias=added, **options, impl=impl)
+        else:
+            out = projected_attention(given + added, H, G, table, **options, impl=impl)
+        return [out.detach(), *torch.autograd.grad(out, leaves, dout.to(kind))]
+
+    with poison_empty():
+        found = run(dtype, impl, True)
+    exact, peers = run(torch.float64, "reference", False), run(dtype, "reference", False)
+    for actual, reference, peer in zip(found, exact, peers, strict=True):
+        assert_close_to_reference(actual, reference, peer)
+
+
+@pytest.mark.parametrize("impl,expected", [("cpu", False), ("torch", False), ("reference", False)])
+def test_where_a_bias_is_left_to_attention_cpu(impl, expected):
+    """On a CPU nowhere by itself: the product adds it at no cost."""
+    x = torch.ones(2, 3, 32)
+    assert adds_bias(x, impl) == expected and not adds_bias(x, "auto")
+    assert not adds_bias(x.double(), "auto")
 
 
 @pytest.mark.parametrize("shape", [(0, 3, 32), (2, 0, 32)])
@@ -130,6 +168,8 @@ def test_one_graph_under_torch_compile_cpu():
         ({"table": (torch.ones(140, 16), torch.ones(70, 16))}, "sin"),
         ({"table": (torch.ones(140, 16).double(), torch.ones(140, 16))}, "cos"),
         ({"window": 0}, "window"),
+        ({"bias": torch.ones(319)}, "bias"),
+        ({"bias": torch.ones(320).double()}, "bias"),
         ({"qkv": torch.ones(2, 70, 70), "table": (torch.ones(140, 3),) * 2}, "even head width"),
         ({"cu_seqlens": torch.tensor([0, 140])}, "cu_seqlens"),
     ],

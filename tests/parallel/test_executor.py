@@ -105,7 +105,8 @@ def executed(rank: int) -> list:
         weights, rows = weights_and_rows(p * v, m)
         ranks, watching, split = placement(name, p, v), Watching(), name in SPLIT
         for weight in weights:
-            weight.grad = weight.main_grad = torch.zeros_like(weight)
+            weight.grad = torch.zeros_like(weight)
+            weight.main_grad = lambda weight=weight: weight.grad
 
         def forward(stage, micro_batch, x, *, of=(watching, weights, rows, split)):
             watching, weights, rows, split = of

@@ -6,6 +6,8 @@ products and messages take a given time. Not covered: NCCL; layouts of the model
 test_parity_matrix.py; what is kept, which is in test_sizes.py.
 """
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -22,6 +24,7 @@ from stellarator.parallel.pipeline.deferred import Deferred
 from stellarator.parallel.products import Again, column_product, row_product
 from stellarator.parallel.tensor import TensorParallel
 from stellarator_kernels import linear
+from stellarator_kernels.linear import gradient_or_add
 
 pytestmark = pytest.mark.dist
 B, T, C, OUT = 2, 6, 24, 10
@@ -70,7 +73,7 @@ def every_form(rank: int, size: int):
                 expected, got = (gradients(f, needs, *given) for f in (apart, beside))
                 for a, b in zip(expected, got, strict=True):
                     assert (a is None) == (b is None) and (a is None or torch.equal(a, b)), needs
-        later(tp, shape, *given)
+        later(tp, shape, *tensors(rank, tp, torch.float64))
         whole_models(rank, tp)
 
 
@@ -112,30 +115,32 @@ def later(tp, shape, x, weight, bias, dy):
     deferred = Deferred()
     weights = [(weight + n).requires_grad_() for n in range(3)]
     expected = [torch.zeros_like(w, dtype=torch.float32) for w in weights]
-    for w, total in zip(weights, expected, strict=True):
-        w.main_grad = torch.zeros_like(total)
+    totals = [torch.zeros_like(total) for total in expected]
+    for w, total in zip(weights, totals, strict=True):
+        w.main_grad = lambda total=total: total
     for key in (0, 1):
         deferred.key = key
         for w, total in zip(weights, expected, strict=True):
             x = x + key
             given = x.clone().requires_grad_()
             column_product(given, w, bias, shape, tp, deferred).backward(dy)
-            assert w.grad is None and not w.main_grad.any() and given.grad is not None
+            assert w.grad is None and not w.main_grad().any() and given.grad is not None
             whole = tp.axis.gather(x.flatten(0, 1), "test") if tp.sp else x.flatten(0, 1)
             total.add_(dy.flatten(0, 1).T @ whole)
     for key in (0, 1):
         deferred.run(key)
     u, at_once = dy.detach().requires_grad_(), weight.T.clone().requires_grad_()
     apart = at_once.detach().clone().requires_grad_()
-    apart.main_grad = torch.zeros_like(apart)
+    total = torch.zeros_like(apart)
+    apart.main_grad = lambda: total
     for key, w in ((None, at_once), ("row", apart)):
         deferred.key = key
         row_product(u.exp(), w, tp, deferred, Again(torch.exp, (u,))).sum().backward()
-    assert apart.grad is None and not apart.main_grad.any()
+    assert apart.grad is None and not total.any()
     deferred.run("row")
-    assert torch.equal(apart.main_grad, at_once.grad) and deferred.empty
-    for w, total in zip(weights, expected, strict=True):
-        assert torch.equal(w.main_grad, total)
+    assert torch.equal(total, at_once.grad) and deferred.empty
+    for found, total in zip(totals, expected, strict=True):
+        assert torch.equal(found, total)
 
 
 @pytest.mark.parametrize("size", [2, 3])
@@ -190,18 +195,32 @@ class Timed(Axis):
 CLOCK = Clock()
 
 
-class Timing:
-    """Operators of which each takes 1.5 s of the clock."""
+def spending(name: str, function):
+    """The same, which takes 1.5 s of the clock."""
 
-    def __getattr__(self, name):
-        def call(*arguments):
-            CLOCK.spend(name, 1.5)
-            return getattr(torch.ops.stellarator, name)(*arguments)
+    def call(*arguments):
+        CLOCK.spend(name, 1.5)
+        return function(*arguments)
 
-        return call
+    return call
 
 
-def test_the_input_of_a_product_by_rows_is_made_while_its_gradient_travels(monkeypatch):
+@pytest.fixture
+def clock(monkeypatch):
+    """Products of both gradients that take their time."""
+
+    def begin():
+        product = spending("product", torch.ops.stellarator.product)
+        monkeypatch.setattr(products, "_ops", SimpleNamespace(product=product))
+        weight_gradient = spending("weight_gradient", gradient_or_add)
+        monkeypatch.setattr(products, "gradient_or_add", weight_gradient)
+        CLOCK.__init__()
+        Message.free = 0.0
+
+    return begin
+
+
+def test_the_input_of_a_product_by_rows_is_made_while_its_gradient_travels(monkeypatch, clock):
     tp = TensorParallel(Timed("tp", 1, 2), sp=True)
     x, weight, _, _ = tensors(1, tp, torch.float64)
     x, weight = x.requires_grad_(), weight.requires_grad_()
@@ -209,9 +228,7 @@ def test_the_input_of_a_product_by_rows_is_made_while_its_gradient_travels(monke
     part = lambda self, x, tag: x[: len(x) // self.size].clone()  # noqa: E731
     monkeypatch.setattr(Timed, "scatter_sum", part)
     y = row_product(x.exp(), weight, tp, again=made)
-    monkeypatch.setattr(products, "_ops", Timing())
-    CLOCK.__init__()
-    Message.free = 0.0
+    clock()
     y.sum().backward()
     order = ["begin gather", "make", "wait gather", "product", "weight_gradient"]
     assert CLOCK.events == order and CLOCK.now == 1.0 + 2 * 1.5
@@ -221,14 +238,12 @@ def test_the_input_of_a_product_by_rows_is_made_while_its_gradient_travels(monke
 
 
 @pytest.mark.parametrize("sp", [False, True])
-def test_messages_travel_beside_products(sp, monkeypatch):
+def test_messages_travel_beside_products(sp, clock):
     """The longer of both, not their sum: two products take 3 s, and their messages 2 s."""
     tp = TensorParallel(Timed("tp", 1, 2), sp)
     x, weight, bias, dy = tensors(1, tp, torch.float64)
     y = column_product(x.requires_grad_(), weight.requires_grad_(), bias, torch.Size((B, T)), tp)
-    monkeypatch.setattr(products, "_ops", Timing())
-    CLOCK.__init__()
-    Message.free = 0.0
+    clock()
     y.backward(dy)
     if sp:
         order = ["begin gather", "product", "begin part", "wait gather", "weight_gradient"]
@@ -241,9 +256,10 @@ def test_messages_travel_beside_products(sp, monkeypatch):
 def test_deferred_gradients_gather_ahead():
     tp = TensorParallel(Timed("tp", 1, 2), sp=True)
     x, weight, bias, dy = tensors(1, tp, torch.float64)
-    weight.requires_grad_().main_grad = torch.zeros_like(weight)
-    add = weight.main_grad.add_
-    weight.main_grad.add_ = lambda product: (CLOCK.spend("product", 1.5), add(product))
+    total = torch.zeros_like(weight)
+    add = total.add_
+    total.add_ = lambda product: (CLOCK.spend("product", 1.5), add(product))
+    weight.requires_grad_().main_grad = lambda: total
     deferred = Deferred()
     deferred.key = "W"
     for _ in range(3):

@@ -83,12 +83,20 @@ class Signalled(Trainer):
 
 
 class Poisoned(Trainer):
-    """The backward pass of step 3 gives NaN for one parameter."""
+    """The gradients of a step, here the third, have NaN for one parameter."""
+
+    poisoned = 3
 
     def _build(self):
         super()._build()
-        parameter = dict(self.model.named_parameters())[POISONED]
-        parameter.register_hook(lambda g: g * float("nan") if self.step == 2 else g)
+        complete = self.optimizer.complete_grads
+
+        def completing():
+            complete()
+            if self.step + 1 == self.poisoned:
+                self.optimizer.grad(POISONED).mul_(float("nan"))
+
+        self.optimizer.complete_grads = completing
 
 
 # Signals and the lock.
@@ -267,13 +275,8 @@ def test_nan_at_a_step_without_a_checkpoint_saves_one(tiny_config):
     assert all(torch.isfinite(t).all() for t in saved(tiny_config.folder, 2).values())
 
 
-class PoisonedLate(Trainer):
-    """The backward pass of step 6 gives NaN for one parameter."""
-
-    def _build(self):
-        super()._build()
-        parameter = dict(self.model.named_parameters())[POISONED]
-        parameter.register_hook(lambda g: g * float("nan") if self.step == 5 else g)
+class PoisonedLate(Poisoned):
+    poisoned = 6
 
 
 def test_the_way_out_of_weights_that_are_spoilt(tiny_config, tmp_path):

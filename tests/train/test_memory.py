@@ -4,6 +4,7 @@ References: bytes worked out by hand; the buffers that FlatOptimizer really has.
 """
 
 import dataclasses
+import itertools
 import os
 
 import pytest
@@ -21,15 +22,36 @@ from stellarator.train.optimizer import FlatOptimizer
 CPU = torch.device("cpu")
 
 
-@pytest.mark.parametrize("precision", DTYPES)
-def test_bytes_are_those_of_the_buffers(precision):
+@pytest.mark.parametrize(
+    ("precision", "weights", "moments"),
+    [(p, "masters", "fp32") for p in DTYPES]
+    + [("bf16", "remainders", "fp32"), ("bf16", "stochastic", "8bit"), ("fp32", "masters", "8bit")],
+)
+def test_bytes_are_those_of_the_buffers(precision, weights, moments):
     model = build_model(recipes.tiny().model)
     count = sum(p.numel() for p in model.parameters())
-    optimizer = FlatOptimizer(model.to(DTYPES[precision]), OptimConfig())
-    names = ("params", "grads", "exp_avg", "exp_avg_sq", "master")
-    buffers = [getattr(bucket, name) for bucket in optimizer.buckets for name in names]
-    held = sum(b.numel() * b.element_size() for b in buffers if b is not None)
-    assert held == bytes_per_parameter(precision) * count
+    optim = OptimConfig(weights=weights, moments=moments)
+    optimizer = FlatOptimizer(model.to(DTYPES[precision]), optim)
+    buffers = [x for b in optimizer.buckets for kind in b.states.tensors().values() for x in kind]
+    buffers += [x for b in optimizer.buckets for x in (b.params, b.grads)]
+    held = sum(b.numel() * b.element_size() for b in buffers)
+    expected = bytes_per_parameter(precision, weights=weights, moments=moments) * count
+    if moments == "fp32":
+        assert held == expected
+        return
+    # Biases and norms have fp32 moments, and matrices begin with a group of 256.
+    sizes = [(p.numel(), p.dim()) for p in model.parameters()]
+    expected += sum(n for n, dim in sizes if dim == 1) * (8 - 2 * (1 + 4 / 256))
+    assert 0 <= held - expected < 256 * 16 * (len(sizes) - sum(dim == 1 for _, dim in sizes) + 1)
+
+
+def test_bytes_of_narrow_kinds():
+    """By hand: bf16 weights with fp32 gradients, then what is beside them."""
+    kinds = itertools.product(("masters", "remainders", "stochastic"), ("fp32", "8bit"))
+    each = [bytes_per_parameter("bf16", weights=w, moments=m) for w, m in kinds]
+    moments = 2 * (1 + 4 / 256)
+    assert each == [18, 10 + moments, 16, 8 + moments, 14, 6 + moments]
+    assert bytes_per_parameter("bf16", 1, 4, "remainders") == 2 + 4 + (2 + 8) / 4
 
 
 def test_bytes_of_the_stages_of_zero():
@@ -65,6 +87,11 @@ def test_every_process_of_a_machine_holds_a_model(monkeypatch):
     memory.check(88, "bf16", CPU, 3, 16)
     with pytest.raises(RuntimeError, match="1.125 bytes each in bf16"):
         memory.check(89, "bf16", CPU, 3, 16)
+    memory.check(7, "bf16", CPU, 0, 1, "stochastic")
+    with pytest.raises(RuntimeError, match="weights, gradients.*14 bytes each in bf16"):
+        memory.check(8, "bf16", CPU, 0, 1, "stochastic")
+    with pytest.raises(RuntimeError, match="weights, remainders, .*10.0312 bytes each in bf16"):
+        memory.check(10, "bf16", CPU, 0, 1, "remainders", "8bit")
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     with pytest.raises(RuntimeError, match="16 bytes each in fp32 in each of 2 processes"):
         memory.check(6, "fp32", CPU)

@@ -30,6 +30,9 @@ def test_gradients_of_several_passes_add_up_in_fp32(tiny_config):
             once = [grads.clone() for grads in optimizer.flat_grads]
     assert all(p.grad is None for p in model.parameters())
     for total, first in zip(optimizer.flat_grads, once, strict=True):
-        assert total.dtype == torch.float32 and torch.equal(total, first + first + first)
+        assert total.dtype == torch.float32  # each pass may add several products, one by one
+        torch.testing.assert_close(
+            total, 3 * first, rtol=1e-6, atol=1e-6 * float(first.abs().max())
+        )
     optimizer.zero_grad()
     assert not any(grads.any() for grads in optimizer.flat_grads)

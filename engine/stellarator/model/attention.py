@@ -25,6 +25,7 @@ from stellarator_kernels import (
     projected_attention,
     rope,
 )
+from stellarator_kernels.attention.projected import adds_bias
 
 
 @dataclass(frozen=True)
@@ -67,9 +68,11 @@ class Attention(torch.nn.Module):
     def forward(
         self, norm: LayerNorm, branch, residual, context: Context, layer: int
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        dropout = context.masks and context.masks.residual(2 * layer)
+        dropout, bias = context.masks and context.masks.residual(2 * layer), None
         if fusible(norm, self.qkv):
             product = (self.qkv.weight, self.qkv.bias)
+            if context.cache is None and adds_bias(residual, self.kernels):
+                product, bias = (self.qkv.weight, None), self.qkv.bias
             qkv, residual = norm.into(*product, branch, residual, dropout)
         else:
             y, residual = norm(branch, residual, dropout)
@@ -78,27 +81,28 @@ class Attention(torch.nn.Module):
         if context.cache is not None:
             y = self._attend_cached(qkv, context, layer)
         elif context.cut is not None or (context.masks is not None and config.attention_dropout):
-            y = self._attend_parts(qkv, context, layer)
+            y = self._attend_parts(qkv, bias, context, layer)
         else:
             y = projected_attention(
                 qkv,
                 self.heads,
                 self.kv_heads,
                 context.rotation,
+                bias=bias,
                 window=config.window,
                 cu_seqlens=context.cu_seqlens,
                 impl=self.kernels,
             )
         return self.out(y.reshape(*shape, self.widths[0])), residual
 
-    def _attend_parts(self, qkv, context: Context, layer: int):
+    def _attend_parts(self, qkv, bias, context: Context, layer: int):
         """Attention with dropout of its weights, or to tokens of other ranks."""
         config, documents = self.config, context.cu_seqlens
         rotated = context.rotation is not None
         # It has fewer implementations than attention.
         impl = self.kernels if self.kernels in ("triton", "reference") else "auto"
         parts = bias_rope(
-            *(qkv, None, context.positions if rotated else None, None),
+            *(qkv, bias, context.positions if rotated else None, None),
             *(self.heads, self.kv_heads),
             table=context.rotation,
             impl=impl,

@@ -10,6 +10,7 @@ from functools import partial
 
 import torch
 
+from stellarator.parallel.gradients import room_of
 from stellarator.parallel.pipeline.deferred import Deferred, split_linear
 from stellarator.parallel.products import Again, column_product, row_product
 from stellarator.parallel.shard import Shard
@@ -93,7 +94,7 @@ class RowLinear(torch.nn.Module):
 
 def _product(x, weight, bias, deferred: Deferred | None) -> torch.Tensor:
     if deferred is None:
-        return linear(x, weight, bias)
+        return linear(x, weight, bias, room=room_of(weight))
     return split_linear(x, weight, bias, deferred)
 
 
@@ -141,7 +142,7 @@ class LayerNorm(torch.nn.Module):
         Only where the norm and the product are `fusible`.
         """
         norm = (self.weight, self.bias)
-        options = {"impl": self.kernels}
+        options = {"room": room_of(weight), "impl": self.kernels}
         if branch is None:
             return layer_norm_linear(residual, *norm, weight, bias, self.eps, **options), residual
         options |= dropout or {}

@@ -11,6 +11,7 @@ import torch
 
 from stellarator.config import ModelConfig
 from stellarator.model.layers import LayerNorm, Linear, RowLinear, fusible
+from stellarator.parallel.gradients import room_of
 from stellarator.parallel.products import Again
 from stellarator.parallel.tensor import ALONE, TensorParallel
 from stellarator_kernels import bias_gelu, bias_gelu_linear
@@ -37,6 +38,7 @@ class Mlp(torch.nn.Module):
         options = {"approximate": self.approximate, "impl": self.kernels}
         if fusible(norm, up, down):
             h, residual = norm.into(up.weight, None, branch, residual, dropout)
+            options["room"] = room_of(down.weight)
             return bias_gelu_linear(h, up.bias, down.weight, down.bias, **options), residual
         y, residual = norm(branch, residual, dropout)
         h = up(y, shape, norm.again(residual))

@@ -31,6 +31,7 @@ from stellarator.model.cache import KVCache
 from stellarator.model.dropout import Dropout, Masks
 from stellarator.model.layers import LayerNorm, parameter
 from stellarator.model.mlp import Mlp
+from stellarator.parallel.gradients import room_of
 from stellarator.parallel.layout import Part
 from stellarator.parallel.loss import vocabulary_cross_entropy
 from stellarator.parallel.rows import Cut
@@ -92,13 +93,14 @@ class Embedding(torch.nn.Module):
         return self.weight.shape[0] == self.shards["weight"].shape[0]
 
     def forward(self, ids: torch.Tensor, **positions: torch.Tensor) -> torch.Tensor:
+        options = {"room": room_of(self.weight), "impl": self.kernels}
         if self.whole:
-            return embedding(ids, self.weight, **positions, impl=self.kernels)
+            return embedding(ids, self.weight, **positions, **options)
         assert not positions, "positions are added behind the sum over the ranks"
         (part,) = self.shards["weight"].pieces
         local = ids - part.start
         here = (local >= 0) & (local < part.length)
-        found = embedding(torch.where(here, local, 0), self.weight, impl=self.kernels)
+        found = embedding(torch.where(here, local, 0), self.weight, **options)
         return torch.where(here[..., None], found, 0.0)  # the other ranks add theirs
 
 
@@ -245,7 +247,8 @@ class Transformer(torch.nn.Module):
         """Of states (N, C) and targets (N,)."""
         weight = self.head_weight
         if self.tp.alone:
-            options = {"reduction": reduction, "impl": self.kernels}
+            room = room_of(weight)
+            options = {"reduction": reduction, "dweight": room and room(), "impl": self.kernels}
             return linear_cross_entropy(states, weight, targets, **options)
         place = self.vocabulary.start, self.config.vocab_size, self.tp.axis
         impl = _narrower(self.kernels)

@@ -29,10 +29,12 @@ from stellarator.parallel.gradients import SharedGradients, counted_spans
 from stellarator.parallel.journal import NOWHERE, Tag
 from stellarator.parallel.mesh import Axis
 from stellarator.parallel.shard import FlatPart, Shard
+from stellarator.parallel.states import Kinds, Run, States, numbered
 from stellarator.parallel.tensor import TensorParallel
 from stellarator.parallel.unfilled import values_of
 
-_ALIGNMENT = 128  # elements: parts begin where kernels can read 16 bytes at a time
+# Elements: parts begin where kernels can read 16 bytes, and with a group of 8-bit moments.
+_ALIGNMENT = 256
 
 
 @dataclass(frozen=True)
@@ -90,8 +92,7 @@ def _state_dtype(dtype: torch.dtype) -> torch.dtype:
 class Bucket:
     """The flat buffers of some parameters, which become views of `full_params`.
 
-    params, grads, exp_avg, exp_avg_sq, master: the part that this rank owns; master is None where
-        params have all digits.
+    params, grads, states: of the part that this rank owns.
     full_params, full_grads: of all parameters; without memory, or None, where that is not kept.
     in_backward: whether the parameters wait for the backward pass of their layer to be freed.
 
@@ -100,6 +101,7 @@ class Bucket:
         shards: what part of each is here.
         dtype: of the parameters from now on.
         weight_decay: of tensors of two or more dimensions.
+        states: how weights and moments lie.
     """
 
     def __init__(
@@ -110,6 +112,7 @@ class Bucket:
         weight_decay: float,
         tp: TensorParallel,
         data: DataParallel,
+        states: Kinds = Kinds(),  # noqa: B008, it is frozen
     ):
         self.weight_decay, self.tp, self.data, stage = weight_decay, tp, data, data.stage
         kinds = [
@@ -121,11 +124,14 @@ class Bucket:
         self.shards = {name: shards[name] for name in self.names}
         self.spans: dict[str, tuple[int, int, torch.Size]] = {}
         parts = data.axis.size if stage else 1
-        align = _ALIGNMENT if parts > 1 else 1
+        coded = states.moments == "8bit"
+        align = _ALIGNMENT if parts > 1 or coded else 1
         ends = [0]
         for kind in kinds:
             end = ends[-1]
             for name, parameter in kind:
+                if coded and parameter.dim() >= 2:
+                    end = -(-end // align) * align
                 self.spans[name] = (end, end + parameter.numel(), parameter.shape)
                 end += parameter.numel()
             ends.append(-(-end // align) * align)
@@ -136,29 +142,29 @@ class Bucket:
             self.own = slice(0, length)
         device, state_dtype = named[0][1].device, _state_dtype(dtype)
         self.full_params = torch.zeros(parts * length, dtype=dtype, device=device)
-        self.exp_avg = torch.zeros(length, dtype=state_dtype, device=device)
         self.full_grads: torch.Tensor | None = None
         if stage < 2:
-            self.full_grads = self.exp_avg.new_zeros(parts * length)
+            self.full_grads = torch.zeros(parts * length, dtype=state_dtype, device=device)
             self.grads = self.full_grads[self.own]
         else:
-            self.grads = torch.zeros_like(self.exp_avg)
-        self.exp_avg_sq = torch.zeros_like(self.exp_avg)
-        self.master = None if dtype == state_dtype else torch.zeros_like(self.exp_avg)
-        for name, parameter in named:
-            values = values_of(parameter)
-            self.view(self.full_params, name).copy_(values)
-            if self.master is not None:
-                part, mine = self.own_part(name), self.own_view(self.master, name)
-                mine.copy_(values.reshape(-1)[part.start : part.end].view(mine.shape))
-            parameter.data = self.view(self.full_params, name)
+            self.grads = torch.zeros(length, dtype=state_dtype, device=device)
         self.params = self.full_params[self.own]
+        if stage == 3:
+            self.params = self.params.clone()
+        decayed = min(max(self._decayed - self.own.start, 0), length)
+        self.states = States(self.params, state_dtype, decayed, states)
+        for name, parameter in named:
+            values, part = values_of(parameter), self.own_part(name)
+            self.view(self.full_params, name).copy_(self.states.rounded(values))
+            mine = values.reshape(-1)[part.start : part.end]
+            self.states.write("master", self._own_run(name), mine)
+            parameter.data = self.view(self.full_params, name)
         self._bytes = self.full_params.untyped_storage().nbytes()
         self._gathering = None
         self._reducing: tuple | None = None
         self.in_backward = False
         if stage == 3:
-            self.params = self.params.clone()
+            self.params.copy_(self.full_params[self.own])
             self.free()
 
     # What is where.
@@ -174,17 +180,27 @@ class Bucket:
         first, last = max(start, self.own.start), min(end, self.own.stop)
         return FlatPart(self.shards[name], first - start, max(first, last) - start)
 
+    def _own_run(self, name: str) -> slice:
+        """Where they are in a buffer of the own part."""
+        part, at = self.own_part(name), self.spans[name][0] - self.own.start
+        return slice(at + part.start, at + part.end) if part.start < part.end else slice(0, 0)
+
     def own_view(self, own: torch.Tensor, name: str) -> torch.Tensor:
         """The elements of a parameter in a buffer of the own part.
 
         In its shape where every rank has all of it, else of one dimension.
         """
-        if not self.data.stage:
-            return self.view(own, name)
-        part, at = self.own_part(name), self.spans[name][0] - self.own.start
-        if part.start == part.end:
-            return own[:0]
-        return own[at + part.start : at + part.end]
+        found = own[self._own_run(name)]
+        return found if self.data.stage else found.view(self.spans[name][2])
+
+    def read(self, kind: str, name: str) -> torch.Tensor:
+        """The same elements of "master", "exp_avg" or "exp_avg_sq", in fp32 (fp64 for fp64)."""
+        found = self.states.read(kind, self._own_run(name))
+        return found if self.data.stage else found.view(self.spans[name][2])
+
+    def write(self, kind: str, name: str, values: torch.Tensor) -> None:
+        """Keep what `read` would give."""
+        self.states.write(kind, self._own_run(name), values.reshape(-1))
 
     def part_of(self, name: str) -> Shard | FlatPart:
         """What part of the whole parameter `own_view` gives."""
@@ -203,6 +219,18 @@ class Bucket:
         cut = min(max(self._decayed - self.own.start, 0), length)
         found = [(slice(0, cut), self.weight_decay), (slice(cut, length), 0.0)]
         return [(run, decay) for run, decay in found if run.start < run.stop]
+
+    def runs(self) -> Iterator[Run]:
+        """The same, cut by parameters where something is rounded at random."""
+        for segment, decay in self.segments():
+            coded = segment.start < self.states.coded
+            if not coded and not self.states.stochastic:
+                yield Run(segment, decay)
+                continue
+            for name in self.names:
+                own = self._own_run(name)
+                if own.start < own.stop and segment.start <= own.start < segment.stop:
+                    yield from numbered(name, self.own_part(name), own.start, decay, coded)
 
     # Gradients.
 

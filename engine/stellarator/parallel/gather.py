@@ -3,7 +3,7 @@
 defines: Wholes
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 
@@ -30,7 +30,7 @@ class Wholes:
 
     def __init__(
         self,
-        parts: dict[str, torch.Tensor],
+        parts: Mapping[str, torch.Tensor],
         shards: dict[str, Shard | FlatPart],
         described: dict[str, torch.Tensor],
         axes: Sequence[Axis],

@@ -1,15 +1,26 @@
-"""Gradients of parameters that several tensor ranks hold: made whole, and counted once.
+"""Gradients of parameters: where they are added; of what several tensor ranks hold, made whole.
 
-defines: SharedGradients, counted_spans
+defines: room_of, SharedGradients, counted_spans
 """
 
 import math
+from collections.abc import Callable
 
 import torch
 
 from stellarator.parallel.journal import NOWHERE, Tag
 from stellarator.parallel.shard import Shard
 from stellarator.parallel.tensor import TensorParallel
+
+
+def room_of(parameter: torch.Tensor) -> Callable[[], torch.Tensor] | None:
+    """What gives the buffer that sums this gradient without rounding, in its shape.
+
+    An op that is given it may add to it and hand nothing on to autograd. None where nobody trains,
+    and where hooks wait for the gradient.
+    """
+    unused = not torch.is_grad_enabled() or parameter._backward_hooks
+    return None if unused else getattr(parameter, "main_grad", None)
 
 
 class SharedGradients:

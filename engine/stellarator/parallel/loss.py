@@ -11,6 +11,7 @@ Letters: N tokens, C width, V_tp rows of this rank.
 
 import torch
 
+from stellarator.parallel.gradients import room_of
 from stellarator.parallel.mesh import Axis
 from stellarator_kernels import (
     cross_entropy_of_statistics,
@@ -32,7 +33,8 @@ def vocabulary_cross_entropy(
 
     Args:
         hidden: (N, C), the same on all ranks. Its gradient is this rank's share: `enter` sums it.
-        weight: (V_tp, C): rows [first, first + V_tp) of the output matrix.
+        weight: (V_tp, C): rows [first, first + V_tp) of the output matrix. Its gradient goes into
+            the buffer of `room_of`, if there is one.
         targets: (N,) int64 in [0, vocab_size), or -100.
         first, vocab_size: see weight; rows of all ranks.
         axis: the ranks that share the vocabulary.
@@ -41,23 +43,26 @@ def vocabulary_cross_entropy(
         (N,) fp32 (fp64 for fp64), nats; 0 where the target is -100.
     Cost: 2*N*C*V_tp FLOPs forward and 6*N*C*V_tp backward; one gather of 12 N bytes a rank.
     """
-    return _Loss.apply(hidden, weight, targets, first, vocab_size, axis, impl)
+    room = room_of(weight)
+    return _Loss.apply(hidden, weight, targets, first, vocab_size, axis, impl, room)
 
 
 class _Loss(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, weight, targets, first: int, vocab_size: int, axis: Axis, impl: str):
+    def forward(ctx, hidden, weight, targets, first, vocab_size, axis: Axis, impl, room):
         ctx.options = {"vocab_start": first, "vocab_size": vocab_size, "impl": impl}
         found = linear_cross_entropy_statistics(hidden, weight, targets, **ctx.options)
         of_all = axis.gather(found[None], "loss")
         loss, lse = cross_entropy_of_statistics(of_all, targets)
+        ctx.room = room
         ctx.save_for_backward(hidden, weight, targets, lse)
         return loss
 
     @staticmethod
     def backward(ctx, dloss):
         hidden, weight, targets, lse = ctx.saved_tensors
+        total = None if ctx.room is None else ctx.room()
         dhidden, dweight, _ = linear_cross_entropy_gradients(
-            dloss.contiguous(), hidden, weight, targets, lse, **ctx.options
+            dloss.contiguous(), hidden, weight, targets, lse, dweight=total, **ctx.options
         )
-        return dhidden, dweight.to(weight.dtype), *(None,) * 5
+        return dhidden, dweight.to(weight.dtype) if total is None else None, *(None,) * 6

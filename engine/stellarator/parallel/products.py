@@ -31,10 +31,12 @@ from dataclasses import dataclass
 
 import torch
 
+from stellarator.parallel.gradients import room_of
 from stellarator.parallel.journal import Tag
 from stellarator.parallel.pipeline.deferred import Deferred, Rows
 from stellarator.parallel.tensor import TensorParallel
 from stellarator_kernels import linear
+from stellarator_kernels.linear import gradient_or_add
 
 _ops = torch.ops.stellarator
 
@@ -68,7 +70,8 @@ def column_product(
         (B, T, out).
     """
     make, *tensors = _parts(x, again)
-    y = _ColumnProduct.apply(x.flatten(0, 1), weight, bias, tp, deferred, make, *tensors)
+    options = (tp, deferred, room_of(weight), make)
+    y = _ColumnProduct.apply(x.flatten(0, 1), weight, bias, *options, *tensors)
     return y.unflatten(0, shape)
 
 
@@ -90,7 +93,8 @@ def row_product(
     """
     make, *tensors = _parts(x, again)
     arriving: list = []
-    y = _RowProduct.apply(x.flatten(0, 1), weight, tp, deferred, arriving, make, *tensors)
+    options = (tp, deferred, room_of(weight), arriving, make)
+    y = _RowProduct.apply(x.flatten(0, 1), weight, *options, *tensors)
     return _Leave.apply(y, tp, arriving)[None] if tp.sp else tp.leave(y.unflatten(0, x.shape[:2]))
 
 
@@ -104,8 +108,8 @@ class _ColumnProduct(torch.autograd.Function):
     """Of tokens (N, C) or (N_sp, C); the last inputs are what is kept of them."""
 
     @staticmethod
-    def forward(ctx, x, weight, bias, tp: TensorParallel, deferred, make, *tensors):
-        ctx.tp, ctx.deferred, ctx.make = tp, deferred, make
+    def forward(ctx, x, weight, bias, tp: TensorParallel, deferred, room, make, *tensors):
+        ctx.tp, ctx.deferred, ctx.room, ctx.make = tp, deferred, room, make
         ctx.weight, ctx.layer = weight, tp.axis.layer
         ctx.save_for_backward(*tensors)
         return linear(tp.axis.gather(x, Tag("enter", ctx.layer)) if tp.sp else x, weight, bias)
@@ -139,8 +143,9 @@ class _RowProduct(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, x, weight, tp: TensorParallel, deferred, arriving, make, *tensors):
-        ctx.tp, ctx.deferred, ctx.arriving, ctx.make = tp, deferred, arriving, make
+    def forward(ctx, x, weight, tp: TensorParallel, deferred, room, arriving, make, *tensors):
+        ctx.tp, ctx.deferred, ctx.room, ctx.make = tp, deferred, room, make
+        ctx.arriving = arriving
         ctx.weight, ctx.layer = weight, tp.axis.layer
         ctx.save_for_backward(*tensors)
         return linear(x, weight)
@@ -200,8 +205,8 @@ def _apart(ctx) -> bool:
 
 
 def _weight_gradient(ctx, needed: bool, weight, dy, rows: Rows) -> torch.Tensor | None:
-    """dy^T @ x, or None if nobody needs it now."""
+    """dy^T @ x; None if nobody needs it now, or it was added to the buffer of all gradients."""
     if _apart(ctx):
         ctx.deferred.add(weight, dy, rows)
         return None
-    return _ops.weight_gradient(dy, rows.wait()) if needed else None
+    return gradient_or_add(dy, rows.wait(), "auto", ctx.room) if needed else None

@@ -1,13 +1,18 @@
 """Gradients summed over the data-parallel ranks while the backward pass makes more of them.
 
+A gradient comes by autograd, and is added to its buffer here; or an op adds it there by itself
+(`parameter.main_grad()` gives the buffer) and hands nothing on. Of a parameter with two uses, as a
+tied embedding, each may come either way: the node of autograd where all of them meet runs once in
+a backward pass, after the last one, also if none came to it.
+
 defines: Reducer
 """
 
 import contextlib
 from collections.abc import Iterator
-from functools import partial
 
 import torch
+from torch.autograd.graph import get_gradient_edge
 
 from stellarator.parallel.buckets import Bucket
 
@@ -24,7 +29,7 @@ class Reducer:
 
     Args:
         buckets: of all parameters.
-        parameters: by name; autograd adds their gradients into the buckets from now on.
+        parameters: by name; their gradients go into the buckets from now on.
     """
 
     def __init__(self, buckets: list[Bucket], parameters: dict[str, torch.nn.Parameter]):
@@ -32,30 +37,32 @@ class Reducer:
         self._stage = buckets[0].data.stage
         self._missing = [set(bucket.names) for bucket in buckets]
         self._begun: list[Bucket] = []
+        self._nodes = []  # with hooks; parameters do not keep theirs
         for index, bucket in enumerate(buckets):
             for name in bucket.names:
                 self._attach(index, name, parameters[name])
 
     def _attach(self, index: int, name: str, parameter: torch.nn.Parameter) -> None:
-        """Have autograd add a gradient into its bucket, and say so."""
+        """Have a gradient added into its bucket, and be told."""
         bucket = self._buckets[index]
-        if self._stage < 2:  # for who makes gradients without autograd
-            parameter.main_grad = bucket.view(bucket.full_grads, name)
+        parameter.main_grad = lambda: bucket.view(bucket.room(), name)
         in_place = self._stage < 2 and parameter.dtype == bucket.grads.dtype
         if in_place:  # autograd adds in place to a gradient that is there
-            parameter.grad = parameter.main_grad
+            parameter.grad = parameter.main_grad()
             if bucket.data.axis.size == 1:
                 return
-        made = partial(self._made, index, name, in_place)
-        parameter.register_post_accumulate_grad_hook(made)
+        # Not a hook of the parameter: without a gradient some versions of torch leave those out.
+        node = get_gradient_edge(parameter).node
+        node.register_hook(lambda *_: self._made(index, name, in_place, parameter))
+        self._nodes.append(node)
 
     def _made(self, index: int, name: str, in_place: bool, parameter: torch.nn.Parameter) -> None:
-        """A backward pass has made this gradient."""
+        """A backward pass has made this gradient; `grad` is None if it is all in its buffer."""
         bucket = self._buckets[index]
         assert self._stage >= 2 or bucket not in self._begun, (
             f"the gradient of {name} comes after its reduction began: last_micro_batch was early"
         )
-        if not in_place:
+        if not in_place and parameter.grad is not None:
             bucket.view(bucket.room(), name).add_(parameter.grad)
             parameter.grad = None
         if bucket.data.axis.size == 1 or not (self._last or self._stage >= 2):

@@ -70,9 +70,10 @@ class Case:
         return sizes.ITEMSIZE[self.config.train.precision]
 
     @property
-    def state_bytes(self) -> dict[str, int]:
+    def state_bytes(self) -> dict[str, float]:
         """Bytes of a parameter and of what belongs to it."""
-        return sizes.STATE_BYTES[self.config.train.precision]
+        optim = self.config.optim
+        return sizes.state_bytes(self.config.train.precision, optim.weights, optim.moments)
 
     def parameters(self, rank: int) -> int:
         """Parameters of one tensor rank of a pipeline rank.

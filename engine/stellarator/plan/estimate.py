@@ -140,9 +140,11 @@ def optimizer_seconds(case: Case, machine: Machine) -> float:
     count = max(case.parameters(rank) for rank in range(layout.pp))
     if case.parallel.zero:
         count = -(-count // case.replicas)
-    masters = state["masters"] or state["parameters"]
-    written = state["parameters"] if state["masters"] else 0
-    each = 2 * (masters + state["moments"]) + 2 * state["gradients"] + written
+    if case.config.optim.weights == "masters" and state["masters"]:
+        weights = 2 * state["masters"] + state["parameters"]  # parameters are written only
+    else:
+        weights = 2 * (state["masters"] + state["parameters"])
+    each = weights + 2 * state["moments"] + 2 * state["gradients"]
     return count * each / (machine.hbm_gbps * 1e9)
 
 

@@ -25,7 +25,7 @@ class Memory:
     moments: int
     activations: int  # at the worst moment of the schedule
     working: int  # what is computed again for one layer, and the widest tensors of its backward
-    logits: int  # of one chunk, and the sum of the head's gradient over chunks
+    logits: int  # of one chunk
     buffers: int  # messages of the pipeline, gathered tokens, keys and values, parameters (ZeRO 3)
 
     @property
@@ -45,7 +45,7 @@ def memory_of(case: Case, rank: int, simulation: Simulation) -> Memory:
     count, zero = case.parameters(rank), case.parallel.zero
     shared = -(-count // case.replicas)
     state = {
-        kind: size * (shared if zero >= sizes.SHARED_FROM[kind] else count)
+        kind: round(size * (shared if zero >= sizes.SHARED_FROM[kind] else count))
         for kind, size in case.state_bytes.items()
     }
     return Memory(
@@ -63,7 +63,8 @@ def stage_activation_bytes(case: Case, stage: Stage) -> int:
     The first layer of a stage has one input, as a message is the sum of two; "selective" keeps the
     result of the last product instead. Behind the last layer there are the sum of the residual
     stream with its statistics and, as the loss computes its gradients in the forward, those of the
-    states and of the head.
+    states and, not rounded, of the head. Tensor ranks compute these in the backward and keep the
+    states.
     """
     model, layout, sp = case.model, case.layout, case.parallel.sp
     recompute, itemsize, N = case.config.train.recompute, case.itemsize, case.tokens
@@ -74,20 +75,19 @@ def stage_activation_bytes(case: Case, stage: Stage) -> int:
         kept -= stream * model.width * itemsize
     if stage.last:
         kept += stream * (model.width * itemsize + 2 * max(4, itemsize))
-        kept += (N * model.width + sizes.embedding_parameters(model, layout.tp)) * itemsize
+        kept += N * model.width * itemsize
+        if layout.tp == 1:
+            kept += sizes.embedding_parameters(model) * max(4, itemsize)
     return kept
 
 
 def logit_bytes(case: Case) -> int:
-    """The logits of a chunk and, where there are several chunks, the fp32 sum of dweight.
-
-    A chunk takes at most what its gradients take, see `linear_cross_entropy.chunk_rows`.
-    """
+    """The logits of a chunk: at most what its gradients take, see `chunk_rows`."""
     model, N, itemsize = case.model, case.tokens, case.itemsize
     weight = sizes.embedding_parameters(model, case.layout.tp)
     every = N * (weight // model.width) * itemsize
     most = max(_MIN_LOGITS, (N * model.width + weight) * itemsize)
-    return min(every, most) + (weight * max(4, itemsize) if every > most else 0)
+    return min(every, most)
 
 
 def _working_bytes(case: Case) -> int:
@@ -118,6 +118,10 @@ def _buffer_bytes(case: Case, rank: int, simulation: Simulation) -> int:
             held += 2 * kv * case.itemsize  # in use and on their way
         else:  # of whole rows, with the sums of their gradients
             held += layout.cp * kv * (case.itemsize + max(4, case.itemsize))
+    has_end = rank in (case.stages[0].rank, case.stages[-1].rank)
+    if parallel.zero >= 2 and case.replicas > 1 and has_end:
+        # From the loss to the end of the backward, where the embedding adds to it.
+        held += sizes.embedding_parameters(model, layout.tp) * max(4, case.itemsize)
     if parallel.zero >= 3 and case.replicas > 1:
         held += 2 * sizes.layer_parameters(model, layout.tp) * case.itemsize
     return held

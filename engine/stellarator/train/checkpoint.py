@@ -17,7 +17,7 @@ import json
 import os
 import shutil
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -53,13 +53,15 @@ class Checkpoint:
 
     def load_into(
         self,
-        tensors: dict[str, torch.Tensor],
+        tensors: Mapping[str, torch.Tensor],
         partly: bool = False,
         shards: dict[str, Shard] | None = None,
+        put: Callable[[str, torch.Tensor], None] | None = None,
     ) -> None:
         """Fill `tensors` in place; with `partly` the checkpoint may hold more than these.
 
         shards: what part of the stored one each tensor is, by its name; None: the whole.
+        put: is given each tensor when it is filled, for those that are copies of something.
 
         Raises:
             CheckpointError: names, shapes or dtypes differ; the first few are listed.
@@ -85,6 +87,8 @@ class Checkpoint:
                     tensor.copy_(file.get_tensor(name))
                 else:
                     shards[name].take_(tensor, file.get_tensor(name))
+                if put is not None:
+                    put(name, tensor)
 
 
 def save(

@@ -197,7 +197,9 @@ class Trainer:
             self._print_header(sum(p.numel() for p in self.whole.values()))
             held = Transformer(config.model, tp=self.tp, part=self.part, device="meta").parameters()
             count, replicas = sum(p.numel() for p in held), self.mesh.replicas.size
-            memory.check(count, config.train.precision, device, self.data.stage, replicas)
+            kinds = config.optim.weights, config.optim.moments
+            precision = config.train.precision
+            memory.check(count, precision, device, self.data.stage, replicas, *kinds)
         self._find_checkpoint()
         self._make_model()
         if self.pipeline is not None:
@@ -273,7 +275,8 @@ class Trainer:
         with first_values(config, self.found is not None) as fill:
             without_memory(self.model, self.mesh.device, fill)
             self.optimizer = FlatOptimizer(
-                self.model, config.optim, config.train.kernels, self.dtype, *ranks
+                *(self.model, config.optim, config.train.kernels, self.dtype, *ranks),
+                config.train.seed,
             )
 
     def _resume(self) -> None:
@@ -281,7 +284,8 @@ class Trainer:
         found, self._saved_step = self.found, None
         if found is not None:
             shards, some = self.optimizer.shards(), self.part is not None
-            found.load_into(self.optimizer.state(), partly=some, shards=shards)
+            optimizer = self.optimizer
+            found.load_into(optimizer.state(), partly=some, shards=shards, put=optimizer.put)
             self.optimizer.after_load()
             self.progress = resume.Progress(**found.manifest["state"]["progress"])
             self.log.say(f"resumed {found.folder} at step {self.step}")

@@ -23,6 +23,8 @@ def check(
     device: torch.device,
     stage: int = 0,
     data_size: int = 1,
+    weights: str = "masters",
+    moments: str = "fp32",
 ) -> None:
     """Raise before the model is made. Every rank of a machine without GPUs holds its part.
 
@@ -31,17 +33,19 @@ def check(
         precision: `train.precision`.
         device: of this rank.
         stage: of ZeRO, over `data_size` ranks.
+        weights, moments: `optim.weights` and `optim.moments`.
     Raises:
         RuntimeError: it needs more than there is; the message has both figures.
     """
-    each = bytes_per_parameter(precision, stage, data_size)
+    each = bytes_per_parameter(precision, stage, data_size, weights, moments)
     ranks = 1 if device.type == "cuda" else int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     needed, available = ranks * num_parameters * each, available_bytes(device)
     if needed <= available:
         return
     where = "this GPU" if device.type == "cuda" else "this machine"
     processes = f" in each of {ranks} processes" if ranks > 1 else ""
-    masters = ", masters" if precision == "bf16" else ""
+    kept = precision == "bf16" and weights != "stochastic"
+    masters = f", {weights}" if kept else ""
     raise RuntimeError(
         f"train: expected {needed / 2**30:,.1f} GiB of free memory for the weights{masters}, "
         f"gradients and moments of {num_parameters:,} parameters ({each:g} bytes each in "

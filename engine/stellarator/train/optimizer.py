@@ -5,11 +5,12 @@ defines: FlatOptimizer, KINDS
 The parameters of the model become views of flat buffers, so that the norm is one pass and the
 update one launch for each weight decay. In bf16 the buffers are: bf16 parameters, fp32 masters,
 fp32 gradients (summed over micro-batches in fp32), two fp32 moments: 18 bytes a parameter. In fp32
-the parameters are the masters: 16 bytes. Of what ZeRO shares out a data-parallel rank has its part:
-see stellarator.parallel.buckets.
+the parameters are the masters: 16 bytes. Masters and moments may be narrower (`optim.weights`,
+`optim.moments`): see stellarator.parallel.states. Of what ZeRO shares out a data-parallel rank has
+its part: see stellarator.parallel.buckets.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager
 
 import torch
@@ -19,6 +20,7 @@ from stellarator.parallel.buckets import Bucket, DataParallel, plan
 from stellarator.parallel.mesh import Axis
 from stellarator.parallel.reducer import Reducer
 from stellarator.parallel.shard import FlatPart, Shard, shards_of
+from stellarator.parallel.states import Kinds, Run
 from stellarator.parallel.tensor import ALONE, TensorParallel
 from stellarator.parallel.zero import Gatherer
 from stellarator_kernels import adamw_, grad_norm
@@ -46,14 +48,18 @@ class FlatOptimizer:
             ZeRO 3 its `layers` are gathered one by one.
         dtype: of the parameters from now on; None: as they are. With bf16 given to a model in fp32
             the masters keep all its digits.
-        config: betas, eps, weight_decay (for tensors of two or more dimensions), clip_norm.
+        config: betas, eps, weight_decay (for tensors of two or more dimensions), clip_norm,
+            weights, moments.
         kernels: `impl` of the ops.
         tp: the ranks that share the parameters.
         data: the ranks that sum their gradients.
         pp: the ranks that hold the other layers.
+        seed: of what is rounded at random.
     Attributes:
         axes: over which parameters, or their states, are shared out.
-    Cost: memory 18 bytes a parameter (bf16) or 16 (fp32), less what ZeRO shares out.
+    Cost: memory 18 bytes a parameter (bf16) or 16 (fp32), less what ZeRO shares out and what is
+        narrower: `sizes.bytes_per_parameter`. Where something is rounded at random, an update is a
+        launch for each parameter.
     """
 
     def __init__(
@@ -65,14 +71,16 @@ class FlatOptimizer:
         tp: TensorParallel = ALONE,
         data: DataParallel = DataParallel(),  # noqa: B008, it is frozen
         pp: Axis = Axis("pp"),  # noqa: B008, it is frozen
+        seed: int = 0,
     ):
-        self.config, self.kernels, self.data = config, kernels, data
+        self.config, self.kernels, self.data, self.seed = config, kernels, data, seed
         holders = (tp.axis, pp, *((data.axis,) if data.stage else ()))
         self.axes = [axis for axis in holders if axis.size > 1]
         named, shards = list(model.named_parameters()), shards_of(model)
         dtype, layers = dtype or named[0][1].dtype, list(getattr(model, "layers", ()))
+        kinds = Kinds(config.weights, config.moments)
         self.buckets = [
-            Bucket(part, shards, dtype, config.weight_decay, tp, data)
+            Bucket(part, shards, dtype, config.weight_decay, tp, data, kinds)
             for part in plan(named, shards, layers, data)
         ]
         self._counted = [x for bucket in self.buckets for x in bucket.counted_grads()]
@@ -127,24 +135,46 @@ class FlatOptimizer:
         factor = torch.ones_like(norm)
         if self.config.clip_norm is not None:
             factor = (self.config.clip_norm / (norm + _CLIP_EPS)).clamp(max=1.0)
-        pieces = [(b, run, decay) for b in self.buckets for run, decay in b.segments()]
-        has_masters = self.buckets[0].master is not None
+        runs = [(bucket, run) for bucket in self.buckets for run in bucket.runs()]
+        for coded in (False, True):
+            self._update([x for x in runs if x[1].coded == coded], step, lr, factor / num_targets)
+        self._publish()
+
+    def _update(
+        self, runs: list[tuple[Bucket, Run]], step: int, lr: float, factor: torch.Tensor
+    ) -> None:
+        """AdamW on runs whose moments are of one sort; factor: of their gradients."""
+        if not runs:
+            return
+        states = [(bucket.states, run.run) for bucket, run in runs]
+        averages = [state.exp_avg.parts(run) for state, run in states]
+        squares = [state.exp_avg_sq.parts(run) for state, run in states]
+        options = {}
+        for kind in ("master", "remainder"):
+            if getattr(states[0][0], kind) is not None:
+                options[kind] = [getattr(state, kind)[run] for state, run in states]
+        if runs[0][1].coded:
+            options["exp_avg_scales"] = [scales for _, scales in averages]
+            options["exp_avg_sq_scales"] = [scales for _, scales in squares]
+        if runs[0][1].first_index is not None:
+            options["seed"] = self.seed
+            options["first_indices"] = [run.first_index for _, run in runs]
+            options["index_rows"] = [run.index_rows for _, run in runs]
         adamw_(
-            [bucket.params[run] for bucket, run, _ in pieces],
-            [bucket.grads[run] for bucket, run, _ in pieces],
-            [bucket.exp_avg[run] for bucket, run, _ in pieces],
-            [bucket.exp_avg_sq[run] for bucket, run, _ in pieces],
+            [bucket.params[run.run] for bucket, run in runs],
+            [bucket.grads[run.run] for bucket, run in runs],
+            [values for values, _ in averages],
+            [values for values, _ in squares],
             lr=lr,
             beta1=self.config.beta1,
             beta2=self.config.beta2,
             eps=self.config.eps,
-            weight_decay=[decay for _, _, decay in pieces],
+            weight_decay=[run.decay for _, run in runs],
             step=step,
-            master=[bucket.master[run] for bucket, run, _ in pieces] if has_masters else None,
-            clip_coefficient=factor / num_targets,
+            clip_coefficient=factor,
             impl=self.kernels,
+            **options,
         )
-        self._publish()
 
     def _publish(self) -> None:
         """Give every rank the parameters that others have changed."""
@@ -156,15 +186,21 @@ class FlatOptimizer:
 
     # What a checkpoint has.
 
-    def state(self) -> dict[str, torch.Tensor]:
-        """Views of what a checkpoint needs: master.*, exp_avg.*, exp_avg_sq.* by logical name."""
-        found = {}
-        for bucket in self.buckets:
-            master = bucket.params if bucket.master is None else bucket.master
-            buffers = (master, bucket.exp_avg, bucket.exp_avg_sq)
-            for kind, flat in zip(KINDS, buffers, strict=True):
-                found |= {f"{kind}.{name}": bucket.own_view(flat, name) for name in bucket.names}
-        return found
+    def state(self) -> Mapping[str, torch.Tensor]:
+        """What a checkpoint needs: master.*, exp_avg.*, exp_avg_sq.* by logical name.
+
+        Views of what lies in memory like this; of what is narrower, copies made when asked for.
+        """
+        return _State(self.buckets)
+
+    def put(self, name: str, values: torch.Tensor) -> None:
+        """Keep what `state` then gives under this name; `after_load` when all are there.
+
+        Of narrower kinds what they can hold: all digits, but weights "stochastic" round to the
+        nearest, and moments of 8 bits are exact where they were saved in the same groups.
+        """
+        kind, name = name.split(".", 1)
+        next(b for b in self.buckets if name in b.spans).write(kind, name, values)
 
     def shards(self) -> dict[str, Shard | FlatPart]:
         """What part each tensor of `state` is, of which whole."""
@@ -176,10 +212,10 @@ class FlatOptimizer:
         }
 
     def after_load(self) -> None:
-        """Make the parameters follow the masters that `state()` was filled with."""
+        """Make the parameters follow the masters that were put here."""
         for bucket in self.buckets:
-            if bucket.master is not None:
-                bucket.params.copy_(bucket.master)
+            if bucket.states.master is not None:
+                bucket.params.copy_(bucket.states.master)
         self._publish()
 
     def not_finite(self, names: Iterable[str]) -> list[str]:
@@ -194,3 +230,19 @@ class FlatOptimizer:
         for axis in self.axes:
             axis.max_(found, "gradients that are not finite")
         return [name for name, is_wrong in zip(names, found.tolist(), strict=True) if is_wrong]
+
+
+class _State(Mapping):
+    """`FlatOptimizer.state`."""
+
+    def __init__(self, buckets: list[Bucket]):
+        self._buckets = {f"{k}.{n}": b for b in buckets for k in KINDS for n in b.names}
+
+    def __getitem__(self, key: str) -> torch.Tensor:
+        return self._buckets[key].read(*key.split(".", 1))
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._buckets)
+
+    def __len__(self) -> int:
+        return len(self._buckets)

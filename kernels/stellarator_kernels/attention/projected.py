@@ -1,11 +1,13 @@
 """Attention on the result of a fused projection, with RoPE in front of it.
 
-defines: projected_attention
+defines: projected_attention, adds_bias
 
-    q, k, v = split(qkv);  out = flash_attention(rope(q), rope(k), v)
+    q, k, v = split(qkv + bias);  out = flash_attention(rope(q), rope(k), v)
 
 The gradient of the projection is one tensor. Op by op autograd would put it together from three,
-with a copy of all; here the C++ kernels write it in place, and RoPE turns it there. Elsewhere it is
+with a copy of all; here the C++ kernels write it in place, and RoPE turns it there. On a GPU
+`bias_rope` divides, turns and adds the bias in one pass, and its backward puts the gradient
+together and sums that of the bias; q, k and v are kept instead of the projection. Elsewhere it is
 put together from the gradients of the ops, which are the same to the bit.
 """
 
@@ -14,7 +16,7 @@ import torch
 from stellarator_kernels import dispatch
 from stellarator_kernels.attention import cpu
 from stellarator_kernels.attention.api import check_call
-from stellarator_kernels.checks import expect, expect_dtype, expect_shape
+from stellarator_kernels.checks import expect, expect_dtype, expect_same_device, expect_shape
 from stellarator_kernels.memory import empty_like
 from stellarator_kernels.rope import rotate_into
 
@@ -95,6 +97,48 @@ def _fake_backward(dout, q, k, qkv, out, lse, cos, sin, cu_seqlens, window, scal
     return qkv.new_empty(qkv.shape)
 
 
+class _DividedAttention(torch.autograd.Function):
+    """`bias_rope` and attention on its three results, of their own."""
+
+    @staticmethod
+    def forward(ctx, qkv, bias, cos, sin, H, G, cu_seqlens, window, impl):
+        B, T, width = qkv.shape
+        D = width // (H + 2 * G)
+        rows = _ops.bias_rope_forward(qkv.view(B * T, width), bias, cos, sin, H, G, "triton")
+        shape = (B, T) if cu_seqlens is None else (1, B * T)
+        rows = [x.view(*shape, *x.shape[1:]) for x in rows]
+        ctx.options = (True, window, D**-0.5, None, 0.0)
+        ctx.impl, ctx.has_bias = impl, bias is not None
+        out, lse = _ops.flash_attention_forward(
+            *rows, cu_seqlens, None, None, *ctx.options, False, True, impl
+        )
+        ctx.save_for_backward(*rows, out, lse, cos, sin, cu_seqlens)
+        return out.view(B, T, H, D)
+
+    @staticmethod
+    def backward(ctx, dout):
+        *rows, out, lse, cos, sin, cu_seqlens = ctx.saved_tensors
+        parts = _ops.flash_attention_backward(
+            dout.reshape(out.shape), None, *rows, out, lse, cu_seqlens, None, None,
+            *ctx.options, True, ctx.impl,
+        )  # fmt: skip
+        need_bias = ctx.has_bias and ctx.needs_input_grad[1]
+        parts = [x.flatten(0, 1) for x in parts]
+        dqkv, dbias = _ops.bias_rope_backward(*parts, cos, sin, need_bias, "triton")
+        dqkv = dqkv.view(*dout.shape[:2], -1)
+        return dqkv, dbias if need_bias else None, *(None,) * 7
+
+
+def adds_bias(x: torch.Tensor, impl: str) -> bool:
+    """Whether a projection of x may leave its bias to `projected_attention`, at no cost.
+
+    Not in a graph of torch.compile, which cannot ask the dispatcher.
+    """
+    if torch.compiler.is_compiling() or impl not in ("auto", "triton"):
+        return False
+    return dispatch.choose("bias_rope", impl, x) == "triton"
+
+
 class _ProjectedAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, qkv, cos, sin, H, G, cu_seqlens, window, impl):
@@ -130,6 +174,7 @@ def projected_attention(
     num_kv_heads: int,
     table: tuple[torch.Tensor, torch.Tensor] | None,
     *,
+    bias: torch.Tensor | None = None,
     window: int | None = None,
     cu_seqlens: torch.Tensor | None = None,
     impl: str = "auto",
@@ -140,10 +185,12 @@ def projected_attention(
         qkv: (B, T, (H + 2G) * D) bf16/fp16/fp32/fp64: all heads of Q, then K, then V.
         num_heads, num_kv_heads: H and G, H a multiple of G.
         table: cos and sin (B*T, D/2) of `rope_table`; None: no RoPE.
+        bias: ((H + 2G) * D,) of the projection if it is not in qkv yet, dtype of qkv; `adds_bias`
+            tells where that is better.
         window: keys that a query sees at most, its own included; None: all before it.
         cu_seqlens: (E+1,) int32: bounds of documents over the B*T flattened tokens; None: a row is
             one document.
-        impl: of both ops; see `rope` and `flash_attention`.
+        impl: of the ops; see `rope`, `bias_rope` and `flash_attention`.
     Returns:
         (B, T, H, D), the dtype of qkv.
     Raises:
@@ -166,6 +213,15 @@ def projected_attention(
             expect_dtype(_OP, name, part, (torch.float32,), "Make it with rope_table")
         cos, sin = table
     check_call(*_rows_of(qkv, H, G, cu_seqlens), True, window, cu_seqlens)
+    if bias is not None:
+        width = qkv.shape[-1:]
+        expect_shape(_OP, "bias", bias, "((H + 2G) * D,)", width, "Pass that of the projection")
+        expect_dtype(_OP, "bias", bias, (qkv.dtype,), "Cast it to the dtype of qkv")
+        expect_same_device(_OP, qkv=qkv, bias=bias)
+    if adds_bias(qkv, impl):
+        options = (H, G, cu_seqlens, window, impl)
+        return _DividedAttention.apply(qkv.contiguous(), bias, cos, sin, *options)
+    qkv = qkv if bias is None else qkv + bias
     return _ProjectedAttention.apply(qkv, cos, sin, H, G, cu_seqlens, window, impl)
 
 

@@ -12,9 +12,11 @@ from collections.abc import Callable
 
 import torch
 
+from stellarator.parallel.gradients import room_of
 from stellarator.parallel.journal import Tag
 from stellarator.parallel.mesh import Axis
 from stellarator_kernels import linear
+from stellarator_kernels.linear import Room, gradient_or_add
 
 
 class Rows:
@@ -69,7 +71,7 @@ class Deferred:
 
     @torch.no_grad()
     def run(self, key) -> None:
-        """Make the gradients that were put under a key: they are added to `weight.main_grad`.
+        """Make the gradients that were put under a key: they are added to `weight.main_grad()`.
 
         What the next one needs of other ranks travels during the present one.
         """
@@ -79,7 +81,9 @@ class Deferred:
             rows = x.wait()
             if waiting:
                 waiting[0][2].begin()
-            weight.main_grad.add_(dy.T @ rows)
+            dweight = gradient_or_add(dy, rows, "auto", weight.main_grad)
+            if dweight is not None:
+                weight.main_grad().add_(dweight)
 
     @property
     def empty(self) -> bool:
@@ -91,11 +95,11 @@ class _SplitLinear(torch.autograd.Function):
     """linear(x, weight, bias), whose weight gradient may be deferred."""
 
     @staticmethod
-    def forward(ctx, x, weight, bias, deferred: Deferred):
+    def forward(ctx, x, weight, bias, deferred: Deferred, room: Room | None):
         ctx.save_for_backward(x)
         # Not saved: where layers are computed again it would come back as another tensor, without
         # the buffer for its gradient.
-        ctx.weight, ctx.deferred, ctx.has_bias = weight, deferred, bias is not None
+        ctx.weight, ctx.deferred, ctx.has_bias, ctx.room = weight, deferred, bias is not None, room
         return linear(x, weight, bias)
 
     @staticmethod
@@ -104,14 +108,14 @@ class _SplitLinear(torch.autograd.Function):
         dy2, x2 = dy.flatten(0, -2), x.flatten(0, -2)
         dweight = None
         if ctx.deferred.key is None:
-            dweight = dy2.T @ x2
+            dweight = gradient_or_add(dy2, x2, "auto", ctx.room)
         else:
             ctx.deferred.add(weight, dy2, Rows(lambda: x2))
-        return dy @ weight, dweight, dy2.sum(0) if ctx.has_bias else None, None
+        return dy @ weight, dweight, dy2.sum(0) if ctx.has_bias else None, None, None
 
 
 def split_linear(
     x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, deferred: Deferred
 ) -> torch.Tensor:
     """x @ weight^T + bias; x (..., in), weight (out, in), bias (out,) or None."""
-    return _SplitLinear.apply(x, weight, bias, deferred)
+    return _SplitLinear.apply(x, weight, bias, deferred, room_of(weight))
