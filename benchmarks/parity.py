@@ -85,7 +85,8 @@ def _cases() -> list[Case]:
         add(two, dp)
     for zero in (1, 2, 3):
         add(two, 2, zero=zero)
-    add(two, 4, zero=3)
+    for zero in (1, 2, 3):
+        add(two, 4, zero=zero)
     for tp in (2, 4):
         for sp in (False, True):
             add(two, tp=tp, sp=sp)
@@ -102,12 +103,13 @@ def _cases() -> list[Case]:
     add(two, tp=2, sp=True, pp=2, schedule="zb_h1")
     add(two, 2, tp=2, sp=True, pp=2)
     add(two, 2, tp=2, pp=2, schedule="zb_v", stages_per_rank=2)
-    add(dropping, 2, tp=2, sp=True)
+    add(dropping, 2, tp=2, sp=True, zero=2)
     add(dropping, tp=2, pp=2)
     add(dropping, pp=2, schedule="zb_v", stages_per_rank=2)
     add(untied, tp=4, sp=True)
     add(untied, pp=2, schedule="zb_v", stages_per_rank=2)
     add(untied, 2, tp=2, pp=2, schedule="interleaved", stages_per_rank=2)
+    add(one, 2, zero=2)
     add(one, tp=2, sp=True)
     add(one, tp=4)
     add(one, pp=4)

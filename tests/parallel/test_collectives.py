@@ -1,6 +1,8 @@
 """Tagged collectives and the journal that others read: gloo processes, closed forms."""
 
 import os
+import sys
+import threading
 import time
 
 import pytest
@@ -105,6 +107,52 @@ def test_an_old_entry_does_not_overwrite_a_newer_one(tmp_path):
         journal.leave(entry)
     assert [e.sequence for e in read(tmp_path, 0).entries if e.left is None] == [16, *range(9, 16)]
     assert journal.oldest().sequence == 9
+
+
+def test_a_heartbeat_beside_new_channels_loses_none(tmp_path):
+    """The watchdog's thread writes into the header that this one writes, too."""
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        for turn in range(20):
+            journal, stop = Journal(tmp_path / str(turn), 0), threading.Event()
+
+            def beat(journal=journal, stop=stop):
+                while not stop.is_set():
+                    journal.beat()
+
+            thread = threading.Thread(target=beat)
+            thread.start()
+            for n in range(60):
+                journal.leave(journal.enter(f"c{n}", "all_reduce", "x", 1))
+            stop.set()
+            thread.join()
+            found = {entry.channel for entry in read(journal.folder, 0).entries}
+            assert len(found) == 60, turn
+    finally:
+        sys.setswitchinterval(before)
+
+
+def test_what_is_begun_is_asked_in_its_order(tmp_path):
+    """Of a channel whose first is not done no other is asked: the cost does not grow."""
+
+    class Work:
+        done, asked = False, 0
+
+        def is_completed(self):
+            Work.asked += 1
+            return self.done
+
+    journal, works = Journal(tmp_path, 0), [Work() for _ in range(100)]
+    for n, work in enumerate(works):
+        journal.leave_later(journal.enter("dp", "all_reduce", str(n), 1, waits=False), work)
+    assert Work.asked <= 100  # not 1 + 2 + ... + 99
+    works[0].done = works[1].done = works[3].done = True
+    journal.settle()
+    assert len(journal.open) == 98
+    works[2].done = True
+    journal.settle()
+    assert len(journal.open) == 96
 
 
 def test_half_an_entry_is_not_believed(tmp_path):

@@ -35,7 +35,7 @@ WIDTH = 5
 CASES = [
     (name, p, m, v)
     for name in NAMES
-    for p, m in ((2, 5), (4, 3), (4, 9))
+    for p, m in ((2, 5), (2, 24), (4, 3), (4, 9))
     for v in ((2, 3) if name == "interleaved" else (default_stages_per_rank(name),))
 ]
 
@@ -85,6 +85,25 @@ class Watching(Deferred):
         self.held -= 1
 
 
+class Counting(Links):
+    """Counts the messages whose tensors are kept until they are waited for."""
+
+    pending = most = 0
+
+    def send(self, x, to, key):
+        handle = super().send(x, to, key)
+        self.pending += 1
+        self.most = max(self.most, self.pending)
+        wait = handle.wait
+
+        def counted():
+            self.pending -= 1
+            return wait()
+
+        handle.wait = counted
+        return handle
+
+
 def weights_and_rows(num_stages: int, m: int):
     """The same on every rank."""
     generator = torch.Generator().manual_seed(1)
@@ -98,8 +117,11 @@ def executed(rank: int) -> list:
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": "4"}
     found, places = [], {}
     for p in (2, 4):
-        mesh = meshes.start("cpu", parallel=ParallelConfig(pp=p))
-        places[p] = mesh.pp, Links(mesh)
+        mesh = meshes.start("cpu", parallel=ParallelConfig(pp=p, timeout_seconds=77.0))
+        places[p] = mesh.pp, Counting(mesh)
+        # No group is given up before the watchdog can say why.
+        backends = [group.process_group._get_backend(mesh.device) for group in mesh.groups]
+        assert {b.options._timeout.total_seconds() for b in backends[1:]} == {77.0 + 60.0}
     for name, p, m, v in CASES:
         axis, links = places[p]
         weights, rows = weights_and_rows(p * v, m)
@@ -118,6 +140,10 @@ def executed(rank: int) -> list:
         loss = executor.run(make(name, p, m, v), forward, lambda _, x=rows[0]: torch.empty_like(x))
         mine = [s for s, owner in enumerate(ranks) if owner == axis.rank]
         assert executor.done == watching.done and watching.held == 0
+        # A few a stage, however many micro-batches there are; GPipe hears nothing for a while.
+        limit = m if name == "gpipe" else 2 * p * v
+        assert links.pending == 0 and links.most <= limit, (name, p, m, v, links.most)
+        links.most = 0
         found.append(
             (watching.done, watching.most, float(loss), {s: weights[s].grad for s in mine})
         )

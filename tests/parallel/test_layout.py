@@ -97,9 +97,9 @@ def test_rows_are_cut_in_two_chunks_a_context_rank_and_their_tokens_by_tensor_ra
 
 
 def test_layouts_of_the_recipes():
-    """StarCoderBase on 512 GPUs: 16 micro-batches, 4,194,304 tokens a step."""
+    """StarCoderBase on 512 GPUs: 16 micro-batches of a row."""
     model = recipes.get("starcoderbase").model
     given = ParallelConfig(tp=4, pp=4, sp=True, zero=1)
     sizes = {"seq_length": 8192, "global_batch_size": 512, "micro_batch_size": 1}
     assert problems(model, given, 512, **sizes) == []
-    assert 512 // layout_of(given, 512).dp == 16 and 512 * 8192 == 4_194_304
+    assert 512 // layout_of(given, 512).dp == 16

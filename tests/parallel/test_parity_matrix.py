@@ -15,7 +15,7 @@ NAMES = [
     ("starcoder2", "pp 2 zb_h1"),
     ("starcoder2 dropout", "cp 2 ring"),
     ("starcoder2 dropout", "pp 2 zb_v"),
-    ("starcoder2 dropout", "tp 2 sp dp 2"),
+    ("starcoder2 dropout", "tp 2 sp dp 2 zero 2"),
     ("starcoder2 untied", "tp 4 sp"),
     ("starcoder", "tp 2 sp cp 2 ring"),
     ("starcoder", "pp 4 1f1b"),

@@ -244,6 +244,38 @@ def test_an_action_before_what_it_needs_is_a_deadlock(name):
             assert (rank, first) in [entry[:2] for entry in caught.value.waiting]
 
 
+def first_meetings(schedule, ranks, rank) -> list[tuple[int, int]]:
+    """The links (from, to) of a rank, in the order in which it uses each for the first time."""
+    found, last = [], len(ranks) - 1
+    for kind, stage, _ in schedule[rank]:
+        if kind == WEIGHT_GRADIENT:
+            continue
+        before, behind = (stage - 1, stage + 1) if kind == FORWARD else (stage + 1, stage - 1)
+        if 0 <= before <= last:
+            found.append((ranks[before], rank))
+        if 0 <= behind <= last:
+            found.append((rank, ranks[behind]))
+    return [link for link in dict.fromkeys(found) if link[0] != link[1]]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_first_meetings_make_no_circle(name):
+    """NCCL connects two ranks in their first message, at which both hosts have to arrive."""
+    for p, m in itertools.product(range(2, 7), range(1, 15)):
+        for v in (2, 3) if name == "interleaved" else (default_stages_per_rank(name),):
+            schedule, ranks = make(name, p, m, v), placement(name, p, v)
+            todo = [first_meetings(schedule, ranks, rank) for rank in range(p)]
+            while any(todo):
+                met = [
+                    link
+                    for a, links in enumerate(todo)
+                    for link in links[:1]
+                    if link[0] == a and todo[link[1]][:1] == [link]
+                ]
+                assert met, (p, m, v, [links[:1] for links in todo])
+                todo = [[link for link in links if link not in met] for links in todo]
+
+
 def test_dependencies_hold_in_every_timeline():
     """Checked from the spans alone, for durations and a latency that nothing divides."""
     costs = {"F": 3, "B": 4, "W": 2, "latency": Fraction(1, 7)}

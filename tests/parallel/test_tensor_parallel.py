@@ -14,7 +14,6 @@ from runs import assert_same_state, losses, stopping, torchrun
 from stellarator import settings
 from stellarator.config import ParallelConfig
 from stellarator.model import build_model
-from stellarator.parallel.layout import kv_heads_of
 from stellarator.parallel.mesh import Axis
 from stellarator.parallel.shard import shards_of
 from stellarator.parallel.tensor import TensorParallel
@@ -65,7 +64,6 @@ def test_first_weights_are_those_of_one_process(tp, model, tiny_config):
             counted[name] += shards[name].counted_into_(ones, torch.ones_like(parameter.detach()))
     for name, times in counted.items():
         assert (times == 1).all(), name
-    assert len(kv_heads_of(config.num_kv_heads, tp, 0)) >= 1
 
 
 def test_layouts_that_cannot_work_are_refused(tiny_config, monkeypatch):
@@ -74,7 +72,6 @@ def test_layouts_that_cannot_work_are_refused(tiny_config, monkeypatch):
         Trainer(dataclasses.replace(tiny_config, parallel=ParallelConfig(tp=3)))
     text = "\n".join(refused.value.problems)
     assert "expected a divisor of num_heads = 4, got 3" in text and "ffn_width = 64, got 3" in text
-    assert "micro_batch_size * dp" not in text or "dp = " in text
     with pytest.raises(settings.ConfigError) as refused:  # 64 tokens a row
         Trainer(dataclasses.replace(tiny_config, parallel=ParallelConfig(cp=3, tp=4, sp=True)))
     assert [p.split(":")[0] for p in refused.value.problems] == ["parallel", "data.seq_length"]

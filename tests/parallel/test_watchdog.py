@@ -277,10 +277,10 @@ def test_a_rank_of_another_machine(two, tmp_path, monkeypatch):
         stack = dog._stacks([1])[1]
         assert any("test_a_rank_of_another_machine" in line for line in stack)
         assert not file_of(tmp_path, 1, "asked").exists()
-    old = dataclasses.replace(read(tmp_path, 1), heartbeat=time.time() - 31.0)
+    old = dataclasses.replace(read(tmp_path, 1), heartbeat=time.time() - 121.0)
     monkeypatch.setattr(findings, "read", lambda folder, rank: old)
     text, running, _ = report(tmp_path, 0, entry, (0, 1))
-    assert "no sign of life for 31.0 s: it is stopped or dead, or its machine is" in text
+    assert "no sign of life for 121.0 s: it is stopped or dead, or its machine is" in text
     assert running == []
 
 

@@ -32,10 +32,6 @@ class Pending:
         self._works, self._result, self._group = works, result, group
         self._entries, self._keep = entries, keep  # sent tensors live until they are sent
 
-    def is_completed(self) -> bool:
-        """Whether it is known to be done."""
-        return all(work.is_completed() for work in self._works)
-
     def wait(self):
         """The result; on a GPU its stream waits, not the host."""
         works, self._works = self._works, ()

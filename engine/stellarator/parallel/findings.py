@@ -16,7 +16,9 @@ from typing import NamedTuple
 
 from stellarator.parallel.journal import Entry, Record, machine, process_state, read
 
-_SILENT = 10.0  # seconds without a heartbeat after which a rank elsewhere is not believed alive
+# Seconds without a heartbeat after which a rank elsewhere is not believed alive: an NFS client may
+# show a file as it was a minute ago (acregmax).
+_SILENT = 90.0
 _GONE = ("dead", "stopped", "ended", "silent")
 
 

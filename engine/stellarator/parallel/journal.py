@@ -14,6 +14,7 @@ File: a header, then for each channel its last `_KEPT` entries, each with a chec
 which is being written is not believed.
 """
 
+import contextlib
 import json
 import mmap
 import os
@@ -22,6 +23,7 @@ import struct
 import threading
 import time
 import zlib
+from collections import deque
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
@@ -154,7 +156,7 @@ class Journal:
         self.open: dict[int, Entry] = {}
         self.explain = None  # (entries, error) -> message of a collective that failed
         self._numbers, self._channels, self._groups = 0, {}, {}
-        self._started: list[tuple[Entry, object]] = []
+        self._started: dict[str, deque[tuple[Entry, object]]] = {}  # of each channel, in order
         self._waited, self._waits = 0.0, []
         self._lock = threading.Lock()  # backward may run in another thread than forward
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -232,9 +234,13 @@ class Journal:
     def leave(self, entry: Entry) -> None:
         """Note that it is done."""
         with self._lock:
-            found = self.open.pop(entry.number, None)
+            found = self.open.get(entry.number)
             if found is not None:
-                self._rewrite(found, time.time())
+                self._leave(found)
+
+    def _leave(self, entry: Entry) -> None:
+        del self.open[entry.number]
+        self._rewrite(entry, time.time())
 
     def _rewrite(self, entry: Entry, left: float = 0.0) -> None:
         """Write an entry again."""
@@ -262,20 +268,20 @@ class Journal:
     def leave_later(self, entry: Entry, work) -> None:
         """It was only started: it is left when `work.is_completed()`."""
         with self._lock:
-            self._started.append((entry, work))
+            self._started.setdefault(entry.channel, deque()).append((entry, work))
 
     def settle(self) -> None:
-        """Note what of the started is done by now."""
+        """Note what of the started is done by now: of a channel one is done after the other."""
         with self._lock:
-            started, self._started = self._started, []
-        still = []
-        for entry, work in started:
-            if work.is_completed():
-                self.leave(entry)
-            elif entry.number in self.open:
-                still.append((entry, work))
-        with self._lock:
-            self._started = still + self._started
+            for started in self._started.values():
+                while started:
+                    entry, work = started[0]
+                    found = self.open.get(entry.number)
+                    if found is not None:
+                        if not work.is_completed():
+                            break
+                        self._leave(found)
+                    started.popleft()
 
     def oldest(self) -> Entry | None:
         """What this process has waited for the longest."""
@@ -285,11 +291,15 @@ class Journal:
 
     def beat(self) -> None:
         """Note that this process lives; its watchdog calls it."""
-        self._change(heartbeat=time.time())
+        with self._lock:
+            self._change(heartbeat=time.time())
+        with contextlib.suppress(OSError):  # a full disk, or a file system that is gone
+            self._map.flush()  # to other machines; those of this one see the memory itself
 
     def close(self) -> None:
         """Note that this process ends as it should."""
-        self._change(closed=1)
+        with self._lock:
+            self._change(closed=1)
 
     def _add(self, channel: str) -> None:
         if len(self._channels) == _CHANNELS or len(channel.encode()) > 64:
@@ -301,6 +311,7 @@ class Journal:
         self._change(channels=len(self._channels))
 
     def _change(self, **values) -> None:
+        """Under the lock: what two threads read and write back, one of them would lose."""
         heartbeat, closed, channels = _CHANGING.unpack_from(self._map, _CHANGING_AT)
         found = {"heartbeat": heartbeat, "closed": closed, "channels": channels} | values
         _CHANGING.pack_into(self._map, _CHANGING_AT, *found.values())

@@ -13,7 +13,7 @@ import os
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
-from datetime import datetime, timedelta
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import torch
@@ -102,6 +102,7 @@ class Mesh:
     pp: Axis = Axis("pp")
     replicas: Axis = Axis("replicas")  # dp and cp: who holds the same parameters
     journal: Journal | None = None
+    timeout: timedelta | None = None  # of every collective; None: of one process
     groups: list[Group] = field(default_factory=list)
 
     def among(self, name: str, sets: list[list[int]]) -> Axis:
@@ -111,7 +112,7 @@ class Mesh:
         """
         found, rank = Axis(name, group=self._alone(name)), self.world.rank
         for ranks in sets:
-            process_group = dist.new_group(ranks)
+            process_group = dist.new_group(ranks, timeout=self.timeout)
             if rank in ranks:
                 # Until `stop`: gloo's threads end with the last reference to the process group.
                 self.groups.append(Group(process_group, name, self.journal))
@@ -210,16 +211,15 @@ def start(
     )
     if device == "cuda":
         torch.cuda.set_device(place)
+    # A watchdog looks after the same time, and has more to say.
+    timeout = timedelta(seconds=parallel.timeout_seconds + _LATER_SECONDS)
     if size > 1 and not dist.is_initialized():
-        backend = "nccl" if device == "cuda" else "gloo"
-        # A watchdog looks after the same time, and has more to say.
-        seconds = parallel.timeout_seconds + _LATER_SECONDS
-        dist.init_process_group(backend, timeout=timedelta(seconds=seconds))
+        dist.init_process_group("nccl" if device == "cuda" else "gloo", timeout=timeout)
     if size == 1:
         return Mesh(place, layout)
     journal = Journal(_new_folder(journals, rank, place), rank) if journals is not None else None
     world = Axis("world", rank, size, Group(dist.group.WORLD, "world", journal))
-    mesh = Mesh(place, layout, world, journal=journal)
+    mesh = Mesh(place, layout, world, journal=journal, timeout=timeout)
     mesh.groups.append(world.group)
     axes = {}
     for name in AXES:  # groups only where an axis has more than one rank
@@ -239,4 +239,5 @@ def _new_folder(journals: Path, rank: int, device: torch.device) -> Path:
     """A name that rank 0 makes for this run, so that no process reads journals of an older one."""
     started = torch.tensor([time.time_ns() // 1000 if rank == 0 else 0], device=device)
     dist.all_reduce(started, op=dist.ReduceOp.MAX)
-    return journals / datetime.fromtimestamp(started.item() / 1e6).strftime("%Y%m%d-%H%M%S-%f")
+    at = datetime.fromtimestamp(started.item() / 1e6, UTC)  # machines may be in other time zones
+    return journals / at.strftime("%Y%m%d-%H%M%S-%f")

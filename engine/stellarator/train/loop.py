@@ -89,8 +89,6 @@ class Trainer:
         parallel = self.config.parallel
         self.mesh = meshes.start(self.config.train.device, parallel, watch.journals_of(self.folder))
         self.tp = TensorParallel(self.mesh.tp, parallel.sp)
-        window, device = self.config.model.window, self.mesh.device
-        self.cp = ContextParallel(self.mesh.cp, parallel.cp_form, window, device)
         self.data = DataParallel(
             self.mesh.replicas,
             parallel.zero,
@@ -185,6 +183,8 @@ class Trainer:
         """Data, the checkpoint to go on from, model, optimizer."""
         config, device = self.config, self.mesh.device
         self.dtype = DTYPES[config.train.precision]
+        form, window = config.parallel.cp_form, config.model.window
+        self.cp = ContextParallel(self.mesh.cp, form, window, device)
         if self.mesh.pp.size * config.parallel.stages_per_rank > 1:
             self.pipeline = Pipeline(config, self.mesh)
             self.part = self.pipeline.part

@@ -114,13 +114,12 @@ class FlatOptimizer:
 
     def norm(self, num_targets: int) -> torch.Tensor:
         """L2 norm of the gradient of the mean loss: 0-d on the device, fp32 (fp64 for fp64)."""
-        norm = grad_norm(self._counted, impl=self.kernels)
-        if self.axes:
-            squares = norm.square()
-            for axis in self.axes:
-                axis.sum_(squares, "gradient norm")
-            norm = squares.sqrt()
-        return norm / num_targets
+        if not self.axes:
+            return grad_norm(self._counted, impl=self.kernels) / num_targets
+        squares = grad_norm(self._counted, squared=True, impl=self.kernels)  # fp64
+        for axis in self.axes:
+            axis.sum_(squares, "gradient norm")
+        return squares.sqrt().to(self._counted[0].dtype) / num_targets
 
     def step(self, step: int, lr: float, num_targets: int, norm: torch.Tensor) -> None:
         """One AdamW update.

@@ -4,8 +4,10 @@ defines: Links, Executor
 
 Every rank walks down its list of actions. What a stage needs from another rank was sent there as
 soon as it was made; it is received into a buffer that was posted in the order in which the other
-rank sends, which its own list says. Sends are not waited for until the end, so no rank waits for
-one that does not wait for something earlier: what the simulator proves of a schedule holds here.
+rank sends, which its own list says. A send is waited for when a message shows that the other rank
+has taken it, or at the end: no rank waits for one that does not wait for something earlier, so
+what the simulator proves of a schedule holds here. On NCCL the first message of a link is also a
+meeting of both hosts; that no schedule makes a circle of these is a test of its own.
 
 A message is the residual stream of a micro-batch, or its gradient: one tensor.
 """
@@ -107,6 +109,15 @@ def messages(actions: list[Action], ranks: list[int], to: int) -> list[tuple]:
     return found
 
 
+def _places(actions: list[Action]) -> dict[tuple, int]:
+    """Where in the list the message (FORWARD or BACKWARD, stage, micro-batch) is taken."""
+    return {
+        (FORWARD if kind == FORWARD else BACKWARD, stage, micro_batch): index
+        for index, (kind, stage, micro_batch) in enumerate(actions)
+        if kind != WEIGHT_GRADIENT
+    }
+
+
 class Executor:
     """Runs schedules of one placement of stages.
 
@@ -144,7 +155,8 @@ class Executor:
             if source != rank
         }
         self._local: dict[tuple, torch.Tensor] = {}
-        self._sent, self.done = [], []
+        self._sent: dict[int, list[tuple[int, Pending]]] = {rank: [] for rank in self._inboxes}
+        self._places, self.done = [_places(actions) for actions in schedule], []
         inputs: dict[tuple[int, int], torch.Tensor | None] = {}
         outputs: dict[tuple[int, int], object] = {}
         total, last = 0.0, len(self.ranks) - 1
@@ -174,8 +186,10 @@ class Executor:
                 if x is not None:
                     self._put((BACKWARD, stage - 1, micro_batch), x.grad)
             self.done.append(action)
-        for handle in self._sent:
-            handle.wait()
+        for source, sent in self._sent.items():
+            self._sent[source] = []
+            for _, handle in sent:
+                handle.wait()
         self.axis.at(micro_batch=None, layer=None)
         assert self.deferred.empty, "every weight gradient has its action"
         return total
@@ -186,12 +200,18 @@ class Executor:
         if to == self.axis.rank:
             self._local[key] = x
             return
-        self._sent = [handle for handle in self._sent if not handle.is_completed()]
-        self._sent.append(self.links.send(x.contiguous(), to, key))
+        taken = self._places[to][key]  # the action that takes it
+        self._sent[to].append((taken, self.links.send(x.contiguous(), to, key)))
 
     def _take(self, key: tuple, sender: int) -> torch.Tensor:
         """What the stage `sender` has sent."""
         source = self.ranks[sender]
         if source == self.axis.rank:
             return self._local.pop(key)
-        return self._inboxes[source].take(key)
+        found = self._inboxes[source].take(key)
+        here = self._places[source][key[0], sender, key[2]]  # so far the other rank has come
+        for taken, handle in self._sent[source]:
+            if taken <= here:
+                handle.wait()
+        self._sent[source] = [each for each in self._sent[source] if each[0] > here]
+        return found
