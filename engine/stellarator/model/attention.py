@@ -14,7 +14,7 @@ import torch
 from stellarator.config import ModelConfig
 from stellarator.model.cache import KVCache
 from stellarator.model.dropout import Masks
-from stellarator.model.layers import LayerNorm, Linear, RowLinear, fusible
+from stellarator.model.layers import LayerNorm, Linear, RowLinear, fusible, norm_again
 from stellarator.parallel.layout import kv_heads_of
 from stellarator.parallel.rows import Cut
 from stellarator.parallel.tensor import ALONE, TensorParallel
@@ -76,7 +76,7 @@ class Attention(torch.nn.Module):
             qkv, residual = norm.into(*product, branch, residual, dropout)
         else:
             y, residual = norm(branch, residual, dropout)
-            qkv = self.qkv(y, context.positions.shape, norm.again(residual))
+            qkv = self.qkv(y, context.positions.shape, norm_again(norm, residual))
         config, shape = self.config, qkv.shape[:2]
         if context.cache is not None:
             y = self._attend_cached(qkv, context, layer)

@@ -1,6 +1,6 @@
 """Parameters without a rule for their initial values, and the two layers made of nothing else.
 
-defines: parameter, plain, fusible, Linear, RowLinear, LayerNorm
+defines: parameter, plain, fusible, Linear, RowLinear, LayerNorm, norm_again
 
 Values come from `init.initialize` or from a file, so nothing is drawn here: torch's own layers draw
 random weights when they are made, which costs minutes for a large model and moves its random state.
@@ -122,13 +122,6 @@ class LayerNorm(torch.nn.Module):
             return layer_norm(residual, *norm, impl=self.kernels), residual
         return layer_norm(branch, *norm, residual, **(dropout or {}), impl=self.kernels)
 
-    def again(self, summed: torch.Tensor) -> Again | None:
-        """How the normalised rows of these sums are made a second time; None: keep them."""
-        if not plain(self):
-            return None
-        make = partial(layer_norm, eps=self.eps, impl=self.kernels)
-        return Again(make, (summed, self.weight, self.bias))
-
     def into(
         self,
         weight: torch.Tensor,
@@ -147,3 +140,11 @@ class LayerNorm(torch.nn.Module):
             return layer_norm_linear(residual, *norm, weight, bias, self.eps, **options), residual
         options |= dropout or {}
         return layer_norm_linear(branch, *norm, weight, bias, self.eps, residual, **options)
+
+
+def norm_again(norm: torch.nn.Module, summed: torch.Tensor) -> Again | None:
+    """How the normalised rows of these sums are made a second time; None: keep them."""
+    if not plain(norm):
+        return None
+    make = partial(layer_norm, eps=norm.eps, impl=norm.kernels)
+    return Again(make, (summed, norm.weight, norm.bias))

@@ -10,7 +10,7 @@ from functools import partial
 import torch
 
 from stellarator.config import ModelConfig
-from stellarator.model.layers import LayerNorm, Linear, RowLinear, fusible
+from stellarator.model.layers import LayerNorm, Linear, RowLinear, fusible, norm_again
 from stellarator.parallel.gradients import room_of
 from stellarator.parallel.products import Again
 from stellarator.parallel.tensor import ALONE, TensorParallel
@@ -41,6 +41,6 @@ class Mlp(torch.nn.Module):
             options["room"] = room_of(down.weight)
             return bias_gelu_linear(h, up.bias, down.weight, down.bias, **options), residual
         y, residual = norm(branch, residual, dropout)
-        h = up(y, shape, norm.again(residual))
+        h = up(y, shape, norm_again(norm, residual))
         gelu = partial(bias_gelu, bias=None, **options)
         return down(gelu(h), Again(gelu, (h,))), residual
