@@ -37,6 +37,7 @@ class Reducer:
         self._stage = buckets[0].data.stage
         self._missing = [set(bucket.names) for bucket in buckets]
         self._begun: list[Bucket] = []
+        self._held: set[str] = set()
         self._nodes = []  # with hooks; parameters do not keep theirs
         for index, bucket in enumerate(buckets):
             for name in bucket.names:
@@ -67,9 +68,23 @@ class Reducer:
             parameter.grad = None
         if bucket.data.axis.size == 1 or not (self._last or self._stage >= 2):
             return
-        self._missing[index].discard(name)
+        self._count(index, {name})
+
+    def _count(self, index: int, names: set[str]) -> None:
+        """These gradients are there; begin with the bucket if they were the last of it."""
+        self._missing[index] -= names - self._held
         if not self._missing[index]:
             self._begin(index)
+
+    def hold(self, name: str) -> None:
+        """From now on the bucket of this parameter is reduced by `finish`."""
+        self._held.add(name)
+
+    def made(self, names: set[str]) -> None:
+        """The last gradients of these parameters have been made without autograd."""
+        for index, bucket in enumerate(self._buckets):
+            if bucket.data.axis.size > 1 and names & self._missing[index]:
+                self._count(index, names)
 
     def _begin(self, index: int) -> None:
         """Begin to reduce a bucket; nothing in this backward pass needs its parameters any more."""

@@ -203,7 +203,7 @@ class Trainer:
         self._find_checkpoint()
         self._make_model()
         if self.pipeline is not None:
-            self.pipeline.attach(self.model)
+            self.pipeline.attach(self.model, self.optimizer.reducer)
         self.clock, self.ranks = Stopwatch(device), watch.SlowRanks(self.mesh, self.log)
         self.peak, self.peak_source = flops.peak_flops(
             device, self.dtype, config.metrics.peak_tflops

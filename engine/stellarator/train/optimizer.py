@@ -108,6 +108,11 @@ class FlatOptimizer:
         """
         return self._reducer.last_micro_batch(last)
 
+    @property
+    def reducer(self) -> Reducer:
+        """What sums the gradients; for who makes them in another order than one backward pass."""
+        return self._reducer
+
     def complete_grads(self) -> None:
         """Have the sums of the gradients over all ranks; after the last backward pass."""
         self._reducer.finish()

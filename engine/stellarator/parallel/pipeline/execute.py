@@ -12,6 +12,7 @@ meeting of both hosts; that no schedule makes a circle of these is a test of its
 A message is the residual stream of a micro-batch, or its gradient: one tensor.
 """
 
+import contextlib
 from collections import deque
 from collections.abc import Callable
 
@@ -28,6 +29,8 @@ from stellarator.parallel.pipeline.schedules import (
     WEIGHT_GRADIENT,
     Action,
 )
+
+MAKE_WEIGHT_GRADIENTS = (BACKWARD, WEIGHT_GRADIENT)
 
 
 class Links:
@@ -118,6 +121,17 @@ def _places(actions: list[Action]) -> dict[tuple, int]:
     }
 
 
+class Last:
+    """Is told of the passes that make the last gradients of a stage; this one does nothing."""
+
+    def backward(self) -> contextlib.AbstractContextManager:
+        """A block with the backward pass of a stage that makes its last gradients."""
+        return contextlib.nullcontext()
+
+    def made(self, stage: int) -> None:
+        """Its last weight gradients were made apart, and its others before."""
+
+
 class Executor:
     """Runs schedules of one placement of stages.
 
@@ -137,6 +151,7 @@ class Executor:
         schedule: list[list[Action]],
         forward: Callable[[int, int, torch.Tensor | None], torch.Tensor],
         empty: Callable[[int], torch.Tensor],
+        last: Last | None = None,
     ) -> torch.Tensor | float:
         """Do this rank's actions.
 
@@ -145,6 +160,7 @@ class Executor:
             forward: (stage, micro-batch, input or None for stage 0) -> output, of the last stage
                 the loss.
             empty: micro-batch -> a tensor like the input of a stage.
+            last: told of the passes that make the last gradients of a stage.
         Returns:
             the sum of the losses; 0.0 on ranks without the last stage.
         """
@@ -159,7 +175,8 @@ class Executor:
         self._places, self.done = [_places(actions) for actions in schedule], []
         inputs: dict[tuple[int, int], torch.Tensor | None] = {}
         outputs: dict[tuple[int, int], object] = {}
-        total, last = 0.0, len(self.ranks) - 1
+        total, end, last = 0.0, len(self.ranks) - 1, last or Last()
+        ends = {action.stage: action for action in mine if action.kind in MAKE_WEIGHT_GRADIENTS}
         for action in mine:
             kind, stage, micro_batch = action
             place = stage, micro_batch
@@ -171,16 +188,19 @@ class Executor:
                 if torch.is_grad_enabled():
                     # Not the output itself: the backward does not need its values.
                     outputs[place] = torch.autograd.graph.get_gradient_edge(y)
-                if stage == last:
+                if stage == end:
                     total = total + y.detach()
                 else:
                     self._put((FORWARD, stage + 1, micro_batch), y.detach())
             elif kind == WEIGHT_GRADIENT:
                 self.deferred.run(place)
+                if action == ends[stage]:
+                    last.made(stage)
             else:
                 self.deferred.key = place if kind == INPUT_GRADIENT else None
-                dy = self._take((BACKWARD, *place), stage + 1) if stage < last else None
-                torch.autograd.backward(outputs.pop(place), dy)
+                dy = self._take((BACKWARD, *place), stage + 1) if stage < end else None
+                with last.backward() if action == ends[stage] else contextlib.nullcontext():
+                    torch.autograd.backward(outputs.pop(place), dy)
                 self.deferred.key = None
                 x = inputs.pop(place)
                 if x is not None:
