@@ -293,15 +293,15 @@ def described(result: Result, seed: int, processes: int) -> str:
 def fuzz(
     folder: Path, seed: int, processes: int, numbers: Iterable[int], seconds: float
 ) -> Iterator[Result]:
-    """Run trials until the time is over; the one that runs then is finished.
+    """Run trials until the time is over, at least one; the one that runs then is finished.
 
     folder: with the `corpora`.
     """
     started = time.monotonic()
     with contextlib.ExitStack() as stack:
         pool = stack.enter_context(Pool(processes))
-        for number in numbers:
-            if time.monotonic() - started > seconds:
+        for done, number in enumerate(numbers):
+            if done and time.monotonic() - started > seconds:
                 return
             trial = draw(folder, seed, number, processes)
             one, many = folder / f"{number} one", folder / f"{number} many"

@@ -153,6 +153,34 @@ def test_what_one_rank_refuses_is_said_and_the_other_stops(tiny_config, tmp_path
     ]
 
 
+def test_what_differs_between_ranks_is_named(tiny_config, tmp_path):
+    """Another configuration or other shards on one of them: each would train something else."""
+    program = tmp_path / "differs.py"
+    program.write_text(DIFFERS)
+    for kind, expected in (
+        ("optim.lr=0.5", ["optim.lr", "0.5 on rank 1 (1 in all). Start all processes"]),
+        ("data", ["data.train: expected the same token shards and tokenizer on every rank"]),
+    ):
+        words = [str(program), kind]
+        done = torchrun(tiny_config, tmp_path, 2, words, traceback=False)
+        (line,) = errors(done)
+        assert done.returncode != 0 and all(part in line for part in expected), line
+
+
+DIFFERS = """
+import os, sys
+from stellarator.cli import main
+from stellarator.train import resume
+
+_, kind, *words = sys.argv
+if os.environ["RANK"] == "1":
+    if kind == "data":
+        resume.fingerprint = lambda shards, tokenizer: "0" * 64
+    else:
+        words.append(kind)
+sys.exit(main(["train", *words, "train.micro_batch_size=2"]))
+"""
+
 ONE_FAILS = """
 import sys
 from stellarator.cli import main

@@ -117,6 +117,8 @@ def test_a_run_that_cannot_go_on_says_why_and_ends(runs):
             assert line in status["reason"] and "rank 1" in status["reason"], error
         if how == "raises":
             assert status["reason"] == "rank 1 failed: an error of its own"
+        else:
+            assert f"See {reports[0]}." in status["reason"]
     # The journal of the rank that was stopped has what it did before.
     entries = runs["stopped"][2].entries
     ops = {entry.tag.op.split()[0]: entry.tag for entry in entries}

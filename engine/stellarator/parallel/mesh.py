@@ -10,11 +10,14 @@ other record of process groups: who needs one is given it. What they do is in a 
 import contextlib
 import hashlib
 import os
+import signal
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from types import MappingProxyType
 
 import torch
 import torch.distributed as dist
@@ -183,6 +186,7 @@ def start(
     device: str = "auto",
     parallel: ParallelConfig = ParallelConfig(),  # noqa: B008, it is frozen
     journals: Path | None = None,
+    alike: Mapping[str, object] = MappingProxyType({}),
 ) -> Mesh:
     """The mesh of this process; joins the process group when torchrun started more than one.
 
@@ -191,9 +195,11 @@ def start(
         parallel: sizes of the axes, and the timeout of every collective.
         journals: a folder that all processes see, in which each run gets a folder of its own for
             the journals of its processes; None, or one process: no journal.
+        alike: what all processes must have alike, by name.
     Raises:
-        ValueError: the axes do not divide the processes; before any process group is there.
-        RuntimeError: cuda was asked for and there is none.
+        ValueError: the axes do not divide the processes, before any process group is there; or the
+            processes have not the same in `alike`.
+        RuntimeError: cuda was asked for and there is none; not all processes have come.
     """
     rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     layout = layout_of(parallel, size)
@@ -213,10 +219,19 @@ def start(
         torch.cuda.set_device(place)
     # A watchdog looks after the same time, and has more to say.
     timeout = timedelta(seconds=parallel.timeout_seconds + _LATER_SECONDS)
-    if size > 1 and not dist.is_initialized():
-        dist.init_process_group("nccl" if device == "cuda" else "gloo", timeout=timeout)
     if size == 1:
         return Mesh(place, layout)
+    if not dist.is_initialized():
+        with _ended_by_signals():
+            try:
+                dist.init_process_group("nccl" if device == "cuda" else "gloo", timeout=timeout)
+            except dist.DistStoreError as error:
+                raise RuntimeError(
+                    f"rank {rank} has waited {timeout.total_seconds():.0f} s for {size} processes "
+                    "to begin, and not all have come. See what the others say, or pass a longer "
+                    "parallel.timeout_seconds."
+                ) from error
+    _expect_alike(alike, rank, size)
     journal = Journal(_new_folder(journals, rank, place), rank) if journals is not None else None
     world = Axis("world", rank, size, Group(dist.group.WORLD, "world", journal))
     mesh = Mesh(place, layout, world, journal=journal, timeout=timeout)
@@ -233,6 +248,43 @@ def start(
     if layout.cp > 1:  # not the group of cp: its messages would queue behind sums of gradients
         replicas = mesh.among("replicas", layout.groups("cp", "dp"))
     return replace(mesh, **axes, replicas=replicas)
+
+
+@contextlib.contextmanager
+def _ended_by_signals() -> Iterator[None]:
+    """A block that waits in C, where no handler of Python runs: SIGTERM ends it at once."""
+    before = {}
+    if threading.current_thread() is threading.main_thread():
+        before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}
+        before = {number: handler for number, handler in before.items() if callable(handler)}
+    for number in before:
+        signal.signal(number, signal.SIG_DFL)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _expect_alike(alike: Mapping[str, object], rank: int, size: int) -> None:
+    """Raise ValueError on all ranks, told by the first, with what one of them has otherwise."""
+    found: list = [None] * size
+    dist.all_gather_object(found, {name: repr(value) for name, value in alike.items()})
+    for other, theirs in enumerate(found):
+        names = sorted(n for n in found[0] | theirs if found[0].get(n) != theirs.get(n))
+        if names:
+            parts = [
+                f"{name}: expected the same on all ranks, got {found[0].get(name)} on rank 0 and "
+                f"{theirs.get(name)} on rank {other}"
+                for name in names[:5]
+            ]
+            error = ValueError(
+                "; ".join(parts) + f" ({len(names)} in all). Start all processes with the same "
+                "command line and files."
+            )
+            error.told = rank > 0
+            dist.destroy_process_group()
+            raise error
 
 
 def _new_folder(journals: Path, rank: int, device: torch.device) -> Path:

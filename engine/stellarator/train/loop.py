@@ -86,8 +86,14 @@ class Trainer:
         Raises:
             TrainingError, CheckpointError, ShardError, ...: with one line that says what to do.
         """
-        parallel = self.config.parallel
-        self.mesh = meshes.start(self.config.train.device, parallel, watch.journals_of(self.folder))
+        # Before there is a group: the others only wait for this rank to come, and end with it.
+        with folder_lock(self.folder) if _is_main() else contextlib.nullcontext():
+            return self._run_in_group()
+
+    def _run_in_group(self) -> dict:
+        parallel, journals = self.config.parallel, watch.journals_of(self.folder)
+        alike = resume.flat(dataclasses.asdict(self.config)) | {"torch": torch.__version__}
+        self.mesh = meshes.start(self.config.train.device, parallel, journals, alike)
         self.tp = TensorParallel(self.mesh.tp, parallel.sp)
         self.data = DataParallel(
             self.mesh.replicas,
@@ -98,11 +104,7 @@ class Trainer:
         self.pipeline = self.part = None
         try:
             with StopRequest() as self.stop, self._watched():
-                if not self.mesh.main:
-                    summary = self._run()
-                else:
-                    with folder_lock(self.folder):
-                        summary = self._run_and_tell()
+                summary = self._run_and_tell() if self.mesh.main else self._run()
         except Stopped:
             return self._summary(float("nan"), time.monotonic())
         # Not after an error: other ranks may be inside a collective that leaving would wait for.
@@ -127,6 +129,9 @@ class Trainer:
             write_status(self.folder, self._status(), self.step, "stopped before the first step")
             raise
         except BaseException as error:
+            journal = self.mesh.journal
+            if journal is not None and watch.report_of(self.folder, journal).exists():
+                raise  # the watchdog has written more than is known here
             reason = (str(error) or type(error).__name__).splitlines()[0]
             with contextlib.suppress(OSError):  # a full disk may be why
                 write_status(self.folder, "failed", self.step, reason)
@@ -201,7 +206,8 @@ class Trainer:
             precision = config.train.precision
             memory.check(count, precision, device, self.data.stage, replicas, *kinds)
         self._find_checkpoint()
-        self._make_model()
+        with self.mesh.together():
+            self._make_model()
         if self.pipeline is not None:
             self.pipeline.attach(self.model, self.optimizer.reducer)
         self.clock, self.ranks = Stopwatch(device), watch.SlowRanks(self.mesh, self.log)
@@ -247,7 +253,15 @@ class Trainer:
         if self.mesh.main:
             checkpoint.take_back(self.folder / "checkpoints")
         self.mesh.barrier()
-        found = self.found = resume.find(self.config, self.log.warn)
+        if not self.mesh.agrees_on(int(self.fingerprint[:14], 16), "token shards"):
+            error = TrainingError(
+                "data.train: expected the same token shards and tokenizer on every rank, got "
+                "different ones. Copy them again, or put them where all machines see them."
+            )
+            error.told = not self.mesh.main
+            raise error
+        with self.mesh.together():
+            found = self.found = resume.find(self.config, self.log.warn)
         seal = hashlib.sha256(json.dumps(found.manifest).encode() if found else b"").digest()
         if not self.mesh.agrees_on(int.from_bytes(seal[:7]), "checkpoint to resume"):
             raise TrainingError(
@@ -256,7 +270,9 @@ class Trainer:
                 "file system that all machines share."
             )
         if found is not None:
-            for line in resume.compare(found, self.config, self.fingerprint):
+            with self.mesh.together():
+                lines = resume.compare(found, self.config, self.fingerprint)
+            for line in lines:
                 self.log.say(line)
 
     @property
@@ -461,12 +477,14 @@ class Trainer:
             return False
         names = self.optimizer.not_finite(self.whole)
         self._save(keep_older=True)  # these weights may be spoilt already
-        raise TrainingError(
+        error = TrainingError(
             f"step {step}: expected a finite loss and gradient, got loss {loss}, norm {norm}; "
             f"gradients that are not finite: {', '.join(names[:3]) or 'none'} ({len(names)} in "
             f"all). The weights of step {self.step} are saved. Lower optim.lr, or pass "
             f"train.on_nonfinite=skip. If it fails again, {self._elsewhere()}"
         )
+        error.told = not self.mesh.main  # all ranks have seen it
+        raise error
 
     def _elsewhere(self) -> str:
         """Where to begin when the newest weights are spoilt."""
@@ -526,6 +544,11 @@ class Trainer:
             f"{torch.get_num_threads()} threads",
         ):
             self.log.say(line)
+
+
+def _is_main() -> bool:
+    """Whether this is the first of the processes that torchrun started."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 def _due(step: int, interval: int | None) -> bool:

@@ -1,6 +1,6 @@
 """What a run must remember to go on exactly, and what may not change in between.
 
-defines: TrainingError, RefusedError, Progress, fingerprint, find, compare, model_difference
+defines: TrainingError, RefusedError, Progress, fingerprint, find, compare, model_difference, flat
 """
 
 import dataclasses
@@ -115,8 +115,8 @@ def compare(found: checkpoint.Checkpoint, config: RunConfig, data_fingerprint: s
         RefusedError: a setting changed that would make this another run; all of them are named.
     """
     state = found.manifest["state"]
-    now = _flat(dataclasses.asdict(config))
-    before = _flat(dataclasses.asdict(RunConfig())) | _flat(state["config"])
+    now = flat(dataclasses.asdict(config))
+    before = flat(dataclasses.asdict(RunConfig())) | flat(state["config"])
     changed = sorted(k for k in before.keys() | now.keys() if before.get(k) != now.get(k))
     fatal = [
         f"{k}: {before.get(k)} there, {now.get(k)} here"
@@ -152,12 +152,12 @@ def model_difference(folder: str, there: ModelConfig, here: ModelConfig) -> str:
     )
 
 
-def _flat(tree: dict, prefix: str = "") -> dict:
+def flat(tree: dict, prefix: str = "") -> dict:
     """Nested dictionaries as one with dotted keys; tuples as lists, as JSON gives them back."""
-    flat = {}
+    found = {}
     for key, value in tree.items():
         if isinstance(value, dict):
-            flat |= _flat(value, f"{prefix}{key}.")
+            found |= flat(value, f"{prefix}{key}.")
         else:
-            flat[prefix + key] = list(value) if isinstance(value, tuple) else value
-    return flat
+            found[prefix + key] = list(value) if isinstance(value, tuple) else value
+    return found

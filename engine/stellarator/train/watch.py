@@ -2,7 +2,7 @@
 
 Also names the ranks that are slow.
 
-defines: watchdog, journals_of, remove_journals, SlowRanks
+defines: watchdog, journals_of, remove_journals, report_of, SlowRanks
 """
 
 import contextlib
@@ -37,6 +37,11 @@ def remove_journals(folder: Path, but: Path | None = None) -> None:
             journals_of(folder).rmdir()
 
 
+def report_of(folder: Path, journal: Journal) -> Path:
+    """The file with the watchdog's report of this start, if there is one."""
+    return folder / "watchdog" / f"{journal.folder.name}.txt"
+
+
 def watchdog(
     journal: Journal, folder: Path, timeout_seconds: float, step: Callable[[], int]
 ) -> Watchdog:
@@ -53,7 +58,7 @@ def watchdog(
     """
 
     def tell(text: str, line: str) -> None:
-        path = folder / "watchdog" / f"{journal.folder.name}.txt"
+        path = report_of(folder, journal)
         show(f"{text}\n  This report is in {path}.", sys.stderr)
         with contextlib.suppress(OSError):  # a full disk may be why
             path.parent.mkdir(exist_ok=True)
