@@ -19,6 +19,7 @@ from stellarator.config import ModelConfig, ParallelConfig
 from stellarator.model import Transformer, build_model
 from stellarator.model.transformer import RECOMPUTE
 from stellarator.parallel.mesh import Axis
+from stellarator.parallel.pipeline.deferred import Deferred
 from stellarator.parallel.tensor import ALONE, TensorParallel
 from stellarator.plan import make_case
 from stellarator.plan.memory import stage_activation_bytes
@@ -50,9 +51,17 @@ class Made(TorchDispatchMode):
         return results
 
 
-def kept_bytes(model: ModelConfig, N: int, recompute: str, dtype, tp=ALONE) -> int:
-    """What is alive between forward and backward of training, beside parameters and gradients."""
+def kept_bytes(
+    model: ModelConfig, N: int, recompute: str, dtype, tp=ALONE, deferred: Deferred | None = None
+) -> int:
+    """What is alive between forward and backward of training, beside parameters and gradients.
+
+    deferred: of a schedule that makes weight gradients apart.
+    """
     built = build_model(model, dtype=dtype, recompute=recompute, tp=tp)
+    for module in built.modules():
+        if hasattr(module, "deferred"):
+            module.deferred = deferred
     for p in built.parameters():
         total = torch.zeros_like(p, dtype=torch.promote_types(dtype, torch.float32))
         p.main_grad = lambda total=total: total
@@ -78,6 +87,18 @@ def test_activations_of_a_layer_are_what_is_kept(model, recompute, precision):
     itemsize = sizes.ITEMSIZE[precision]
     assert itemsize == dtype.itemsize
     assert three - two == sizes.layer_activation_bytes(model, N, recompute, itemsize)
+
+
+@pytest.mark.parametrize("recompute", RECOMPUTE)
+def test_a_split_schedule_keeps_no_more_of_a_forward(recompute):
+    N, deferred = 64, Deferred()
+    two, three = (
+        kept_bytes(
+            dataclasses.replace(ROPE, num_layers=L), N, recompute, torch.float32, deferred=deferred
+        )
+        for L in (2, 3)
+    )
+    assert three - two == sizes.layer_activation_bytes(ROPE, N, recompute, 4)
 
 
 class Alike(Axis):
