@@ -15,6 +15,12 @@ from stellarator import recipes, settings, sizes
 from stellarator.cli import main
 from stellarator.config import OptimConfig, ParallelConfig
 from stellarator.model import Transformer
+from stellarator.parallel.pipeline.schedules import (
+    FORWARD,
+    INPUT_GRADIENT,
+    default_stages_per_rank,
+    make,
+)
 from stellarator.parallel.zigzag import Plan as Ring
 from stellarator.plan import (
     Machine,
@@ -27,7 +33,7 @@ from stellarator.plan import (
     traffic_of,
 )
 from stellarator.plan.estimate import optimizer_seconds, stage_costs
-from stellarator.plan.memory import logit_bytes, stage_activation_bytes
+from stellarator.plan.memory import logit_bytes, stage_activation_bytes, stage_deferred_bytes
 from stellarator.plan.search import layouts
 from stellarator.plan.traffic import LayerTraffic, layer_traffic
 from stellarator.settings import ConfigError
@@ -229,7 +235,7 @@ def test_activations_by_schedule():
     """Eight micro-batches on four stages: GPipe holds all of them, 1F1B four at most."""
     config = small(precision="bf16")
     found = {}
-    for schedule in ("gpipe", "1f1b", "zb_h1"):
+    for schedule in ("gpipe", "1f1b"):
         case = make_case(config, ParallelConfig(pp=4, schedule=schedule), 4)
         plan = make_plan(case, Machine())
         each = [stage_activation_bytes(case, stage) for stage in case.stages]
@@ -237,7 +243,29 @@ def test_activations_by_schedule():
         found[schedule] = [a / b for a, b in zip(held, each, strict=True)]
         assert memory_of(case, 0, plan.simulation) == plan.memory[0]
     assert found["gpipe"] == [8, 8, 8, 8] and found["1f1b"] == [4, 3, 2, 1]
-    assert max(found["zb_h1"]) == 4 and found["zb_h1"][0] >= 3
+
+
+@pytest.mark.parametrize("schedule", ["zb_h1", "zb_v"])
+def test_a_split_backward_holds_what_its_weight_gradients_need(schedule):
+    """Summed over each rank's actions in their order. It does not fit where 1F1B does."""
+    config = small(recompute="full")
+    v = default_stages_per_rank(schedule)
+    case = make_case(config, ParallelConfig(pp=2, schedule=schedule, stages_per_rank=v), 2)
+    plan = make_plan(case, Machine())
+    kept, waits = zip(
+        *((stage_activation_bytes(case, s), stage_deferred_bytes(case, s)) for s in case.stages),
+        strict=True,
+    )
+    for line, memory in zip(make(schedule, 2, 8, v), plan.memory, strict=True):
+        held = [0]
+        for kind, s, _ in line:
+            changes = {FORWARD: kept[s], INPUT_GRADIENT: waits[s] - kept[s]}
+            held.append(held[-1] + changes.get(kind, -waits[s]))
+        assert memory.activations == max(held) and held[-1] == 0
+    plain = make_plan(make_case(config, ParallelConfig(pp=2), 2), Machine())
+    most, less = (max(m.total for m in p.memory) for p in (plan, plain))
+    machine = Machine(memory_gib=(most + less) / 2 / 2**30, reserve_gib=0)
+    assert make_plan(plain.case, machine).fits and not make_plan(case, machine).fits
 
 
 def test_recomputation_changes_memory_and_time():

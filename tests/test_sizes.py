@@ -18,7 +18,9 @@ from stellarator import recipes, sizes
 from stellarator.config import ModelConfig, ParallelConfig
 from stellarator.model import Transformer, build_model
 from stellarator.model.transformer import RECOMPUTE
+from stellarator.parallel.collectives import Pending
 from stellarator.parallel.mesh import Axis
+from stellarator.parallel.pipeline.deferred import Deferred
 from stellarator.parallel.tensor import ALONE, TensorParallel
 from stellarator.plan import make_case
 from stellarator.plan.memory import stage_activation_bytes
@@ -52,18 +54,42 @@ class Made(TorchDispatchMode):
 
 def kept_bytes(model: ModelConfig, N: int, recompute: str, dtype, tp=ALONE) -> int:
     """What is alive between forward and backward of training, beside parameters and gradients."""
+    return held_bytes(model, N, recompute, dtype, tp, None)[0]
+
+
+def held_bytes(
+    model: ModelConfig, N: int, recompute: str, dtype, tp: TensorParallel, deferred: Deferred | None
+) -> tuple[int, int]:
+    """The same, and what is alive behind the backward.
+
+    deferred: of a schedule that makes weight gradients apart.
+    """
     built = build_model(model, dtype=dtype, recompute=recompute, tp=tp)
+    for module in built.modules():
+        if hasattr(module, "deferred"):
+            module.deferred = deferred
     for p in built.parameters():
         total = torch.zeros_like(p, dtype=torch.promote_types(dtype, torch.float32))
-        p.main_grad = lambda total=total: total
-    own = {p.untyped_storage()._cdata for p in built.parameters()}
+        p.main_grad, p.grad = lambda total=total: total, torch.zeros_like(p)
+    own = {
+        x.untyped_storage()._cdata for p in built.parameters() for x in (p, p.grad, p.main_grad())
+    }
     tokens = torch.randint(0, model.vocab_size, (1, N))
+
+    def alive() -> int:
+        gc.collect()
+        return sum(n for key, (ref, n) in storages if key not in own and not ref.expired())
+
     with Made() as made:
         loss = built(tokens, tokens, reduction="sum")
-    gc.collect()
-    alive = [n for key, (ref, n) in made.storages.items() if key not in own and not ref.expired()]
-    assert loss.requires_grad
-    return sum(alive)
+        storages = made.storages.items()
+        forward = alive()
+        assert loss.requires_grad
+        if deferred is None:
+            return forward, 0
+        deferred.key = "here"
+        loss.backward()
+    return forward, alive()
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp32", "fp64"])
@@ -92,6 +118,15 @@ class Alike(Axis):
     def scatter_sum(self, x, tag):
         return self.size * x[: len(x) // self.size]
 
+    def begin_sum_(self, x, tag):
+        return Pending(result=self.sum_(x, tag))
+
+    def begin_scatter_sum_(self, x, tag):
+        return Pending(result=self.sum_(x, tag))
+
+    def begin_gather(self, x, part, tag):
+        return Pending(result=x.copy_(self.gather(part, tag)))
+
 
 @pytest.mark.parametrize("recompute", ["none", "full"])
 @pytest.mark.parametrize("sp", [False, True])
@@ -104,6 +139,32 @@ def test_activations_of_a_layer_of_a_tensor_rank_are_what_is_kept(model, sp, rec
         for L in (2, 3)
     )
     assert three - two == sizes.layer_activation_bytes(model, N, recompute, 4, tp=2, sp=sp)
+
+
+def held_by_a_layer(model: ModelConfig, N: int, recompute: str, dtype, tp=ALONE) -> list[int]:
+    """Behind the forward and behind the input gradients of a schedule that splits the backward."""
+    two, three = (
+        held_bytes(dataclasses.replace(model, num_layers=L), N, recompute, dtype, tp, Deferred())
+        for L in (2, 3)
+    )
+    return [b - a for a, b in zip(two, three, strict=True)]
+
+
+@pytest.mark.parametrize("recompute", RECOMPUTE)
+@pytest.mark.parametrize("model", [ROPE, LEARNED, WIDE], ids=["rope", "learned", "wide"])
+def test_what_weight_gradients_that_wait_hold(model, recompute):
+    """Exactly, and the same with any recomputation; the forward keeps what it keeps anyway."""
+    found = held_by_a_layer(model, 64, recompute, torch.float32)
+    forward = sizes.layer_activation_bytes(model, 64, recompute, 4)
+    assert found == [forward, sizes.layer_deferred_bytes(model, 64, 4)]
+
+
+@pytest.mark.parametrize("sp", [False, True])
+@pytest.mark.parametrize("model", [ROPE, LEARNED], ids=["rope", "learned"])
+def test_what_weight_gradients_of_a_tensor_rank_hold(model, sp):
+    tp = TensorParallel(Alike("tp", 1, 2), sp)
+    found = held_by_a_layer(model, 64, "none", torch.bfloat16, tp)
+    assert found[1] == sizes.layer_deferred_bytes(model, 64, 2, tp=2, sp=sp)
 
 
 @pytest.mark.parametrize("recompute", RECOMPUTE)

@@ -2,7 +2,7 @@
 
 defines: FORMULA, STATE_BYTES, SHARED_FROM, ITEMSIZE, state_bytes, bytes_per_parameter,
 matmul_parameters, model_flops, row_pairs, layer_parameters, embedding_parameters,
-position_parameters, num_parameters, layer_activation_bytes
+position_parameters, num_parameters, layer_activation_bytes, layer_deferred_bytes
 
 Whoever counts parameters, FLOPs or bytes of a run asks here: training, its check of the memory, and
 `stellarator plan`. Sizes are those of one tensor rank where `tp` is given. Standard library only.
@@ -139,6 +139,23 @@ def layer_activation_bytes(
     rotated = heads + kv if model.positions == "rope" else 0
     inner = qkv + rotated + heads + F
     return (2 * stream * C + N * inner) * itemsize + lse + 4 * stream * statistic
+
+
+def layer_deferred_bytes(
+    model: ModelConfig, N: int, itemsize: int, *, tp: int = 1, sp: bool = False
+) -> int:
+    """What a layer holds between its input gradient and its weight gradients, where they are apart.
+
+    Of each of its four products dy and x, or what x is made of: as large, and the same whatever is
+    computed again.
+
+    Args: as of `layer_activation_bytes`.
+    """
+    C, F, heads = model.width, model.ffn_width // tp, model.width // tp
+    stream = N // tp if sp else N
+    x = 2 * stream * C + N * (heads + F)
+    dy = N * (_qkv_width(model, tp) + F + 2 * C)
+    return (x + dy) * itemsize
 
 
 def _qkv_width(model: ModelConfig, tp: int) -> int:

@@ -14,7 +14,7 @@ from ranks import on_ranks
 
 from stellarator.config import ParallelConfig
 from stellarator.parallel import mesh as meshes
-from stellarator.parallel.pipeline.deferred import Deferred, split_linear
+from stellarator.parallel.pipeline.deferred import Deferred
 from stellarator.parallel.pipeline.execute import Executor, Links
 from stellarator.parallel.pipeline.schedules import (
     BACKWARD,
@@ -29,6 +29,8 @@ from stellarator.parallel.pipeline.schedules import (
     placement,
 )
 from stellarator.parallel.pipeline.simulate import Costs, simulate
+from stellarator.parallel.products import column_product
+from stellarator.parallel.tensor import ALONE
 
 WIDTH = 5
 # (schedule, p, m, v) on four processes: p ranks, and 4 / p such pipelines beside each other.
@@ -79,7 +81,8 @@ class Watching(Deferred):
         self.held += 1
         self.most = max(self.most, self.held)
         weakref.finalize(kept.untyped_storage(), self.free)
-        return torch.tanh(split_linear(kept, weight, None, self))
+        product = kept[None], weight, weight.new_zeros(WIDTH)
+        return torch.tanh(column_product(*product, (1, len(kept)), ALONE, self)[0])
 
     def free(self) -> None:
         self.held -= 1

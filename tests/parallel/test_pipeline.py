@@ -12,8 +12,10 @@ from torch.utils.checkpoint import checkpoint
 
 from stellarator.config import ParallelConfig
 from stellarator.parallel.pipeline import schedules
-from stellarator.parallel.pipeline.deferred import Deferred, split_linear
+from stellarator.parallel.pipeline.deferred import Deferred
 from stellarator.parallel.pipeline.execute import messages
+from stellarator.parallel.products import column_product
+from stellarator.parallel.tensor import ALONE
 from stellarator.train.loop import Trainer
 
 
@@ -62,25 +64,29 @@ def test_what_is_sent_is_what_is_waited_for():
             assert set(sent) == needed
 
 
-@pytest.mark.parametrize("shape", [(2, 3), (6,)], ids=str)
-def test_weight_gradients_are_made_when_asked_for(shape):
+def product(x, weight, bias, deferred: Deferred) -> torch.Tensor:
+    """As a layer that no ranks share has it."""
+    return column_product(x, weight, bias, x.shape[:2], ALONE, deferred)
+
+
+def test_weight_gradients_are_made_when_asked_for():
     torch.manual_seed(0)
-    x = torch.randn(*shape, 5, dtype=torch.float64, requires_grad=True)
+    x = torch.randn(2, 3, 5, dtype=torch.float64, requires_grad=True)
     weight = torch.randn(4, 5, dtype=torch.float64, requires_grad=True)
     bias = torch.randn(4, dtype=torch.float64, requires_grad=True)
-    dy = torch.randn(*shape, 4, dtype=torch.float64)
+    dy = torch.randn(2, 3, 4, dtype=torch.float64)
     inputs = x, weight, bias
     expected = torch.autograd.grad(
         torch.nn.functional.linear(x, weight, bias), (x, weight, bias), dy
     )
     deferred = Deferred()
-    found = torch.autograd.grad(split_linear(*inputs, deferred), inputs, dy)
+    found = torch.autograd.grad(product(*inputs, deferred), inputs, dy)
     torch.testing.assert_close(found, expected)
     assert deferred.empty
     total = torch.zeros_like(weight)
     weight.main_grad = lambda: total
     deferred.key = "here"
-    split_linear(*inputs, deferred).backward(dy)
+    product(*inputs, deferred).backward(dy)
     assert weight.grad is None and not deferred.empty
     torch.testing.assert_close((x.grad, bias.grad), (expected[0], expected[2]))
     deferred.run("elsewhere")
@@ -90,14 +96,25 @@ def test_weight_gradients_are_made_when_asked_for(shape):
     assert deferred.empty
 
 
+def test_a_frozen_weight_has_no_gradient_to_be_made():
+    deferred, weight = Deferred(), torch.randn(4, 5)
+    x, bias = torch.randn(1, 3, 5, requires_grad=True), torch.zeros(4)
+    deferred.key = "here"
+    product(x, weight, bias, deferred).sum().backward()
+    assert deferred.empty and bias.grad is None
+    torch.testing.assert_close(x.grad, weight.sum(0).expand(1, 3, 5))
+
+
 def test_weight_gradients_of_layers_that_are_computed_again():
     """Checkpointing gives a backward pass other tensors than those that it was saved."""
     torch.manual_seed(0)
-    x, weight = (torch.randn(*s, dtype=torch.float64, requires_grad=True) for s in ((3, 5), (4, 5)))
+    x, weight, bias = (
+        torch.randn(*s, dtype=torch.float64, requires_grad=True) for s in ((1, 3, 5), (4, 5), (4,))
+    )
     total, deferred = torch.zeros_like(weight), Deferred()
     weight.main_grad = lambda: total
-    y = checkpoint(split_linear, x, weight, None, deferred, use_reentrant=False)
+    y = checkpoint(product, x, weight, bias, deferred, use_reentrant=False)
     deferred.key, dy = 0, torch.randn_like(y)
     y.backward(dy)
     deferred.run(0)
-    torch.testing.assert_close(total, dy.T @ x.detach())
+    torch.testing.assert_close(total, dy[0].T @ x[0].detach())

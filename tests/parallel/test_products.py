@@ -148,6 +148,19 @@ def test_the_bits_are_those_of_one_after_the_other(size):
     on_ranks(every_form, size, size)
 
 
+@pytest.mark.parametrize("sp", [False, True])
+def test_the_bits_of_one_rank_are_those_of_a_product(sp):
+    """Nothing is sent: the axis has no group."""
+    tp, shape = TensorParallel(Axis("tp"), sp), torch.Size((B, T))
+    for dtype in (torch.float64, torch.bfloat16):
+        given = tensors(0, tp, dtype)
+        for needs in ((1, 1, 1), (1, 0, 0), (0, 1, 0)):
+            expected = gradients(lambda x, w, b: linear(x.view(*shape, C), w, b), needs, *given)
+            got = gradients(lambda x, w, b: column_product(x, w, b, shape, tp), needs, *given)
+            for a, b in zip(expected, got, strict=True):
+                assert (a is None) == (b is None) and (a is None or torch.equal(a, b)), needs
+
+
 class Clock:
     """Seconds that only products and messages take."""
 

@@ -106,7 +106,7 @@ def test_peak_activations(p, m):
         assert Fraction(expected[0], v) == p * (1 + Fraction(p - 1, p * v))
     assert run("zb_h1", p, m).peak_activations == [min(m, p)] * p
     # Were nothing kept for the weight gradients, ZB-H1 would hold what 1F1B does.
-    freed = run("zb_h1", p, m, kept_share=0).peak_activations
+    freed = run("zb_h1", p, m, deferred=[0] * p).peak_activations
     assert freed == run("1f1b", p, m).peak_activations
 
 
@@ -161,6 +161,13 @@ def test_durations_of_stages_and_latency():
     assert found.peak_messages == {(0, 1): 1, (1, 0): 1}
     split = simulate(make("zb_h1", 2, 1), costs)
     assert split.makespan == 12 + 11 + 4 + 7 + 2
+
+
+def test_what_weight_gradients_wait_for_is_held():
+    """By hand: rank 0 does F0 F1 B0 W0 F2 ..., rank 1 F0 B0 F1 B1 W0 F2 ..., so two wait there."""
+    costs = Costs.uniform(2, activation=[10, 20], deferred=[30, 50])
+    assert simulate(make("zb_h1", 2, 4), costs).peak_activations == [10 + 30, 50 + 50]
+    assert simulate(make("1f1b", 2, 4), costs).peak_activations == [10 + 10, 20]
 
 
 def test_messages_that_wait():

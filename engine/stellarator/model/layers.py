@@ -11,7 +11,7 @@ from functools import partial
 import torch
 
 from stellarator.parallel.gradients import room_of
-from stellarator.parallel.pipeline.deferred import Deferred, split_linear
+from stellarator.parallel.pipeline.deferred import Deferred
 from stellarator.parallel.products import Again, column_product, row_product
 from stellarator.parallel.shard import Shard
 from stellarator.parallel.tensor import ALONE, TensorParallel
@@ -65,12 +65,12 @@ class Linear(torch.nn.Module):
     ) -> torch.Tensor:
         """x: (B, T, in), or the tokens that this rank has between products; shape: (B, T).
 
-        again: makes x, where ranks share the product; None: x is kept for the backward.
+        again: makes x, where ranks share the product or its weight gradient is made apart; None: x
+            is kept for the backward.
         """
-        product = (x, self.weight, self.bias)
         if self.tp.alone:
-            return _product(*product, self.deferred)
-        return column_product(*product, shape, self.tp, self.deferred, again)
+            return _alone(self, x, again)
+        return column_product(x, self.weight, self.bias, shape, self.tp, self.deferred, again)
 
 
 class RowLinear(torch.nn.Module):
@@ -88,14 +88,16 @@ class RowLinear(torch.nn.Module):
     def forward(self, x: torch.Tensor, again: Again | None = None) -> torch.Tensor:
         """x: (B, T, in_tp); again: as of `Linear`."""
         if self.tp.alone:
-            return _product(x, self.weight, self.bias, self.deferred)
+            return _alone(self, x, again)
         return row_product(x, self.weight, self.tp, self.deferred, again) + self.bias
 
 
-def _product(x, weight, bias, deferred: Deferred | None) -> torch.Tensor:
+def _alone(module: Linear | RowLinear, x: torch.Tensor, again: Again | None) -> torch.Tensor:
+    """Its product, where this rank has all of it: all its columns, too."""
+    weight, bias, deferred = module.weight, module.bias, module.deferred
     if deferred is None:
         return linear(x, weight, bias, room=room_of(weight))
-    return split_linear(x, weight, bias, deferred)
+    return column_product(x, weight, bias, x.shape[:2], module.tp, deferred, again)
 
 
 class LayerNorm(torch.nn.Module):

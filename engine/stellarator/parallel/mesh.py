@@ -80,15 +80,21 @@ class Axis:
 
     def begin_sum_(self, x: torch.Tensor, tag: Tag | str) -> Pending:
         """Sum over the ranks."""
+        if self.size == 1:
+            return Pending(result=x)
         return self.group.all_reduce(x, tag, wait=False)
 
     def begin_scatter_sum_(self, x: torch.Tensor, tag: Tag | str) -> Pending:
         """This rank's part of x becomes that of the sum; what the rest becomes is undefined."""
+        if self.size == 1:
+            return Pending(result=x)
         part = x.view(self.size, -1)[self.rank]
         return self.group.reduce_scatter(x, tag, wait=False, into=part)
 
     def begin_gather(self, x: torch.Tensor, part: torch.Tensor, tag: Tag | str) -> Pending:
         """x becomes the parts of all ranks, one behind the other; `part` may be a view of x."""
+        if self.size == 1:
+            return Pending(result=x.copy_(part))
         return self.group.all_gather(part, tag, wait=False, into=x)
 
 

@@ -1,4 +1,5 @@
-"""Products that ranks share, whose communication travels beside the work of their backward.
+"""Products that ranks share, whose communication travels beside the work of their backward, or
+whose weight gradient is made apart from their input gradient.
 
 defines: Again, column_product, row_product
 
@@ -58,7 +59,7 @@ def column_product(
     deferred: Deferred | None = None,
     again: Again | None = None,
 ) -> torch.Tensor:
-    """linear(tp.enter(x, shape), weight, bias) of several tensor ranks.
+    """linear(tp.enter(x, shape), weight, bias) of the tensor ranks; of one rank nothing is sent.
 
     Args:
         x: (B, T, C), with sp (1, N_sp, C).
@@ -206,7 +207,9 @@ def _apart(ctx) -> bool:
 
 def _weight_gradient(ctx, needed: bool, weight, dy, rows: Rows) -> torch.Tensor | None:
     """dy^T @ x; None if nobody needs it now, or it was added to the buffer of all gradients."""
+    if not needed:
+        return None
     if _apart(ctx):
         ctx.deferred.add(weight, dy, rows)
         return None
-    return gradient_or_add(dy, rows.wait(), "auto", ctx.room) if needed else None
+    return gradient_or_add(dy, rows.wait(), "auto", ctx.room)

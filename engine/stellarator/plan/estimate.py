@@ -21,7 +21,7 @@ from stellarator.parallel.layout import AXES
 from stellarator.parallel.pipeline.schedules import make
 from stellarator.parallel.pipeline.simulate import Costs, Simulation, simulate
 from stellarator.plan.case import Case, Stage
-from stellarator.plan.memory import Memory, memory_of, stage_activation_bytes
+from stellarator.plan.memory import Memory, memory_of, stage_activation_bytes, stage_deferred_bytes
 from stellarator.plan.traffic import Traffic, layer_traffic, message_bytes, traffic_of
 
 
@@ -149,12 +149,14 @@ def optimizer_seconds(case: Case, machine: Machine) -> float:
 
 
 def stage_costs(case: Case, machine: Machine) -> Costs:
-    """Seconds of each stage's actions, of one message, and bytes of its activations."""
+    """Seconds of each stage's actions, of one message, and bytes of what it holds."""
     pairs = case.rows * sizes.row_pairs(case.model, case.config.data.seq_length) / case.layout.cp
     durations = [_stage_seconds(case, machine, stage, pairs) for stage in case.stages]
     latency = message_bytes(case) / machine.bandwidth(case, "pp") if case.layout.pp > 1 else 0.0
     activation = [stage_activation_bytes(case, stage) for stage in case.stages]
-    return Costs(*zip(*durations, strict=True), latency=latency, activation=activation)
+    deferred = [stage_deferred_bytes(case, stage) for stage in case.stages]
+    held = {"activation": activation, "deferred": deferred}
+    return Costs(*zip(*durations, strict=True), latency=latency, **held)
 
 
 def _stage_seconds(case: Case, machine: Machine, stage: Stage, pairs: float):

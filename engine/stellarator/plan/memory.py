@@ -1,6 +1,6 @@
 """Bytes that a GPU holds, by kind.
 
-defines: Memory, memory_of, stage_activation_bytes, logit_bytes
+defines: Memory, memory_of, stage_activation_bytes, stage_deferred_bytes, logit_bytes
 
 Counted: what the engine allocates on purpose. Not counted: the CUDA context, the caching
 allocator's gaps, workspaces of libraries.
@@ -23,7 +23,7 @@ class Memory:
     gradients: int
     masters: int
     moments: int
-    activations: int  # at the worst moment of the schedule
+    activations: int  # with what weight gradients wait for, at the worst moment of the schedule
     working: int  # what is computed again for one layer, and the widest tensors of its backward
     logits: int  # of one chunk
     buffers: int  # messages of the pipeline, gathered tokens, keys and values, parameters (ZeRO 3)
@@ -40,7 +40,7 @@ def memory_of(case: Case, rank: int, simulation: Simulation) -> Memory:
     Args:
         case: the run.
         rank: on the pipeline axis.
-        simulation: of the schedule, with `stage_activation_bytes` as activations.
+        simulation: of the schedule, of what `stage_costs` says that stages hold.
     """
     count, zero = case.parameters(rank), case.parallel.zero
     shared = -(-count // case.replicas)
@@ -79,6 +79,13 @@ def stage_activation_bytes(case: Case, stage: Stage) -> int:
         if layout.tp == 1:
             kept += sizes.embedding_parameters(model) * max(4, itemsize)
     return kept
+
+
+def stage_deferred_bytes(case: Case, stage: Stage) -> int:
+    """What a stage holds from its input gradient to its weight gradients, for one micro-batch."""
+    tp, sp = case.layout.tp, case.parallel.sp
+    each = sizes.layer_deferred_bytes(case.model, case.tokens, case.itemsize, tp=tp, sp=sp)
+    return stage.num_layers * each
 
 
 def logit_bytes(case: Case) -> int:

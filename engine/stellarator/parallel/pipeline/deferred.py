@@ -1,6 +1,6 @@
 """Products whose weight gradient is made later than their input gradient.
 
-defines: Rows, Deferred, split_linear
+defines: Rows, Deferred
 
 A schedule that splits the backward wants the input gradient of a stage first and its weight
 gradients when there is nothing else to do. The layers of such a model keep what a weight gradient
@@ -12,11 +12,9 @@ from collections.abc import Callable
 
 import torch
 
-from stellarator.parallel.gradients import room_of
 from stellarator.parallel.journal import Tag
 from stellarator.parallel.mesh import Axis
-from stellarator_kernels import linear
-from stellarator_kernels.linear import Room, gradient_or_add
+from stellarator_kernels.linear import gradient_or_add
 
 
 class Rows:
@@ -89,33 +87,3 @@ class Deferred:
     def empty(self) -> bool:
         """Whether nothing is left to do."""
         return not self._waiting
-
-
-class _SplitLinear(torch.autograd.Function):
-    """linear(x, weight, bias), whose weight gradient may be deferred."""
-
-    @staticmethod
-    def forward(ctx, x, weight, bias, deferred: Deferred, room: Room | None):
-        ctx.save_for_backward(x)
-        # Not saved: where layers are computed again it would come back as another tensor, without
-        # the buffer for its gradient.
-        ctx.weight, ctx.deferred, ctx.has_bias, ctx.room = weight, deferred, bias is not None, room
-        return linear(x, weight, bias)
-
-    @staticmethod
-    def backward(ctx, dy):
-        (x,), weight = ctx.saved_tensors, ctx.weight
-        dy2, x2 = dy.flatten(0, -2), x.flatten(0, -2)
-        dweight = None
-        if ctx.deferred.key is None:
-            dweight = gradient_or_add(dy2, x2, "auto", ctx.room)
-        else:
-            ctx.deferred.add(weight, dy2, Rows(lambda: x2))
-        return dy @ weight, dweight, dy2.sum(0) if ctx.has_bias else None, None, None
-
-
-def split_linear(
-    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, deferred: Deferred
-) -> torch.Tensor:
-    """x @ weight^T + bias; x (..., in), weight (out, in), bias (out,) or None."""
-    return _SplitLinear.apply(x, weight, bias, deferred, room_of(weight))

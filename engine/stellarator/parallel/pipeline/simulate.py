@@ -40,7 +40,7 @@ class Costs:
     weight_gradient: Sequence
     latency: float = 0  # of a message between ranks
     activation: Sequence | None = None  # of one micro-batch, in any unit; None: 1 each
-    kept_share: float = 1  # of an activation that the weight gradient still needs
+    deferred: Sequence | None = None  # held from B to W, in that unit; None: the activation
 
     @classmethod
     def uniform(cls, num_stages: int, F=1, B=1, W=1, **others) -> "Costs":
@@ -77,7 +77,7 @@ class Simulation:
     """What `simulate` found; lists are by rank.
 
     An activation counts as held from the start of its forward to the end of its backward. Where
-    the backward is split, `kept_share` of it counts on to the end of the weight gradient.
+    the backward is split, `Costs.deferred` counts from there to the end of the weight gradient.
     """
 
     timeline: list[list[Span]]
@@ -243,13 +243,14 @@ def _words(need: tuple, home: dict[int, int]) -> str:
 def _peak_held(spans: list[Span], costs: Costs):
     """The most activations that a rank holds at one time."""
     sizes = costs.activation or [1] * costs.num_stages
-    share, changes = costs.kept_share, []
+    apart, changes = costs.deferred or sizes, []
     for (kind, stage, _), start, end in spans:
         if kind == FORWARD:
             changes.append((start, sizes[stage]))
+        elif kind == INPUT_GRADIENT:
+            changes.append((end, apart[stage] - sizes[stage]))
         else:
-            freed = {INPUT_GRADIENT: 1 - share, WEIGHT_GRADIENT: share}.get(kind, 1)
-            changes.append((end, -sizes[stage] * freed))
+            changes.append((end, -(apart if kind == WEIGHT_GRADIENT else sizes)[stage]))
     return _most(changes)
 
 
