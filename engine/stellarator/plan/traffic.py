@@ -45,27 +45,29 @@ def message_bytes(case: Case) -> int:
 
 
 def layer_traffic(case: Case, direction: str) -> LayerTraffic:
-    """Of a "forward" or a "backward", in which recompute="full" does the forward again.
+    """Of a "forward" or a "backward".
 
     Tensor axis: the results of the two row-parallel products forward, the input gradients of the
     two column-parallel ones back. With sp each is a gather and a reduce-scatter, and the backward
-    gathers the inputs of the two products again. Context axis: keys and values go as far as the
-    window sees, or by "gather" to all; again in a backward, with the sums of their gradients, which
-    are not rounded; and once more where anything is computed again.
+    gathers the inputs of the two products again. Where anything is computed again, so is what the
+    forward sends, but for its last sum, behind which a layer keeps nothing. Context axis: keys and
+    values go as far as the window sees, or by "gather" to all; again in a backward, with the sums
+    of their gradients, which are not rounded; and once more where anything is computed again.
     """
     model, tp, cp = case.model, case.layout.tp, case.layout.cp
     back = direction == "backward"
     row = case.tokens * model.width * case.itemsize
-    passes = 2 if back and case.config.train.recompute == "full" else 1
-    calls = (4 if case.parallel.sp else 2) * passes
-    tp_bytes = 2 * 2 * passes * _gather(row, tp)
-    if case.parallel.sp and back:
-        calls += 2
-        tp_bytes += 2 * _gather(row, tp)
+    again = back and case.config.train.recompute != "none"
+    if case.parallel.sp:  # gathers and reduce-scatters; all-reduces send twice as much
+        calls = 4 + 2 * back + 3 * again
+        tp_bytes = calls * _gather(row, tp)
+    else:
+        calls = 2 + again
+        tp_bytes = calls * 2 * _gather(row, tp)
     if cp == 1:
         return LayerTraffic(tp_bytes, calls if tp > 1 else 0, 0, 0)
     kv = 2 * case.tokens * max(1, model.num_kv_heads // tp) * model.head_width
-    passes = 2 if back and case.config.train.recompute != "none" else 1
+    passes = 1 + again
     times, exchanges = _context_hops(case)
     cp_bytes = times * kv * (passes * case.itemsize + back * max(4, case.itemsize))
     return LayerTraffic(tp_bytes, calls if tp > 1 else 0, cp_bytes, exchanges * (passes + back))
