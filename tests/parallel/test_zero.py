@@ -237,13 +237,16 @@ def test_stages_hold_less_overlap_and_make_the_same_bits(tiny_config, tmp_path):
 
 
 def check_order(name: str, stage: int, events: list[str], num_buckets: int) -> None:
-    """Of one step: sums begin before the last gradient is made, and nobody waits for them."""
+    """Of one step: sums begin before the last gradient is made, and nobody waits for them.
+
+    But where they hold copies: then two are in flight.
+    """
     last = len(events) - 1 - events[::-1].index("gradient")
     before = events[:last]
     assert events.count("begin") == events.count("wait") == num_buckets > 3, name
     assert before.count("begin") == (0 if "plain" in name else num_buckets - 1), name
     if stage < 2:
-        assert before.count("wait") == 0, name
+        assert before.count("wait") == (num_buckets - 3 if "rounded" in name else 0), name
 
 
 def test_a_checkpoint_goes_from_one_stage_to_another(small, tmp_path):
