@@ -7,6 +7,7 @@ whether a machine is as fast as assumed.
 
 import dataclasses
 import itertools
+import math
 
 import pytest
 import torch
@@ -14,13 +15,21 @@ import torch
 from stellarator import recipes, settings, sizes
 from stellarator.cli import main
 from stellarator.config import OptimConfig, ParallelConfig
-from stellarator.model import Transformer
+from stellarator.model import Transformer, build_model
+from stellarator.parallel.buckets import DataParallel
+from stellarator.parallel.buckets import plan as plan_buckets
+from stellarator.parallel.collectives import Pending
+from stellarator.parallel.gradients import SharedGradients
+from stellarator.parallel.layout import Part
+from stellarator.parallel.mesh import Axis
 from stellarator.parallel.pipeline.schedules import (
     FORWARD,
     INPUT_GRADIENT,
     default_stages_per_rank,
     make,
 )
+from stellarator.parallel.shard import shards_of
+from stellarator.parallel.tensor import TensorParallel
 from stellarator.parallel.zigzag import Plan as Ring
 from stellarator.plan import (
     Machine,
@@ -32,6 +41,7 @@ from stellarator.plan import (
     search_lines,
     traffic_of,
 )
+from stellarator.plan.buckets import Bucket, buckets_of
 from stellarator.plan.estimate import optimizer_seconds, stage_costs
 from stellarator.plan.memory import logit_bytes, stage_activation_bytes, stage_deferred_bytes
 from stellarator.plan.search import layouts
@@ -127,16 +137,23 @@ def test_starcoderbase_bubble_and_traffic():
     assert 0.15 < plan.simulation.bubble < 3 / 16  # the head makes the last stage the busiest
     row = 8192 * 6144 * 2
     m = 16
-    # Forward two gathers and two reduce-scatters a layer, back the same and two gathers again.
-    assert sent(plan, 1, "tp")["results of products"] == (m * 10 * 10 * row * 3 // 4, m * 10 * 10)
+    # Forward two gathers and two reduce-scatters a layer, back the same and two gathers again;
+    # and, as something is computed again, the forward without its last reduce-scatter.
+    assert sent(plan, 1, "tp")["results of products"] == (m * 10 * 13 * row * 3 // 4, m * 10 * 13)
     assert sent(plan, 1, "pp") == {"states and their gradients": (2 * m * row // 4, 2 * m)}
     tied = sent(plan, 0, "pp")["gradient of the tied embedding"]
     assert tied == (12288 * 6144 * 4, 1)
-    count = plan.case.parameters(0)
+    # Each of the four matrices of a layer fills a bucket, positions and embedding two more.
+    count, buckets = plan.case.parameters(0), 4 * 10 + 2
     assert sent(plan, 0, "dp") == {
-        "sum of gradients, in parts": (round(31 / 32 * 4 * count), 11),
-        "parameters from their parts": (round(31 / 32 * 2 * count), 11),
+        "sum of gradients, in parts": (round(31 / 32 * 4 * count), buckets),
+        "parameters from their parts": (round(31 / 32 * 2 * count), buckets),
     }
+    # Three numbers a token to three others; norms and biases of 4 C + 2 C, one key/value head, in
+    # all buckets but those of the MLP's first product.
+    assert sent(plan, 3, "tp")["softmax of the split vocabulary"] == (m * 3 * 12 * 8192, m)
+    shared = 10 * (6 * 6144 + 2 * 128 * (6144 + 1))
+    assert sent(plan, 1, "tp")["shared gradients"] == (2 * shared * 4 * 3 // 4, 31)
 
 
 def test_starcoderbase_flops():
@@ -192,13 +209,108 @@ def test_bytes_that_an_update_moves():
 def test_zero_shares_out_one_kind_after_the_other():
     plans = [plan_of(num_gpus=16, zero=zero, tp=1, sp=False, pp=1).memory for zero in range(4)]
     whole, *shared = [memory[0] for memory in plans]
-    more = [memory.buffers - whole.buffers for memory in shared[:2]]
-    assert more == [0, 4 * sizes.embedding_parameters(BASE.model)]
+    # Whole gradients of the embedding and of as much as a layer: of its four matrices, each with a
+    # bucket, two are in flight and two are made. With ZeRO 3 a layer is a bucket, whose parameters
+    # are there with the next, and so is the rest.
+    C, layer = 6144, sizes.layer_parameters(BASE.model)
+    embedding = 49152 * C
+    rest = embedding + 8192 * C + 2 * C
+    assert [memory.buffers - whole.buffers for memory in shared] == [
+        0,
+        4 * (embedding + layer),
+        4 * (rest + 3 * layer) + 2 * (rest + 2 * layer),
+    ]
     for zero, memory in enumerate(shared, 1):
         for least, kind in ((1, "masters"), (1, "moments"), (2, "gradients"), (3, "parameters")):
             part = 16 if zero >= least else 1
             assert getattr(memory, kind) == pytest.approx(getattr(whole, kind) / part, rel=1e-6)
-    assert shared[2].buffers - shared[1].buffers == 2 * 2 * sizes.layer_parameters(BASE.model)
+
+
+class Counting(Axis):
+    """Of two ranks, of which one is there; notes what all buckets hold when a sum begins."""
+
+    def look(self, x):
+        gradients, parameters = [x], 0
+        for bucket in self.buckets:
+            gradients += [bucket.full_grads, *(bucket._reducing or ())[:1]]
+            if bucket.data.stage == 3:
+                parameters += bucket.full_params.untyped_storage().nbytes()
+        kept = [b.full_grads for b in self.buckets if b.data.stage < 2]  # for the whole step
+        each = {id(g): g.nbytes for g in gradients if g is not None}
+        self.held.append(parameters + sum(each.values()) - sum(g.nbytes for g in kept))
+        return Pending()
+
+    def begin_sum_(self, x, tag):
+        return self.look(x)
+
+    def begin_scatter_sum_(self, x, tag):
+        return self.look(x)
+
+    def begin_gather(self, x, part, tag):
+        x.zero_()
+        return Pending()
+
+
+@pytest.mark.parametrize("reduce_dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize(
+    ("zero", "tie"), [(0, True), (1, True), (2, True), (2, False), (3, True), (3, False)]
+)
+def test_whole_buckets_are_those_that_live_at_once(zero, tie, reduce_dtype):
+    """Gradients that are made and summed, rounded copies, gathered parameters: real buffers."""
+    config = small(precision="bf16")
+    shape = dataclasses.replace(config.model, tie_embeddings=tie)
+    config = dataclasses.replace(config, model=shape)
+    parallel = ParallelConfig(zero=zero, bucket_mib=0.1, reduce_dtype=reduce_dtype)
+    planned = make_plan(make_case(config, parallel, 2), Machine()).memory[0].buffers
+    model = build_model(shape)
+    axis = Counting("dp", 0, 2)
+    rounded = torch.bfloat16 if reduce_dtype == "bf16" else None
+    data = DataParallel(axis, zero, int(0.1 * 2**20), rounded)
+    optimizer = FlatOptimizer(model, config.optim, dtype=torch.bfloat16, data=data)
+    axis.__dict__.update(buckets=optimizer.buckets, held=[])
+    tokens = torch.arange(64)[None]
+    with optimizer.last_micro_batch():
+        model(tokens, tokens, reduction="sum").backward()
+    optimizer.complete_grads()
+    assert len(axis.held) == len(optimizer.buckets) > 4
+    assert max(axis.held) == pytest.approx(planned, rel=0.02)
+
+
+def test_buckets_are_those_of_training():
+    """Sizes, and what several tensor ranks share, on every rank of a pipeline."""
+    for tp, sp, pp, zero, tie in [
+        (1, False, 1, 1, True),
+        (4, True, 2, 1, True),
+        (4, False, 1, 2, False),
+        (2, True, 1, 3, True),
+        (2, True, 2, 0, False),
+    ]:
+        config = small()
+        shape = dataclasses.replace(
+            config.model, tie_embeddings=tie, positions="learned", num_kv_heads=2
+        )
+        config = dataclasses.replace(config, model=shape)
+        parallel = ParallelConfig(tp=tp, sp=sp, pp=pp, zero=zero, bucket_mib=0.1)
+        case = make_case(config, parallel, 2 * tp * pp)
+        start = 0
+        for stage in case.stages:
+            layers = tuple(range(start, start + stage.num_layers))
+            start += stage.num_layers
+            mine = TensorParallel(Axis("tp", 0, tp), sp)
+            model = Transformer(
+                shape, tp=mine, part=Part(layers, stage.first, stage.last), device="meta"
+            )
+            named, shards = list(model.named_parameters()), shards_of(model)
+            data = DataParallel(Axis("dp", 0, 2), zero, int(0.1 * 2**20))
+            expected = []
+            for bucket in plan_buckets(named, shards, list(model.layers), data):
+                grads = {name: torch.zeros(p.shape) for name, p in bucket}
+                own = {name: shards[name] for name in grads}
+                whole = sum(math.prod(shards[name].shape) for name in grads)
+                here = sum(p.numel() for _, p in bucket)
+                expected.append(Bucket(whole, here, SharedGradients(grads, own, mine)._total))
+            assert buckets_of(case, stage.rank) == expected
+            assert sum(b.here for b in expected) == case.parameters(stage.rank)
 
 
 def test_tied_and_untied_ends():
@@ -334,10 +446,10 @@ def test_keys_and_values_go_as_far_as_the_window_sees(window, hops):
 
 
 @pytest.mark.parametrize(
-    ("recompute", "back", "keys"), [("none", 1, 1), ("selective", 1, 2), ("full", 2, 2)]
+    ("recompute", "back", "keys"), [("none", 2, 1), ("selective", 3, 2), ("full", 3, 2)]
 )
 def test_what_is_computed_again_is_sent_again(recompute, back, keys):
-    """A cut row's keys and values with "selective", too: the parts of attention are not kept."""
+    """One of the two sums of a layer, and a cut row's keys and values, with "selective", too."""
     train = dataclasses.replace(BASE.train, recompute=recompute)
     config = dataclasses.replace(BASE, train=train)
     case = make_case(config, ParallelConfig(tp=2, cp=2), 512)
@@ -345,7 +457,7 @@ def test_what_is_computed_again_is_sent_again(recompute, back, keys):
     each = 3 / 4 * kv  # early chunks up, late ones down: 3 of 4 in all, by both ranks
     assert layer_traffic(case, "forward") == LayerTraffic(2 * row, 2, 2 * each, 1)
     assert layer_traffic(case, "backward") == LayerTraffic(
-        2 * back * row, 2 * back, (2 * keys + 4) * each, keys + 1
+        back * row, back, (2 * keys + 4) * each, keys + 1
     )
 
 
@@ -360,10 +472,14 @@ def test_zero_shares_out_over_the_context_ranks_too():
 
 
 def test_tensor_traffic_without_sp_is_as_large_but_for_what_is_gathered_again():
-    """An all-reduce sends what a gather and a reduce-scatter send; messages of stages are whole."""
+    """An all-reduce sends what a gather and a reduce-scatter send; messages of stages are whole.
+
+    Three gathers a layer more: of the inputs of both products, and of the second one when it is
+    computed again.
+    """
     plain, shared = plan_of(sp=False), plan_of()
     row = 8192 * 6144 * 2
-    again = 16 * 10 * 2 * row * 3 // 4
+    again = 16 * 10 * 3 * row * 3 // 4
     one, two = (sent(p, 1, "tp")["results of products"][0] for p in (plain, shared))
     assert two - one == again
     one, two = (sent(p, 1, "pp")["states and their gradients"][0] for p in (plain, shared))
@@ -371,17 +487,22 @@ def test_tensor_traffic_without_sp_is_as_large_but_for_what_is_gathered_again():
 
 
 def test_zero_traffic():
-    """Four tensor ranks; a bucket for each of 40 layers and one for the rest; dp 128, m 4."""
-    count = make_case(BASE, ParallelConfig(tp=4), 512).parameters(0)
+    """Four tensor ranks; dp 128, m 4. Four buckets a layer and two for positions and embedding;
+    with ZeRO 3 one a layer, of which the last one stays from the forward to the backward, and one
+    for the rest, which does so, too."""
+    case = make_case(BASE, ParallelConfig(tp=4), 512)
+    count, layer = case.parameters(0), sizes.layer_parameters(BASE.model, 4)
     found = [sent(plan_of(zero=zero, pp=1), 0, "dp") for zero in range(4)]
-    part, m = 127 / 128 * count, 4
-    assert found[0] == {"sum of gradients": (round(2 * 4 * part), 41)}
+    part, m = 127 / 128, 4
+    assert found[0] == {"sum of gradients": (round(2 * 4 * part * count), 162)}
     gathered = "parameters from their parts"
-    assert found[1][gathered] == (round(2 * part), 41)
-    assert found[2]["sum of gradients, in parts"] == (round(m * 4 * part), m * 41)
-    assert found[3][gathered] == (round(2 * m * 2 * part), 2 * m * 41)
+    assert found[1][gathered] == (round(2 * part * count), 162)
+    assert found[2]["sum of gradients, in parts"] == (round(m * 4 * part * count), m * 162)
+    assert found[3][gathered] == (round(m * 2 * part * (count + 39 * layer)), m * (2 * 39 + 2))
     alone = plan_of(num_gpus=16, zero=0)
     assert sent(alone, 1, "dp") == {}
+    halved = sent(plan_of(zero=0, pp=1, reduce_dtype="bf16"), 0, "dp")
+    assert halved == {"sum of gradients": (round(2 * 2 * part * count), 162)}
 
 
 def test_axes_that_leave_a_node_use_the_network():

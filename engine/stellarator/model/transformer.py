@@ -154,7 +154,10 @@ class Transformer(torch.nn.Module):
         recompute: what the backward pass computes again instead of keeping, beside norms and
             gelu. "none"; "selective": RoPE and the MLP's first product, whose result is the widest
             tensor, and attention by a ring; "full": whole layers. The gradients are the same to
-            the bit.
+            the bit. Both send again what the forward of a layer sends, but for the sum behind its
+            last product: collectives are no ops whose results "selective" could keep. That is one
+            all-reduce of tensor ranks, with sp two gathers and a reduce-scatter; of context ranks
+            keys and values.
         tp: the ranks that share every layer.
         part: what of the layers is here, on a rank of a pipeline; None: all.
         device, dtype: of the parameters.

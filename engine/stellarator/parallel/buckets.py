@@ -261,6 +261,11 @@ class Bucket:
         if self.data.stage >= 2:
             self.full_grads = None  # `sent` lives until the end of the reduction
 
+    @property
+    def summed_apart(self) -> bool:
+        """Whether a sum has begun that holds memory of its own until `end_reduce`."""
+        return self._reducing is not None and self._reducing[0] is not self.full_grads
+
     def end_reduce(self) -> None:
         """Wait until the sum is there, and take it over."""
         if self._reducing is None:

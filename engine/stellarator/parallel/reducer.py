@@ -16,7 +16,7 @@ from torch.autograd.graph import get_gradient_edge
 
 from stellarator.parallel.buckets import Bucket
 
-_IN_FLIGHT = 2  # buckets whose whole gradients live at a time where only own parts are kept
+_IN_FLIGHT = 2  # sums at a time that hold memory of their own
 
 
 class Reducer:
@@ -25,7 +25,9 @@ class Reducer:
     Gradients are added over micro-batches first, and reduced once, in the micro-batch that
     `last_micro_batch` announces. From ZeRO 2 on whole gradients are not kept: every backward pass
     reduces its own. The ranks make their gradients in the same order, so they reduce the buckets in
-    the same order; each sum has the same bits in every run.
+    the same order; each sum has the same bits in every run. A sum that holds memory of its own (of
+    whole gradients that are not kept, or of rounded copies) ends when the second one behind it has
+    begun.
 
     Args:
         buckets: of all parameters.
@@ -36,7 +38,8 @@ class Reducer:
         self._buckets, self._last = buckets, False
         self._stage = buckets[0].data.stage
         self._missing = [set(bucket.names) for bucket in buckets]
-        self._begun: list[Bucket] = []
+        self._begun: list[Bucket] = []  # of this step, where whole gradients are kept
+        self._in_flight: list[Bucket] = []
         self._held: set[str] = set()
         self._nodes = []  # with hooks; parameters do not keep theirs
         for index, bucket in enumerate(buckets):
@@ -91,15 +94,19 @@ class Reducer:
         bucket = self._buckets[index]
         self._missing[index] = set(bucket.names)
         bucket.begin_reduce()
-        self._begun.append(bucket)
-        if self._stage >= 2 and len(self._begun) > _IN_FLIGHT:
-            self._begun.pop(0).end_reduce()
+        if self._stage < 2:
+            self._begun.append(bucket)
+        if bucket.summed_apart:
+            self._in_flight.append(bucket)
+        if len(self._in_flight) > _IN_FLIGHT:
+            self._in_flight.pop(0).end_reduce()
         if self._stage == 3:
             bucket.free()
 
     def zero_grad(self) -> None:
         """Forget the gradients; the buffers stay."""
         self._begun.clear()
+        self._in_flight.clear()
         for bucket in self._buckets:
             bucket.zero_grad()
 

@@ -10,8 +10,11 @@ from dataclasses import dataclass, fields
 
 from stellarator import sizes
 from stellarator.parallel.pipeline.simulate import Simulation
+from stellarator.plan.buckets import buckets_of
 from stellarator.plan.case import Case, Stage
+from stellarator.plan.traffic import reduced_itemsize
 
+_IN_FLIGHT = 2  # as in stellarator.parallel.reducer
 _MIN_LOGITS = 64 << 20  # as in stellarator_kernels.linear_cross_entropy.chunk_rows
 
 
@@ -26,7 +29,7 @@ class Memory:
     activations: int  # with what weight gradients wait for, at the worst moment of the schedule
     working: int  # what is computed again for one layer, and the widest tensors of its backward
     logits: int  # of one chunk
-    buffers: int  # messages of the pipeline, gathered tokens, keys and values, parameters (ZeRO 3)
+    buffers: int  # messages, gathered tokens, keys and values; buckets that are whole for a while
 
     @property
     def total(self) -> int:
@@ -125,10 +128,29 @@ def _buffer_bytes(case: Case, rank: int, simulation: Simulation) -> int:
             held += 2 * kv * case.itemsize  # in use and on their way
         else:  # of whole rows, with the sums of their gradients
             held += layout.cp * kv * (case.itemsize + max(4, case.itemsize))
-    has_end = rank in (case.stages[0].rank, case.stages[-1].rank)
-    if parallel.zero >= 2 and case.replicas > 1 and has_end:
-        # From the loss to the end of the backward, where the embedding adds to it.
-        held += sizes.embedding_parameters(model, layout.tp) * max(4, case.itemsize)
-    if parallel.zero >= 3 and case.replicas > 1:
-        held += 2 * sizes.layer_parameters(model, layout.tp) * case.itemsize
-    return held
+    return held + (_bucket_bytes(case, rank) if case.replicas > 1 else 0)
+
+
+def _bucket_bytes(case: Case, rank: int) -> int:
+    """Whole buckets while their gradients are made and summed, and their parameters used.
+
+    Where only own parts of gradients are kept (ZeRO 2), a bucket is whole while they are made, and
+    so is the next: an op makes gradients of both. With ZeRO 3 a layer ends before the next begins.
+    The last bucket is whole from the loss on where it has the head. Then a sum begins, of a rounded
+    copy in any stage, while those before are in flight. With ZeRO 3 the parameters of the last
+    bucket are there for the whole pass, those of a layer with the next.
+    """
+    zero, size, summed = case.parallel.zero, case.state_bytes["gradients"], reduced_itemsize(case)
+    counts = [bucket.here for bucket in buckets_of(case, rank)]
+    last, copied, most = len(counts) - 1, summed if summed != size else 0, 0
+    if zero < 2 and not copied:
+        return 0
+    for index, count in enumerate(counts):
+        whole = {index} if zero >= 2 else set()
+        if zero == 2 and index < last:
+            whole.add(index + 1)
+        if zero == 3 or (zero == 2 and case.model.tie_embeddings):
+            whole.add(last)
+        held = sum(counts[i] for i in whole) * size + count * copied
+        most = max(most, held + sum(counts[max(0, index - _IN_FLIGHT) : index]) * summed)
+    return most + ((2 * counts[0] + counts[last]) * case.itemsize if zero == 3 else 0)

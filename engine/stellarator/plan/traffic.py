@@ -1,6 +1,6 @@
 """What a GPU sends in one step, by axis.
 
-defines: Traffic, LayerTraffic, traffic_of, layer_traffic, message_bytes
+defines: Traffic, LayerTraffic, traffic_of, layer_traffic, message_bytes, reduced_itemsize
 
 Rings: of n bytes over g ranks a gather or a reduce-scatter sends (g - 1) / g * n from each rank, an
 all-reduce twice that. A message is one call of a collective, or one send.
@@ -10,6 +10,7 @@ import math
 from dataclasses import dataclass
 
 from stellarator import sizes
+from stellarator.plan.buckets import buckets_of
 from stellarator.plan.case import Case
 
 
@@ -45,27 +46,29 @@ def message_bytes(case: Case) -> int:
 
 
 def layer_traffic(case: Case, direction: str) -> LayerTraffic:
-    """Of a "forward" or a "backward", in which recompute="full" does the forward again.
+    """Of a "forward" or a "backward".
 
     Tensor axis: the results of the two row-parallel products forward, the input gradients of the
     two column-parallel ones back. With sp each is a gather and a reduce-scatter, and the backward
-    gathers the inputs of the two products again. Context axis: keys and values go as far as the
-    window sees, or by "gather" to all; again in a backward, with the sums of their gradients, which
-    are not rounded; and once more where anything is computed again.
+    gathers the inputs of the two products again. Where anything is computed again, so is what the
+    forward sends, but for its last sum, behind which a layer keeps nothing. Context axis: keys and
+    values go as far as the window sees, or by "gather" to all; again in a backward, with the sums
+    of their gradients, which are not rounded; and once more where anything is computed again.
     """
     model, tp, cp = case.model, case.layout.tp, case.layout.cp
     back = direction == "backward"
     row = case.tokens * model.width * case.itemsize
-    passes = 2 if back and case.config.train.recompute == "full" else 1
-    calls = (4 if case.parallel.sp else 2) * passes
-    tp_bytes = 2 * 2 * passes * _gather(row, tp)
-    if case.parallel.sp and back:
-        calls += 2
-        tp_bytes += 2 * _gather(row, tp)
+    again = back and case.config.train.recompute != "none"
+    if case.parallel.sp:  # gathers and reduce-scatters; all-reduces send twice as much
+        calls = 4 + 2 * back + 3 * again
+        tp_bytes = calls * _gather(row, tp)
+    else:
+        calls = 2 + again
+        tp_bytes = calls * 2 * _gather(row, tp)
     if cp == 1:
         return LayerTraffic(tp_bytes, calls if tp > 1 else 0, 0, 0)
     kv = 2 * case.tokens * max(1, model.num_kv_heads // tp) * model.head_width
-    passes = 2 if back and case.config.train.recompute != "none" else 1
+    passes = 1 + again
     times, exchanges = _context_hops(case)
     cp_bytes = times * kv * (passes * case.itemsize + back * max(4, case.itemsize))
     return LayerTraffic(tp_bytes, calls if tp > 1 else 0, cp_bytes, exchanges * (passes + back))
@@ -94,7 +97,7 @@ def _context_hops(case: Case) -> tuple[float, int]:
 def traffic_of(case: Case, rank: int) -> list[Traffic]:
     """What a GPU of a pipeline rank sends in a step; nothing for axes of one rank."""
     layers = sum(stage.num_layers for stage in case.stages if stage.rank == rank)
-    found = [*_tensor(case, rank, layers), *_pipeline(case, rank), *_data(case, rank, layers)]
+    found = [*_tensor(case, rank, layers), *_pipeline(case, rank), *_data(case, rank)]
     if case.layout.cp > 1:
         ways = [layer_traffic(case, way) for way in ("forward", "backward")]
         times = case.num_micro_batches * layers
@@ -120,16 +123,15 @@ def _tensor(case: Case, rank: int, layers: int) -> list[Traffic]:
         num_messages = len(ends) * m * (2 if sp else 1)
         found.append(Traffic("tp", "embedding and head", num_bytes, num_messages))
     if case.stages[-1].rank == rank:
-        num_bytes = round(m * 2 * _gather(3 * case.tokens * 4, tp))
-        found.append(Traffic("tp", "softmax of the split vocabulary", num_bytes, 2 * m))
-    gradient = case.state_bytes["gradients"]
-    if sp:
-        num_bytes = round(2 * _gather(6 * model.width * layers * gradient, tp))
-        found.append(Traffic("tp", "gradients of norms and biases", num_bytes, 1))
-    copies = tp // model.num_kv_heads
-    if copies > 1:
-        kv = 2 * model.head_width * (model.width + 1) * layers * gradient
-        found.append(Traffic("tp", "gradients of shared keys", round(2 * _gather(kv, copies)), 1))
+        # Three numbers a token, from each rank to all others.
+        num_bytes = m * (tp - 1) * 3 * case.tokens * max(4, case.itemsize)
+        found.append(Traffic("tp", "softmax of the split vocabulary", num_bytes, m))
+    # With sp norms, some biases and positions; keys and values whose heads several ranks hold.
+    shared = [b.shared for b in buckets_of(case, rank) if b.shared]
+    if shared:
+        times = m if case.parallel.zero >= 2 and case.replicas > 1 else 1
+        num_bytes = round(times * 2 * _gather(sum(shared) * case.state_bytes["gradients"], tp))
+        found.append(Traffic("tp", "shared gradients", num_bytes, times * len(shared)))
     return found
 
 
@@ -148,19 +150,30 @@ def _pipeline(case: Case, rank: int) -> list[Traffic]:
     return found
 
 
-def _data(case: Case, rank: int, layers: int) -> list[Traffic]:
-    """One bucket for each layer, one for the rest; ranks of the context axis are replicas, too."""
-    replicas, zero = case.replicas, case.parallel.zero
+def _data(case: Case, rank: int) -> list[Traffic]:
+    """Bucket by bucket; ranks of the context axis are replicas, too.
+
+    ZeRO 3 gathers a layer for each forward and each backward. The last layer and the rest stay from
+    the one to the other.
+    """
+    replicas, zero, m = case.replicas, case.parallel.zero, case.num_micro_batches
     if replicas == 1:
         return []
-    count, buckets, m = case.parameters(rank), layers + 1, case.num_micro_batches
-    gradients = count * case.state_bytes["gradients"]
+    counts = [bucket.here for bucket in buckets_of(case, rank)]
+    gradients = sum(counts) * reduced_itemsize(case)
     if zero == 0:
         num_bytes = round(2 * _gather(gradients, replicas))
-        return [Traffic("dp", "sum of gradients", num_bytes, buckets)]
+        return [Traffic("dp", "sum of gradients", num_bytes, len(counts))]
     times = m if zero >= 2 else 1
     num_bytes = round(times * _gather(gradients, replicas))
-    found = [Traffic("dp", "sum of gradients, in parts", num_bytes, times * buckets)]
-    gathers = 2 * m if zero >= 3 else 1  # for each forward and each backward
-    num_bytes = round(gathers * _gather(count * case.itemsize, replicas))
-    return [*found, Traffic("dp", "parameters from their parts", num_bytes, gathers * buckets)]
+    found = [Traffic("dp", "sum of gradients, in parts", num_bytes, times * len(counts))]
+    if zero == 3:
+        *layers, last, rest = counts[-2::-1] + counts[-1:]
+        counts = m * (2 * layers + [last, rest])
+    num_bytes = round(_gather(sum(counts) * case.itemsize, replicas))
+    return [*found, Traffic("dp", "parameters from their parts", num_bytes, len(counts))]
+
+
+def reduced_itemsize(case: Case) -> int:
+    """Bytes of a gradient while it is summed over the replicas."""
+    return 2 if case.parallel.reduce_dtype == "bf16" else case.state_bytes["gradients"]
