@@ -33,6 +33,7 @@ from stellarator.parallel.tensor import TensorParallel
 from stellarator.parallel.zigzag import Plan as Ring
 from stellarator.plan import (
     Machine,
+    command,
     make_case,
     make_plan,
     memory_of,
@@ -590,6 +591,24 @@ def test_a_search_without_a_result_says_so():
     none = search(config, 4, Machine(memory_gib=1e-6, reserve_gib=0))
     assert none.plans == [] and none.num_too_large == none.num_tried
     assert "none fits" in "\n".join(search_lines(none, Machine()))
+    none = search(config, 7 * 11, Machine())
+    assert none.num_tried == 0 < none.num_refused
+    assert (
+        "none works; most of them lack the same: train.global" in search_lines(none, Machine())[1]
+    )
+
+
+def test_what_is_no_layout_is_kept(monkeypatch):
+    """Buckets and their dtype, beside options and in a search."""
+    own = ParallelConfig(bucket_mib=7.0, reduce_dtype="bf16")
+    config = dataclasses.replace(small(), parallel=own)
+    assert {(p.bucket_mib, p.reduce_dtype) for p in layouts(config, 4)} == {(7.0, "bf16")}
+    seen = []
+    monkeypatch.setattr(command, "make_case", lambda config, layout, n: seen.append(layout))
+    monkeypatch.setattr(command, "make_plan", lambda *_: None)
+    monkeypatch.setattr(command, "plan_lines", lambda *_: [])
+    assert list(command.run(config, 4, {"tp": 2, "zero": None, "pp": None}, {})) == []
+    assert seen == [dataclasses.replace(own, tp=2)]
 
 
 def test_search_tries_every_axis():
@@ -692,6 +711,8 @@ def test_values_of_the_recipe_can_be_changed(capsys):
         ),
         (["--gpus", "2", "--pp", "2", "--schedule", "nix"], ["expected one of gpipe, 1f1b"]),
         (["--search", "--tp", "2"], ["expected --search or a layout, got both: tp"]),
+        (["--tp", "2", "parallel.zero=3"], ["by options or by words, got parallel.zero=3 beside"]),
+        (["--search", "parallel.tp=2"], ["by options or by words, got parallel.tp=2 beside"]),
         (["--tpp", "2"], ["Did you mean --tp for --tpp?"]),
         (["--efficiency", "1.5"], ["above 0 and up to 1, got '1.5'"]),
         (["tp=4"], ["unknown name 'tp'"]),

@@ -129,6 +129,13 @@ def _plan(arguments) -> int:
     config = settings.resolve(base, arguments.config, arguments.overrides)
     names = [field.name for field in fields(ParallelConfig) if field.name in arguments]
     parallel = {name: getattr(arguments, name) for name in names}
+    words = [word.lstrip("-") for word in arguments.overrides]
+    twice = [w for w in words if w.partition("=")[0].removeprefix("parallel.") in names]
+    if twice and (arguments.search or any(parallel.values())):
+        raise ValueError(
+            f"plan: expected the layout by options or by words, got {', '.join(twice)} beside "
+            "options. Give all of it as options (--tp ...), or none."
+        )
     figures = {field.name: getattr(arguments, field.name) for field in fields(Machine)}
     figures = {name: value for name, value in figures.items() if value is not None}
     top = arguments.top if arguments.search else None

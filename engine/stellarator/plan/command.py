@@ -4,6 +4,7 @@ defines: run
 """
 
 from collections.abc import Iterator
+from dataclasses import fields
 
 from stellarator.config import ParallelConfig, RunConfig
 from stellarator.parallel.pipeline.schedules import default_stages_per_rank
@@ -25,8 +26,8 @@ def run(
     Args:
         config: of the run.
         num_gpus: all of them.
-        parallel: values of ParallelConfig; those that are missing or None are the default ones.
-            Where none is given, the layout is that of `config`.
+        parallel: the layout, values of ParallelConfig; None or false: the default one. Where all
+            are, the layout is that of `config`; what is not named here always is.
         figures: of the machine, by the names of `Machine`; the others are assumed.
         top: how many layouts of a search to print; None: no search, plan the one of `parallel`.
     Raises:
@@ -45,6 +46,7 @@ def run(
     layout = config.parallel
     if chosen:
         fewest = default_stages_per_rank(str(chosen.get("schedule", "1f1b")))
-        layout = ParallelConfig(**{"stages_per_rank": fewest, **chosen})
+        others = {f.name: getattr(layout, f.name) for f in fields(layout) if f.name not in parallel}
+        layout = ParallelConfig(**{"stages_per_rank": fewest, **others, **chosen})
     case = make_case(config, layout, num_gpus)
     yield from plan_lines(make_plan(case, machine), figures)

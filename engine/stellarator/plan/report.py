@@ -151,7 +151,9 @@ def search_lines(found: Found, machine: Machine, given: Collection[str] = ()) ->
         f"{found.num_tried:,} layouts work, {found.num_refused:,} do not; of those that were "
         f"simulated {found.num_too_large:,} do not fit",
     ]
-    if not found.plans:
+    if not found.plans and not found.num_tried:
+        lines.append(f"none works; most of them lack the same: {found.why}")
+    elif not found.plans:
         lines.append("none fits: try train.micro_batch_size=1, train.recompute=full, or more GPUs")
     for plan in found.plans:
         case = plan.case

@@ -3,8 +3,10 @@
 defines: Found, search, layouts
 """
 
+import math
+from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from stellarator.config import ParallelConfig, RunConfig
 from stellarator.parallel.pipeline.schedules import default_stages_per_rank
@@ -31,6 +33,7 @@ class Found:
     num_tried: int  # that work at all
     num_refused: int
     num_too_large: int  # of those that were simulated
+    why: str = ""  # what most of the refused lack
 
 
 def search(config: RunConfig, num_gpus: int, machine: Machine, top: int = 5) -> Found:
@@ -42,12 +45,12 @@ def search(config: RunConfig, num_gpus: int, machine: Machine, top: int = 5) -> 
     Raises:
         ValueError: the machine's figures are not above 0.
     """
-    cases, refused, too_large = [], 0, 0
+    cases, refused, too_large = [], Counter(), 0
     for parallel in layouts(config, num_gpus):
         try:
             cases.append(make_case(config, parallel, num_gpus))
-        except ConfigError:
-            refused += 1
+        except ConfigError as error:
+            refused.update([error.problems[0]])
     bounds = sorted(
         ((_least_seconds(case, machine), index) for index, case in enumerate(cases)),
     )
@@ -61,12 +64,15 @@ def search(config: RunConfig, num_gpus: int, machine: Machine, top: int = 5) -> 
             too_large += 1
         elif key not in best or _order(plan) < _order(best[key]):
             best[key] = plan
-    return Found(sorted(best.values(), key=_order)[:top], len(cases), refused, too_large)
+    why = refused.most_common(1)[0][0] if refused else ""
+    plans = sorted(best.values(), key=_order)[:top]
+    return Found(plans, len(cases), refused.total(), too_large, why)
 
 
 def layouts(config: RunConfig, num_gpus: int) -> Iterator[ParallelConfig]:
     """Every way to share out the GPUs, also such that do not work."""
-    divisors = [n for n in range(1, num_gpus + 1) if num_gpus % n == 0]
+    small = [n for n in range(1, math.isqrt(num_gpus) + 1) if num_gpus % n == 0]
+    divisors = sorted({*small, *(num_gpus // n for n in small)})
     for tp in (n for n in divisors if config.model.num_heads % n == 0):
         for pp in (n for n in divisors if (num_gpus // tp) % n == 0):
             if pp > config.model.num_layers:
@@ -76,7 +82,9 @@ def layouts(config: RunConfig, num_gpus: int) -> Iterator[ParallelConfig]:
                 for schedule, v in _ways(pp):
                     for sp in (False, True)[: 1 if tp == 1 else 2]:
                         for zero in range(4 if dp * cp > 1 else 1):
-                            yield ParallelConfig(tp, sp, pp, v, schedule, cp, zero=zero)
+                            named = {"tp": tp, "sp": sp, "pp": pp, "stages_per_rank": v}
+                            named |= {"schedule": schedule, "cp": cp, "zero": zero}
+                            yield replace(config.parallel, **named)
 
 
 def _ways(pp: int) -> Iterator[tuple[str, int]]:

@@ -8,6 +8,7 @@ all-reduce twice that. A message is one call of a collective, or one send.
 
 import math
 from dataclasses import dataclass
+from functools import cache
 
 from stellarator import sizes
 from stellarator.plan.buckets import buckets_of
@@ -86,7 +87,13 @@ def _context_hops(case: Case) -> tuple[float, int]:
         return cp - 1, 1
     chunk = case.config.data.seq_length // (2 * cp)
     reach = last if window is None else math.ceil((window - 1) / chunk)
-    sent = furthest = 0
+    return _ring_hops(cp, min(reach, last))
+
+
+@cache
+def _ring_hops(cp: int, reach: int) -> tuple[float, int]:
+    """The same of a ring, where every chunk is seen from `reach` chunks behind it."""
+    last, sent, furthest = 2 * cp - 1, 0, 0
     for own in range(last + 1):
         ranks = [min(c, last - c) for c in range(own, min(own + reach, last) + 1)]
         sent += max(ranks) - min(ranks)
