@@ -194,13 +194,13 @@ def test_cost():
 @pytest.mark.parametrize("impl", ALL)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64], ids=str)
 def test_a_room_gets_the_gradient_unrounded(dtype, impl):
-    """4,096 rows of one id: bf16 would stop at 256, and one rounding shows in the rest."""
+    """600 rows of one id: bf16 would stop at 256, and one rounding shows in the rest."""
     if impl == "triton" and dtype == torch.float64:
         pytest.skip("the kernels are for 16 and 32 bits")
     g = torch.Generator().manual_seed(2)
     weight = torch.randn(5, 8, generator=g).to(dtype).requires_grad_()
     table = torch.randn(3, 8, generator=g).to(dtype).requires_grad_()
-    ids = torch.cat([torch.ones(4096), torch.arange(5)]).long()
+    ids = torch.cat([torch.ones(600), torch.arange(5)]).long()
     dy = (1 + torch.arange(len(ids)) % 3 / 128)[:, None].expand(-1, 8).to(dtype)
     rows = {"positions": ids % 3, "position_weight": table}
     wide = torch.promote_types(dtype, torch.float32)

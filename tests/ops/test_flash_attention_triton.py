@@ -3,7 +3,7 @@
 The references are those of test_flash_attention.py. Not covered: speed.
 """
 
-import sys
+import importlib
 
 import pytest
 from attention_cases import BF16, CASES, EXTRAS, FP16, FP32, check, random_case
@@ -175,7 +175,7 @@ BUGS = {
 def test_the_random_cases_find_planted_bugs(name, phase, monkeypatch):
     """Each in one pass only, so that the two do not agree on the wrong thing."""
     function, wrong = BUGS[name]
-    module = sys.modules[f"stellarator_kernels.attention.{phase}"]
+    module = importlib.import_module(f"stellarator_kernels.attention.{phase}")
     monkeypatch.setattr(module, function, wrong)
     found = 0
     for seed in range(100, 110):
@@ -183,7 +183,9 @@ def test_the_random_cases_find_planted_bugs(name, phase, monkeypatch):
             check(random_case(seed, 80), FP32, "triton", seed)
         except AssertionError:
             found += 1
-    assert found >= 3, f"{found} of 10 random cases see it"
+        if found == 3:
+            return
+    pytest.fail(f"{found} of 10 random cases see it")
 
 
 @triton.jit
@@ -194,7 +196,7 @@ def _counts_two(counter_ptr, INTERPRETED: tl.constexpr):
 @INTERPRETED
 def test_a_turn_out_of_order_is_seen(monkeypatch):
     monkeypatch.setattr(designs, "backward_design", lambda *_: "ordered")
-    module = sys.modules["stellarator_kernels.attention.backward"]
+    module = importlib.import_module("stellarator_kernels.attention.backward")
     monkeypatch.setattr(module, "count_one", _counts_two)
     with pytest.raises(AssertionError, match="dq"):
         check(CASES["window 13"], FP32, "triton")

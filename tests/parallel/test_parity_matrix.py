@@ -12,7 +12,6 @@ from benchmarks import parity
 
 NAMES = [
     ("starcoder2", "pp 2 interleaved"),
-    ("starcoder2", "pp 2 zb_h1"),
     ("starcoder2 dropout", "cp 2 ring"),
     ("starcoder2 dropout", "pp 2 zb_v"),
     ("starcoder2 dropout", "tp 2 sp dp 2 zero 2"),

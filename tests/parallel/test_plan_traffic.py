@@ -52,7 +52,7 @@ PURPOSES = {
 }
 # Numbers and agreements.
 NOT_PLANNED = ("gradient norm", "totals", "whether", "first contact", "stop request")
-NOT_PLANNED += ("work times", "barrier", "checkpoint", "agreement", "links")
+NOT_PLANNED += ("work times", "barrier", "checkpoint", "token shards", "links")
 
 
 def purpose(tag) -> str | None:

@@ -5,6 +5,7 @@ out, by its profiler. Not covered: what numpy needs; a GPU.
 """
 
 import dataclasses
+import gc
 from pathlib import Path
 
 import pytest
@@ -62,6 +63,7 @@ def made(config, tp, data, part, dtype=torch.float32) -> tuple[Transformer, Flat
 
 def peak_of(call) -> int:
     """Bytes that torch's allocator has given out at most during a call."""
+    gc.collect()  # what calls before have left in circles would count as given back
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
         kept = call()
     del kept
