@@ -18,7 +18,6 @@ from pathlib import Path
 
 from stellarator.config import ModelConfig, RunConfig
 from stellarator.parallel import layout
-from stellarator.parallel.pipeline import schedules
 
 
 class ConfigError(ValueError):
@@ -384,7 +383,7 @@ def _check_train(config: RunConfig) -> list[str]:
     problems += _one_of("train.device", train.device, ("auto", "cpu", "cuda"))
     problems += _one_of("parallel.reduce_dtype", config.parallel.reduce_dtype, ("fp32", "bf16"))
     problems += _one_of("parallel.cp_form", config.parallel.cp_form, ("ring", "gather"))
-    problems += _one_of("parallel.schedule", config.parallel.schedule, schedules.NAMES)
+    problems += _one_of("parallel.schedule", config.parallel.schedule, layout.schedules.NAMES)
     if config.parallel.zero not in range(4):
         problems.append(f"parallel.zero: expected 0, 1, 2 or 3, got {config.parallel.zero}")
     for name in ("tp", "pp", "cp", "stages_per_rank"):
