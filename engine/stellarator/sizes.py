@@ -1,8 +1,9 @@
 """How large a model is and what it costs, from its configuration alone.
 
 defines: FORMULA, STATE_BYTES, SHARED_FROM, ITEMSIZE, state_bytes, bytes_per_parameter,
-matmul_parameters, model_flops, row_pairs, layer_parameters, embedding_parameters,
-position_parameters, num_parameters, layer_activation_bytes, layer_deferred_bytes
+matmul_parameters, model_flops, row_pairs, layer_matmul_parameters, head_in_layers,
+layer_parameters, embedding_parameters, position_parameters, num_parameters,
+layer_activation_bytes, layer_deferred_bytes
 
 Whoever counts parameters, FLOPs or bytes of a run asks here: training, its check of the memory, and
 `stellarator plan`. Sizes are those of one tensor rank where `tp` is given. Standard library only.
@@ -79,6 +80,11 @@ def layer_matmul_parameters(model: ModelConfig, tp: int = 1) -> int:
     """Weights of the four products of a layer."""
     C, F = model.width, model.ffn_width
     return C * _qkv_width(model, tp) + C * C // tp + 2 * C * F // tp
+
+
+def head_in_layers(model: ModelConfig) -> float:
+    """The output matrix beside the products of a layer, for who shares out layers."""
+    return model.vocab_size * model.width / layer_matmul_parameters(model)
 
 
 def layer_parameters(model: ModelConfig, tp: int = 1) -> int:

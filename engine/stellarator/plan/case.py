@@ -119,8 +119,7 @@ def make_case(config: RunConfig, parallel: ParallelConfig, num_gpus: int) -> Cas
         raise ConfigError(found)
     model = config.model
     ranks = placement(parallel.schedule, parallel.pp, parallel.stages_per_rank)
-    head = model.vocab_size * model.width / sizes.layer_matmul_parameters(model)
-    counts = split_layers(model.num_layers, len(ranks), 0, head)
+    counts = split_layers(model.num_layers, len(ranks), 0, sizes.head_in_layers(model))
     last = len(ranks) - 1
     stages = tuple(
         Stage(index, rank, count, index == 0, index == last)

@@ -8,6 +8,7 @@ from contextlib import AbstractContextManager
 
 import torch
 
+from stellarator import sizes
 from stellarator.config import RunConfig
 from stellarator.model import Transformer
 from stellarator.parallel.layout import Part
@@ -46,10 +47,7 @@ class Pipeline:
         self.ranks = placement(
             self.parallel.schedule, self.axis.size, self.parallel.stages_per_rank
         )
-        # The output matrix in layers: products of a layer are of C to (H + 2G) D, C and twice F.
-        heads = (2 * model.num_heads + 2 * model.num_kv_heads) * model.head_width
-        head = model.vocab_size / (heads + 2 * model.ffn_width)
-        counts = split_layers(model.num_layers, len(self.ranks), last_extra=head)
+        counts = split_layers(model.num_layers, len(self.ranks), 0, sizes.head_in_layers(model))
         self.stages = layer_ranges(counts)
         mine = [s for s, rank in enumerate(self.ranks) if rank == self.axis.rank]
         layers = tuple(layer for stage in mine for layer in self.stages[stage])
