@@ -384,10 +384,7 @@ def _check_train(config: RunConfig) -> list[str]:
     problems += _one_of("parallel.reduce_dtype", config.parallel.reduce_dtype, ("fp32", "bf16"))
     problems += _one_of("parallel.cp_form", config.parallel.cp_form, ("ring", "gather"))
     problems += _one_of("parallel.schedule", config.parallel.schedule, layout.schedules.NAMES)
-    if config.parallel.zero not in range(4):
-        problems.append(f"parallel.zero: expected 0, 1, 2 or 3, got {config.parallel.zero}")
-    for name in ("tp", "pp", "cp", "stages_per_rank"):
-        problems += _at_least(f"parallel.{name}", getattr(config.parallel, name), 1)
+    problems += layout.value_problems(config.parallel)
     problems += _finite("parallel.bucket_mib", config.parallel.bucket_mib, above=0)
     problems += _finite("parallel.timeout_seconds", config.parallel.timeout_seconds, above=0)
     problems += _one_of("train.recompute", train.recompute, ("none", "selective", "full"))

@@ -90,6 +90,18 @@ def kv_heads_of(num_kv_heads: int, tp: int, tp_rank: int) -> range:
     return range(head, head + 1)
 
 
+def value_problems(parallel: ParallelConfig) -> list[str]:
+    """What of the sizes is wrong in itself, whatever they are for; nothing: an empty list."""
+    found = [
+        f"parallel.{name}: expected at least 1, got {getattr(parallel, name)}. Pass 1 for none."
+        for name in ("tp", "pp", "cp", "stages_per_rank")
+        if getattr(parallel, name) < 1
+    ]
+    if parallel.zero not in range(4):
+        found.append(f"parallel.zero: expected 0, 1, 2 or 3, got {parallel.zero}. Pass 0.")
+    return found
+
+
 def problems(
     model: ModelConfig,
     parallel: ParallelConfig,
@@ -100,19 +112,14 @@ def problems(
     micro_batch_size: int,
 ) -> list[str]:
     """Everything for which a layout cannot work, each with what to do; none: an empty list."""
-    found = []
+    p, found = parallel, value_problems(parallel)
+    if found:
+        return found
 
     def expect(right: bool, what: str, got, todo: str) -> None:
         if not right:
             found.append(f"{what}, got {got}. {todo}.")
 
-    p = parallel
-    for name in ("tp", "pp", "cp", "stages_per_rank"):
-        value = getattr(p, name)
-        expect(value >= 1, f"parallel.{name}: expected at least 1", value, "Pass 1 for none")
-    expect(p.zero in (0, 1, 2, 3), "parallel.zero: expected 0, 1, 2 or 3", p.zero, "Pass 0")
-    if found:
-        return found
     ways = p.tp * p.cp * p.pp
     expect(
         world_size % ways == 0,
