@@ -217,7 +217,7 @@ def test_buckets_begin_when_ops_have_added_their_gradients(stage, dtype, adding,
         model(tokens[:, :-1], tokens[:, 1:], reduction="sum").backward()
     # The embedding is the first parameter, its bucket the last.
     assert len(begun) > 4 and begun == [bucket.names for bucket in optimizer.buckets]
-    gone = weakref.ref(optimizer._reducer)
+    gone = weakref.ref(optimizer.reducer)
     del optimizer, model, bucket
     gc.collect()
     assert gone() is None  # nodes with hooks do not keep each other

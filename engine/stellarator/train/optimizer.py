@@ -57,6 +57,7 @@ class FlatOptimizer:
         seed: of what is rounded at random.
     Attributes:
         axes: over which parameters, or their states, are shared out.
+        reducer: sums the gradients; for who makes them in another order than one backward pass.
     Cost: memory 18 bytes a parameter (bf16) or 16 (fp32), less what ZeRO shares out and what is
         narrower: `sizes.bytes_per_parameter`. Where something is rounded at random, an update is a
         launch for each parameter.
@@ -84,7 +85,7 @@ class FlatOptimizer:
             for part in plan(named, shards, layers, data)
         ]
         self._counted = [x for bucket in self.buckets for x in bucket.counted_grads()]
-        self._reducer = Reducer(self.buckets, dict(named))
+        self.reducer = Reducer(self.buckets, dict(named))
         if data.stage == 3:
             Gatherer(model, layers, self.buckets[-2::-1], self.buckets[-1])
 
@@ -99,23 +100,18 @@ class FlatOptimizer:
 
     def zero_grad(self) -> None:
         """Forget the gradients; the buffers stay."""
-        self._reducer.zero_grad()
+        self.reducer.zero_grad()
 
     def last_micro_batch(self, last: bool = True) -> AbstractContextManager:
         """Around the backward passes that make the last gradients of a step, if `last`.
 
         It lets their sum over the ranks begin while more are made; it is right without, too.
         """
-        return self._reducer.last_micro_batch(last)
-
-    @property
-    def reducer(self) -> Reducer:
-        """What sums the gradients; for who makes them in another order than one backward pass."""
-        return self._reducer
+        return self.reducer.last_micro_batch(last)
 
     def complete_grads(self) -> None:
         """Have the sums of the gradients over all ranks; after the last backward pass."""
-        self._reducer.finish()
+        self.reducer.finish()
 
     def norm(self, num_targets: int) -> torch.Tensor:
         """L2 norm of the gradient of the mean loss: 0-d on the device, fp32 (fp64 for fp64)."""
