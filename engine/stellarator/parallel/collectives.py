@@ -127,7 +127,10 @@ class Group:
     def send(self, x: torch.Tensor, to: int, tag: Tag | str, *, wait=True) -> Pending | None:
         """To one rank of the group."""
         pending = self.exchange([Message(x, to)], [], tag)
-        return pending.wait() and None if wait else pending
+        if not wait:
+            return pending
+        pending.wait()
+        return None
 
     def recv(
         self, x: torch.Tensor, source: int, tag: Tag | str, *, wait=True

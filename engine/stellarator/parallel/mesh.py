@@ -161,6 +161,11 @@ class Mesh:
         self.world.max_(both, tag)
         return int(both[0]) == -int(both[1])
 
+    def of_all(self, error: Exception) -> Exception:
+        """The error, marked as one that every rank raises: rank 0 prints it for all."""
+        error.told = not self.main
+        return error
+
     @contextlib.contextmanager
     def together(self) -> Iterator[None]:
         """A block without collectives, which all ranks leave together, or none does.

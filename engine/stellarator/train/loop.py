@@ -254,12 +254,11 @@ class Trainer:
             checkpoint.take_back(self.folder / "checkpoints")
         self.mesh.barrier()
         if not self.mesh.agrees_on(int(self.fingerprint[:14], 16), "token shards"):
-            error = TrainingError(
+            text = (
                 "data.train: expected the same token shards and tokenizer on every rank, got "
                 "different ones. Copy them again, or put them where all machines see them."
             )
-            error.told = not self.mesh.main
-            raise error
+            raise self.mesh.of_all(TrainingError(text))
         with self.mesh.together():
             found = self.found = resume.find(self.config, self.log.warn)
         seal = hashlib.sha256(json.dumps(found.manifest).encode() if found else b"").digest()
@@ -477,14 +476,13 @@ class Trainer:
             return False
         names = self.optimizer.not_finite(self.whole)
         self._save(keep_older=True)  # these weights may be spoilt already
-        error = TrainingError(
+        text = (
             f"step {step}: expected a finite loss and gradient, got loss {loss}, norm {norm}; "
             f"gradients that are not finite: {', '.join(names[:3]) or 'none'} ({len(names)} in "
             f"all). The weights of step {self.step} are saved. Lower optim.lr, or pass "
             f"train.on_nonfinite=skip. If it fails again, {self._elsewhere()}"
         )
-        error.told = not self.mesh.main  # all ranks have seen it
-        raise error
+        raise self.mesh.of_all(TrainingError(text))
 
     def _elsewhere(self) -> str:
         """Where to begin when the newest weights are spoilt."""
