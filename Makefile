@@ -35,7 +35,7 @@ $(TRITON_3_6): | $(INSTALLED)
 
 test: install $(TRITON_3_6)
 	STELLARATOR_TRITON_3_6="$(CURDIR)/$(TRITON_3_6)" \
-		$(VENV)/bin/python -m pytest -q -n 2 --dist loadfile --durations 10
+		$(VENV)/bin/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder --durations 10
 
 lint: install
 	$(VENV)/bin/ruff check . && $(VENV)/bin/ruff format --check .
