@@ -9,6 +9,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import dataclasses  # noqa: E402
+import gc  # noqa: E402
 import random  # noqa: E402
 from pathlib import Path  # noqa: E402
 
@@ -20,6 +21,12 @@ _WORDS = "alpha beta gamma delta value index total left right node tree name siz
 def pytest_collection_modifyitems(items):
     """The files that lie here first: some take minutes, and one core would wait for the last."""
     items.sort(key=lambda item: item.path.parent != Path(__file__).parent)
+
+
+def pytest_collection_finish(session):
+    """Thousands of tests and what they import need not be looked through by every collection."""
+    gc.collect()
+    gc.freeze()
 
 
 def pytest_terminal_summary(terminalreporter):
