@@ -210,6 +210,14 @@ def read(folder: Path) -> tuple[dict, list[float], dict[str, np.ndarray]]:
     return json.loads((folder / "first.json").read_text()), losses, load_file(last)
 
 
+def copies_agree(folder: Path) -> bool:
+    """Whether all ranks that hold the same elements began with the same."""
+    seen: dict[str, str] = {}
+    ranks = [json.loads(path.read_text()) for path in folder.glob("first-*.json")]
+    pairs = [pair for own in ranks for pair in own.items()]
+    return bool(pairs) and all(seen.setdefault(key, found) == found for key, found in pairs)
+
+
 def differences(one: Path, many: Path) -> tuple[bool, float, float]:
     """Same first weights; largest relative difference of a loss; and of a tensor."""
     (first, losses, state), (first2, losses2, state2) = read(one), read(many)
@@ -218,7 +226,7 @@ def differences(one: Path, many: Path) -> tuple[bool, float, float]:
     tensor = max(
         float(abs(state2[name] - x).max() / max(abs(x).max(), 1e-30)) for name, x in state.items()
     )
-    return bool(first) and first == first2, loss, tensor
+    return bool(first) and first == first2 and copies_agree(many), loss, tensor
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:

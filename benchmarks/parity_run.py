@@ -2,8 +2,9 @@
 
 defines: Pool
 
-They are forked from one that has imported torch, which saves most of the time. Rank 0 of a run
-writes first.json, {parameter: SHA-256 of its bytes}, into its folder.
+They are forked from one that has imported torch, which saves most of the time. Into the folder of a
+run rank 0 writes first.json, {parameter: SHA-256 of its bytes}, and every rank first-RANK.json, the
+same of each piece that it holds: of several copies `first.json` has one.
 """
 
 import dataclasses
@@ -22,25 +23,46 @@ import torch
 
 from stellarator import settings
 from stellarator.config import RunConfig
+from stellarator.parallel.shard import FlatPart
 from stellarator.train.loop import Trainer
 
 TIMEOUT_SECONDS = 120  # without any process being done with anything
+
+
+def _hash(tensor: torch.Tensor) -> str:
+    data = tensor.detach().cpu().contiguous().numpy().tobytes()
+    return hashlib.sha256(data).hexdigest()
 
 
 class Recording(Trainer):
     """A run that writes down the weights of step 0."""
 
     def _loop(self, started: float) -> float:
-        if self.step == 0 and (wholes := self.wholes()) is not None:
-            found = {}
-            for name in wholes.described:
-                tensor = wholes.read(name)
-                if name.startswith("master."):
-                    data = tensor.detach().cpu().contiguous().numpy().tobytes()
-                    found[name] = hashlib.sha256(data).hexdigest()
-            if self.mesh.main:
-                Path(self.folder, "first.json").write_text(json.dumps(found))
+        if self.step == 0:
+            self._write(f"first-{self.mesh.world.rank}.json", self._own())
+            if (wholes := self.wholes()) is not None:
+                names = list(wholes.described)
+                read = ((name, wholes.read(name)) for name in names)
+                found = {n: _hash(whole) for n, whole in read if n.startswith("master.")}
+                if self.mesh.main:
+                    self._write("first.json", found)
         return super()._loop(started)
+
+    def _own(self) -> dict[str, str]:
+        """Of each piece that this rank holds; its key says which elements of the whole."""
+        parts, shards, found = self.optimizer.state(), self.optimizer.shards(), {}
+        for name in (n for n in parts if n.startswith("master.")):
+            shard, local = shards[name], parts[name]
+            if isinstance(shard, FlatPart):
+                places = [(p.start, p.length) for p in shard.shard.pieces]
+                pieces = [(f"{places} {shard.start}", local)]
+            else:
+                pieces = [(f"{p.start} {p.length}", part) for p, part in shard.parts(local)]
+            found |= {f"{name} {place} {part.numel()}": _hash(part) for place, part in pieces}
+        return found
+
+    def _write(self, name: str, found: dict[str, str]) -> None:
+        Path(self.folder, name).write_text(json.dumps(found))
 
 
 def _work(pipe: Connection) -> None:

@@ -4,11 +4,13 @@ Not covered: the other layouts, eight processes, fp32 (the verb has them); NCCL.
 """
 
 import dataclasses
+import json
 
 import pytest
 from safetensors.numpy import load_file, save_file
 
 from benchmarks import parity
+from stellarator.config import ParallelConfig
 
 NAMES = [
     ("starcoder2", "pp 2 interleaved"),
@@ -48,6 +50,31 @@ def test_a_layout_that_differs_is_seen(tmp_path, monkeypatch):
     wrong = dataclasses.replace(config, parallel=dataclasses.replace(config.parallel, tp=3))
     said = parity.run_all([(wrong, tmp_path / "c")], 2, lambda done: None)
     assert "ConfigError" in said
+
+
+def test_a_copy_that_differs_is_seen(tmp_path):
+    """Norms of two tensor ranks, embeddings of the first and the last stage, parts of replicas."""
+    parity.corpus(tmp_path)
+    config = parity.configuration(tmp_path, "starcoder2", "fp64")
+    layouts = {"tp": {"tp": 2, "sp": True}, "pp": {"pp": 2}, "dp": {}}
+    names = {"tp": "norm", "pp": "embedding", "dp": "down"}
+    runs = [
+        (dataclasses.replace(config, parallel=ParallelConfig(**layout)), tmp_path / kind)
+        for kind, layout in layouts.items()
+    ]
+    assert parity.run_all(runs, 2, lambda done: None) == ""
+    for kind in layouts:
+        folder = tmp_path / kind
+        assert parity.copies_agree(folder)
+        path = folder / "first-1.json"
+        own = json.loads(path.read_text())
+        key = next(key for key in own if names[kind] in key)
+        path.write_text(json.dumps(own | {key: "other"}))
+        assert not parity.copies_agree(folder)
+        path.unlink()
+        assert parity.copies_agree(folder)
+        (folder / "first-0.json").unlink()
+        assert not parity.copies_agree(folder)
 
 
 def test_the_matrix_has_what_it_promises():
