@@ -121,7 +121,7 @@ def _add_plan(verbs) -> None:
         "plan",
         "memory, communication and time of a run on many GPUs, before it is launched",
         "What a recipe needs on its own layout, on another one, or with --search the fastest "
-        "ones. Values as of train:\n"
+        "ones.\nExit code 1: it does not fit, or none does. Values as of train:\n"
         "  stellarator plan --recipe starcoderbase --gpus 512\n"
         "  stellarator plan --recipe starcoderbase --gpus 512 --tp 4 --sp --pp 4 --zero 1\n"
         "  stellarator plan --recipe starcoder2_3b --gpus 8 --search train.micro_batch_size=2",
@@ -146,7 +146,8 @@ def _add_plan(verbs) -> None:
     text = "1: masters and moments, 2: and gradients, 3: and parameters are shared out (default: 0)"
     verb.add_argument("--zero", type=int, choices=(0, 1, 2, 3), help=text)
     verb.add_argument("--search", action="store_true", help="try all layouts of the GPUs")
-    _option(verb, "--top", 5, "layouts of a search to print", type=_at_least(1), metavar="N")
+    text = "layouts of a search to print (default: 5)"
+    verb.add_argument("--top", type=_at_least(1), metavar="N", help=text)
     above = _number(float, "a number above 0", lambda value: value > 0)
     for name, text in (
         ("--tflops", "dense peak of a GPU"),

@@ -117,6 +117,9 @@ def _train(arguments) -> int:
     return EXIT_CODES[trainer.run()["status"]]
 
 
+_LAYOUTS = 5  # that a search prints
+
+
 def _plan(arguments) -> int:
     from dataclasses import fields
 
@@ -138,10 +141,17 @@ def _plan(arguments) -> int:
         )
     figures = {field.name: getattr(arguments, field.name) for field in fields(Machine)}
     figures = {name: value for name, value in figures.items() if value is not None}
-    top = arguments.top if arguments.search else None
-    for line in run(config, arguments.gpus, parallel, figures, top):
-        print(line)
-    return 0
+    top = None
+    if arguments.search:
+        top = _LAYOUTS if arguments.top is None else arguments.top
+    elif arguments.top is not None:
+        raise ValueError(
+            f"plan: expected --top with --search, got --top {arguments.top} alone. "
+            "Add --search, or leave it out."
+        )
+    lines, fits = run(config, arguments.gpus, parallel, figures, top)
+    print("\n".join(lines))
+    return 0 if fits else 1
 
 
 def _prepare(arguments) -> int:

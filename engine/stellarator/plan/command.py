@@ -3,7 +3,6 @@
 defines: run
 """
 
-from collections.abc import Iterator
 from dataclasses import fields
 
 from stellarator.config import ParallelConfig, RunConfig
@@ -20,8 +19,8 @@ def run(
     parallel: dict[str, object],
     figures: dict[str, float],
     top: int | None = None,
-) -> Iterator[str]:
-    """The lines of a plan, or of a search.
+) -> tuple[list[str], bool]:
+    """The lines of a plan, or of a search, and whether it fits the GPUs, or anything does.
 
     Args:
         config: of the run.
@@ -41,12 +40,12 @@ def run(
                 f"plan: expected --search or a layout, got both: {', '.join(sorted(chosen))}. "
                 "Leave out one of them."
             )
-        yield from search_lines(search(config, num_gpus, machine, top), machine, figures)
-        return
+        found = search(config, num_gpus, machine, top)
+        return search_lines(found, machine, figures), bool(found.plans)
     layout = config.parallel
     if chosen:
         fewest = default_stages_per_rank(str(chosen.get("schedule", "1f1b")))
         others = {f.name: getattr(layout, f.name) for f in fields(layout) if f.name not in parallel}
         layout = ParallelConfig(**{"stages_per_rank": fewest, **others, **chosen})
-    case = make_case(config, layout, num_gpus)
-    yield from plan_lines(make_plan(case, machine), figures)
+    plan = make_plan(make_case(config, layout, num_gpus), machine)
+    return plan_lines(plan, figures), plan.fits
