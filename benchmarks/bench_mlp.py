@@ -1,7 +1,7 @@
 """mlp: both products of the MLP, tanh form, with pre kept and computed again.
 
 Peers: eager (F.linear, F.gelu, F.linear: plain products with the gelu between them), pair (`linear`
-and `bias_gelu_linear`, which the model runs). The plain product alone is `linear up`.
+and `bias_gelu_linear`). The plain product alone is `linear up`.
 """
 
 import torch

@@ -23,6 +23,7 @@ OPS = {
     "layer_norm_linear": "bench_layer_norm_linear",
     "bias_gelu_linear": "bench_bias_gelu_linear",
     "mlp": "bench_mlp",
+    "layer_norm_mlp": "bench_layer_norm_mlp",
     "add_weight_gradient_": "bench_weight_gradient",
     "swiglu": "bench_swiglu",
     "cross_entropy": "bench_cross_entropy",

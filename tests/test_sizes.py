@@ -202,8 +202,8 @@ def test_activations_of_a_tensor_rank():
         shared = 2 * sizes.layer_activation_bytes(ROPE, N, recompute, 2, tp=2, sp=True)
         assert shared == whole
         extra = 2 * sizes.layer_activation_bytes(ROPE, N, recompute, 2, tp=2) - whole
-        statistics = 16 * N if recompute == "none" else 0
-        assert extra == (3 if recompute == "selective" else 2) * N * C * 2 + statistics
+        statistics = 16 * N if recompute != "full" else 0
+        assert extra == 2 * N * C * 2 + statistics
     one, two = (sizes.layer_activation_bytes(LEARNED, N, "none", 2, tp=t, sp=True) for t in (1, 2))
     assert 2 * two - one == 2 * N * LEARNED.head_width * 2
 

@@ -119,10 +119,9 @@ def layer_activation_bytes(
 ) -> int:
     """What the forward of a layer leaves for its backward.
 
-    none:       two sums of the residual stream with their statistics, qkv, its rotated heads with
-                RoPE, the heads' outputs and their lse, what goes into the gelu
-    selective:  the layer's two inputs, the heads' outputs with lse, the products of at most twice
-                the width of their input
+    none:       two sums of the residual stream with their statistics, queries, keys and values as
+                attention takes them, the heads' outputs and their lse, what goes into the gelu
+    selective:  the same without what goes into the gelu
     full:       the layer's two inputs
 
     Args:
@@ -131,19 +130,14 @@ def layer_activation_bytes(
         itemsize: of the parameters' dtype.
         tp, sp: tensor ranks; with sp they also share out what is between their products.
     """
-    C, F, G = model.width, model.ffn_width // tp, max(1, model.num_kv_heads // tp)
-    heads, kv, qkv = C // tp, G * model.head_width, _qkv_width(model, tp)
+    C, F = model.width, model.ffn_width // tp
+    heads, qkv = C // tp, _qkv_width(model, tp)
     statistic = max(4, itemsize)  # fp32, in fp64 runs fp64
     stream = N // tp if sp else N  # tokens of the residual stream on this rank
     if recompute == "full":
         return 2 * stream * C * itemsize
     lse = N * (model.num_heads // tp) * statistic
-    if recompute == "selective":
-        whole = _qkv_width(model, 1)
-        kept = heads + (qkv if whole <= 2 * C else 0) + (F if model.ffn_width <= 2 * C else 0)
-        return (3 * stream * C + N * kept) * itemsize + lse
-    rotated = heads + kv if model.positions == "rope" else 0
-    inner = qkv + rotated + heads + F
+    inner = qkv + heads + (F if recompute == "none" else 0)
     return (2 * stream * C + N * inner) * itemsize + lse + 4 * stream * statistic
 
 

@@ -4,7 +4,8 @@ defines:
     attention    flash_attention, decode_attention, projected_attention
     positions    rope, bias_rope
     layers       embedding, layer_norm, rms_norm, dropout, bias_gelu, swiglu
-    products     linear, layer_norm_linear, bias_gelu_linear, mlp, add_weight_gradient_
+    products     linear, layer_norm_linear, bias_gelu_linear, mlp, layer_norm_mlp,
+                 add_weight_gradient_
     losses       cross_entropy, linear_cross_entropy
     of a shard   cross_entropy_statistics, cross_entropy_of_statistics, cross_entropy_gradient_,
                  linear_cross_entropy_statistics, linear_cross_entropy_gradients
@@ -41,7 +42,7 @@ from stellarator_kernels.linear_cross_entropy_shard import (
     linear_cross_entropy_gradients,
     linear_cross_entropy_statistics,
 )
-from stellarator_kernels.mlp import mlp
+from stellarator_kernels.mlp import layer_norm_mlp, mlp
 from stellarator_kernels.rms_norm import rms_norm
 from stellarator_kernels.rope import rope
 from stellarator_kernels.swiglu import swiglu
@@ -66,6 +67,7 @@ __all__ = [
     "grad_norm",
     "layer_norm",
     "layer_norm_linear",
+    "layer_norm_mlp",
     "linear",
     "linear_cross_entropy",
     "linear_cross_entropy_gradients",

@@ -71,6 +71,7 @@ _DECIDING = {
 _PAIRS = {
     "layer_norm_linear": ("x", ("layer_norm", "linear")),
     "bias_gelu_linear": ("x", ("bias_gelu", "linear")),
+    "layer_norm_mlp": ("x", ("layer_norm", "mlp")),
     "projected_attention": ("qkv", ("rope", "flash_attention")),
 }
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32)
@@ -94,10 +95,7 @@ def _limits_of_layer_norm(x: torch.Tensor, options: dict) -> dict[str, str]:
     """Rows that fit the registers of one program."""
     C = x.shape[-1] if x.dim() else 0
     reason = f"the kernels take rows of at most {_MAX_WIDTH} elements, not {C}"
-    limits = {"triton": reason, "cpu": reason} if C > _MAX_WIDTH else {}
-    if options.get("dropout_p", 0.0):
-        limits["cpu"] = "dropout is in triton, in torch and in the reference only"
-    return limits
+    return {"triton": reason, "cpu": reason} if C > _MAX_WIDTH else {}
 
 
 def _limits_of_linear(x: torch.Tensor, options: dict) -> dict[str, str]:
@@ -274,7 +272,8 @@ def explain(op: str, *args, **kwargs) -> str:
         args, kwargs: the arguments of the op; with `impl=` of that choice, else of "auto".
     Returns:
         one line per implementation; the chosen one is marked with `->`. For layer_norm_linear,
-        bias_gelu_linear and projected_attention the lines of the two ops that they run.
+        bias_gelu_linear, layer_norm_mlp and projected_attention the lines of the two ops that they
+        run.
     Raises:
         ValueError: unknown op or `impl`, or no tensors.
         TypeError: the op does not take these arguments.
@@ -293,7 +292,7 @@ def explain(op: str, *args, **kwargs) -> str:
     first, second = _PAIRS[op][1]
     other = impl if second != "linear" or impl in ("torch", "reference") else "auto"
     return "\n".join(
-        describe(name, facts(name, given), chosen)
+        describe(name, facts(name, given, arguments), chosen)
         for name, chosen in ((first, impl), (second, other))
     )
 

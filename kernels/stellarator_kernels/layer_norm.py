@@ -270,7 +270,7 @@ def layer_norm(
         dropout_p: probability in [0, 1) with which an element of x becomes 0 before the residual is
             added; the others are divided by 1 - dropout_p.
         dropout_keys: `random.matrix_keys` of the N rows and C columns, needed for dropout.
-        impl: "auto", "triton", "cpu" (not with dropout), "torch" or "reference".
+        impl: "auto", "triton", "cpu" (dropout is torch's), "torch" or "reference".
     Returns:
         y like x, contiguous; with a residual (y, summed), summed = dropout(x) + residual in the
         dtype of x.

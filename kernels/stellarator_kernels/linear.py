@@ -290,11 +290,8 @@ def layer_norm_linear(
         return (y, *summed) if summed else y
     op = "layer_norm_linear"
     _check(op, x, weight, bias)
-    _check_vectors(op, x, norm_weight=norm_weight, norm_bias=norm_bias)
-    if residual is not None:
-        expect_shape(op, "residual", residual, "like x", x.shape, "Pass rows of the same tokens")
-        expect_dtype(op, "residual", residual, (x.dtype,), "Cast it to the dtype of x")
-        expect_same_device(op, x=x, residual=residual)
+    check_vectors(op, x, norm_weight=norm_weight, norm_bias=norm_bias)
+    check_residual(op, x, residual)
     keys = check_dropout(op, x, residual, dropout_p, dropout_keys)
     y, summed = _LayerNormLinear.apply(
         _rows(x), None if residual is None else _rows(residual), norm_weight, norm_bias,
@@ -334,7 +331,7 @@ def bias_gelu_linear(
         return linear(y, weight, bias, impl=_of_product(impl))
     op = "bias_gelu_linear"
     _check(op, x, weight, bias)
-    _check_vectors(op, x, gelu_bias=gelu_bias)
+    check_vectors(op, x, gelu_bias=gelu_bias)
     forms = ("tanh", "none")
     expect(approximate in forms, op, f"approximate in {forms}", repr(approximate), "Use one")
     y = _BiasGeluLinear.apply(_rows(x), gelu_bias, weight, bias, approximate, impl, room)
@@ -360,7 +357,15 @@ def _check(op, x, weight, bias):
     expect_same_device(op, x=x, weight=weight, bias=bias)
 
 
-def _check_vectors(op, x, **vectors):
+def check_residual(op, x, residual):
+    """Raise ValueError unless rows that are added to x are like x."""
+    if residual is not None:
+        expect_shape(op, "residual", residual, "like x", x.shape, "Pass rows of the same tokens")
+        expect_dtype(op, "residual", residual, (x.dtype,), "Cast it to the dtype of x")
+        expect_same_device(op, x=x, residual=residual)
+
+
+def check_vectors(op, x, **vectors):
     """Raise ValueError unless each vector that is there is as wide as x."""
     for name, vector in vectors.items():
         if vector is not None:

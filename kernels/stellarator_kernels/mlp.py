@@ -1,4 +1,7 @@
-"""The two-matrix MLP: down(gelu(up(x))), as products with nothing between them.
+"""The two-matrix MLP: down(gelu(up(x))), as products with nothing between them; also with the norm
+in front of it.
+
+defines: mlp, layer_norm_mlp
 
 forward:  pre = x @ up^T + up_bias;  y = gelu(pre);  out = y @ down^T + down_bias
 backward: dpre = (dout @ down) * gelu'(pre);  dup_bias = sum(dpre);  y = gelu(pre) again
@@ -10,16 +13,19 @@ y. pre is rounded before its gelu, so that y and gelu' are of the same numbers, 
 its derivative are computed in fp32. dup_bias is summed in fp32 before dpre is rounded: a partial
 sum per tile of rows, added in one order; no atomics. The other products are ATen's.
 
-Elsewhere the first lines are ATen's product and the gelu of bias_gelu.py.
+Elsewhere the first lines are ATen's product and the gelu of bias_gelu.py, which adds the bias and
+sums its gradient; pre is kept without it.
 
-Saved: x, the weights and pre; with `recompute` up_bias in the place of pre, which the backward then
-makes by one more product. Bytes, as products: beside the operands the forward writes y and pre, the
-backward reads pre and writes dpre and y, each (N, F).
+Saved: x, the weights and pre; with `recompute` not pre, which the backward then makes by one more
+product. With the norm x is not saved but made again from what the norm keeps, the same bits. Bytes,
+as products: beside the operands the forward writes y and pre, the backward reads pre and writes
+dpre and y, each (N, F).
 
 Source: the epilogues, cuBLASLt's BIAS_GELU_AUX and DGELU_BGRAD; gelu, arXiv:1606.08415.
 """
 
 import math
+from dataclasses import dataclass
 
 import torch
 
@@ -29,8 +35,10 @@ from stellarator_kernels.attention.tiles import chip, with_scratch
 from stellarator_kernels.bias_gelu import cdf_and_density
 from stellarator_kernels.checks import expect, expect_dtype, expect_same_device, expect_shape
 from stellarator_kernels.dispatch import choose
+from stellarator_kernels.dropout import check_dropout
+from stellarator_kernels.layer_norm import layer_norm
 from stellarator_kernels.layout import UNIT, aligned_rows
-from stellarator_kernels.linear import Room, gradient_or_add
+from stellarator_kernels.linear import Room, check_residual, check_vectors, gradient_or_add
 from stellarator_kernels.matmul import halves, matrix, tile_at, tile_product, where_of
 
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -211,15 +219,18 @@ def _up(
     need_pre: bool,
     impl: str,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """y and pre of rows x (N, C), each empty if it is not needed."""
+    """y and pre of rows x (N, C), each empty if it is not needed.
+
+    Whether pre has the bias is a matter of the implementation, whose `mlp_down_gradient` takes it.
+    """
     chosen = choose("mlp", impl, x, up_weight=weight)
     if chosen == "triton":
         return _up_triton(x, weight, bias, approximate, need_y, need_pre)
     if chosen == "reference":
         y, pre = reference.mlp_up_ref(x, weight, bias, approximate)
     else:
-        pre = _ops.product(x, weight.t(), bias, "torch")
-        y = _ops.bias_gelu_forward(pre, None, approximate, chosen) if need_y else pre
+        pre = _ops.product(x, weight.t(), None, "torch")
+        y = _ops.bias_gelu_forward(pre, bias, approximate, chosen) if need_y else pre
     return y if need_y else x.new_empty(0), pre if need_pre else x.new_empty(0)
 
 
@@ -234,12 +245,13 @@ def _down_gradient(
     dout: torch.Tensor,
     weight: torch.Tensor,
     pre: torch.Tensor,
+    bias: torch.Tensor | None,
     approximate: str,
     need_y: bool,
     need_dbias: bool,
     impl: str,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """dpre, dbias and y from dout (N, C), weight (C, F) and pre (N, F)."""
+    """dpre, dbias and y from dout (N, C), weight (C, F), pre (N, F) and bias (F,)."""
     chosen = choose("mlp", impl, dout, up_weight=weight.t())
     if chosen == "triton":
         return _down_gradient_triton(dout, weight, pre, approximate, need_y, need_dbias)
@@ -247,48 +259,130 @@ def _down_gradient(
         dpre, dbias, y = reference.mlp_down_gradient_ref(dout, weight, pre, approximate)
     else:
         dy = _ops.product(dout, weight, None, "torch")
-        dpre, _, y = _ops.bias_gelu_backward(dy, pre, None, approximate, chosen, need_y)
-        dbias = dpre.sum(0) if need_dbias else None
+        dpre, dbias, y = _ops.bias_gelu_backward(dy, pre, bias, approximate, chosen, need_y)
     dbias = dbias if need_dbias else dout.new_empty(0)
     return dpre, dbias, y if need_y else dout.new_empty(0)
 
 
 @_down_gradient.register_fake
-def _fake_down_gradient(dout, weight, pre, approximate, need_y, need_dbias, impl):
+def _fake_down_gradient(dout, weight, pre, bias, approximate, need_y, need_dbias, impl):
     dbias = dout.new_empty(weight.shape[1] if need_dbias else 0)
     return dout.new_empty(pre.shape), dbias, dout.new_empty(pre.shape if need_y else 0)
 
 
+@dataclass(frozen=True)
+class _How:
+    """What does not change from call to call."""
+
+    approximate: str
+    recompute: bool
+    impl: str
+    rooms: tuple[Room | None, Room | None]
+
+
+def _forward(ctx, x, parameters, how: _How, wanted: bool):
+    """The result of rows x, and pre, which is None where nobody keeps it."""
+    up, up_bias, down, down_bias = parameters
+    keep = wanted and not how.recompute
+    y, pre = _up(x, up, up_bias, how.approximate, True, keep, how.impl)
+    ctx.how = how
+    return _ops.product(y, down.t(), down_bias, _of_products(how.impl)), pre if keep else None
+
+
+def _backward(ctx, dout, kept, make_x, first: int):
+    """dx, and the gradients of the four parameters, the first of which is input number `first`.
+
+    kept: up, up_bias, down, pre. make_x: gives the rows, as often as it is called.
+    """
+    (up, up_bias, down, pre), how = kept, ctx.how
+    need_up, need_up_bias, need_down, need_down_bias = ctx.needs_input_grad[first : first + 4]
+    need_x, impl = any(ctx.needs_input_grad[:first]), _of_products(how.impl)
+    dx = dup = dup_bias = ddown = None
+    if any(ctx.needs_input_grad[: first + 3]):
+        x = None
+        if pre is None:
+            x = make_x()
+            _, pre = _up(x, up, up_bias, how.approximate, False, True, how.impl)
+        need_dbias = up_bias is not None and need_up_bias
+        dpre, dup_bias, y = _down_gradient(
+            dout, down, pre, up_bias, how.approximate, need_down, need_dbias, how.impl
+        )
+        dup_bias = dup_bias if need_dbias else None
+        if need_down:
+            ddown = gradient_or_add(dout, y, impl, how.rooms[1])
+        del y, pre
+        dx = _ops.product(dpre, up, None, impl) if need_x else None
+        if need_up:
+            x = make_x() if x is None else x
+            dup = gradient_or_add(dpre, x, impl, how.rooms[0])
+    return dx, dup, dup_bias, ddown, dout.sum(0) if need_down_bias else None
+
+
 class _Mlp(torch.autograd.Function):
+    """Inputs: rows, the four parameters."""
+
     @staticmethod
-    def forward(ctx, x, up, up_bias, down, down_bias, approximate, recompute, impl, rooms):
+    def forward(ctx, x, up, up_bias, down, down_bias, how):
         wanted = any(ctx.needs_input_grad[:4])
-        y, pre = _up(x, up, up_bias, approximate, True, wanted and not recompute, impl)
-        ctx.approximate, ctx.recompute, ctx.impl = approximate, recompute, impl
-        ctx.has_bias, ctx.rooms = up_bias is not None, rooms
-        ctx.save_for_backward(x, up, down, up_bias if recompute else pre)
-        return _ops.product(y, down.t(), down_bias, _of_products(impl))
+        out, pre = _forward(ctx, x, (up, up_bias, down, down_bias), how, wanted)
+        ctx.save_for_backward(x, up, up_bias, down, pre)
+        return out
 
     @staticmethod
     def backward(ctx, dout):
-        x, up, down, kept = ctx.saved_tensors
-        need_x, need_up, need_up_bias, need_down, need_down_bias = ctx.needs_input_grad[:5]
-        impl, form = _of_products(ctx.impl), ctx.approximate
-        dx = dup = dup_bias = ddown = None
-        if any(ctx.needs_input_grad[:4]):
-            pre = kept
-            if ctx.recompute:
-                _, pre = _up(x, up, kept, form, False, True, ctx.impl)
-            dpre, dup_bias, y = _down_gradient(
-                dout, down, pre, form, need_down, ctx.has_bias and need_up_bias, ctx.impl
-            )
-            dup_bias = dup_bias if ctx.has_bias and need_up_bias else None
-            if need_down:
-                ddown = gradient_or_add(dout, y, impl, ctx.rooms[1])
-            dx = _ops.product(dpre, up, None, impl) if need_x else None
-            dup = gradient_or_add(dpre, x, impl, ctx.rooms[0]) if need_up else None
-        ddown_bias = dout.sum(0) if need_down_bias else None
-        return dx, dup, dup_bias, ddown, ddown_bias, None, None, None, None
+        x, *kept = ctx.saved_tensors
+        return *_backward(ctx, dout, kept, lambda: x, 1), None
+
+
+class _LayerNormMlp(torch.autograd.Function):
+    """Inputs: rows, residual rows or None, weight and bias of the norm, the four parameters."""
+
+    @staticmethod
+    def forward(
+        ctx, x, residual, norm_weight, norm_bias, up, up_bias, down, down_bias, eps, how, *dropout
+    ):
+        y, summed, mean, rstd = _ops.layer_norm_forward(
+            x, residual, norm_weight, norm_bias, eps, how.impl, *dropout
+        )
+        ctx.eps, ctx.has_residual = eps, residual is not None
+        kept, (*keys, ctx.dropout_p) = summed if ctx.has_residual else x, dropout
+        wanted = any(ctx.needs_input_grad[:7])
+        out, pre = _forward(ctx, y, (up, up_bias, down, down_bias), how, wanted)
+        norm = (kept, norm_weight, norm_bias, mean, rstd)
+        ctx.save_for_backward(*norm, *keys, up, up_bias, down, pre)
+        ctx.set_materialize_grads(False)
+        return out, summed
+
+    @staticmethod
+    def backward(ctx, dout, dsummed):
+        summed, norm_weight, norm_bias, mean, rstd, *rest = ctx.saved_tensors
+        keys, kept = rest[:-4], rest[-4:]
+        dsummed = dsummed if ctx.has_residual else None
+        if dout is None and (keys[0] is None or dsummed is None):
+            return dsummed, dsummed if ctx.has_residual else None, *(None,) * 11
+        dout = torch.zeros_like(summed) if dout is None else dout
+        impl = ctx.how.impl
+
+        def normalised():
+            norm = (norm_weight, norm_bias, ctx.eps)
+            return _ops.layer_norm_forward(summed, None, *norm, impl)[0]
+
+        dy, *gradients = _backward(ctx, dout, kept, normalised, 4)
+        dx = dresidual = dnorm_weight = dnorm_bias = None
+        need_params = any(ctx.needs_input_grad[2:4])
+        if dy is not None:
+            dx, dnorm_weight, dnorm_bias, dresidual = _ops.layer_norm_backward(
+                dy, dsummed, summed, norm_weight, mean, rstd, norm_bias is not None,
+                need_params, impl, *keys, ctx.dropout_p,
+            )  # fmt: skip
+            dresidual = dx if keys[0] is None else dresidual
+        return (
+            dx,
+            dresidual if ctx.has_residual else None,
+            dnorm_weight if need_params else None,
+            dnorm_bias if need_params and norm_bias is not None else None,
+            *(*gradients, *(None,) * 5),
+        )
 
 
 def _of_products(impl: str) -> str:
@@ -334,15 +428,73 @@ def mlp(
         dtype = torch.get_autocast_dtype(x.device.type)
         tensors = {n: t if t is None else t.to(dtype) for n, t in tensors.items()}
         rooms = (None, None)
-    _check(approximate, **tensors)
+    _check("mlp", approximate, **tensors)
     x, *parameters = tensors.values()
-    rows = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
-    return _Mlp.apply(rows, *parameters, approximate, recompute, impl, rooms).view(x.shape)
+    how = _How(approximate, recompute, impl, rooms)
+    return _Mlp.apply(_rows(x), *parameters, how).view(x.shape)
 
 
-def _check(approximate, x, up_weight, down_weight, **biases):
+def layer_norm_mlp(
+    x: torch.Tensor,
+    norm_weight: torch.Tensor,
+    norm_bias: torch.Tensor | None,
+    up_weight: torch.Tensor,
+    up_bias: torch.Tensor | None,
+    down_weight: torch.Tensor,
+    down_bias: torch.Tensor | None,
+    eps: float = 1e-5,
+    residual: torch.Tensor | None = None,
+    *,
+    approximate: str = "tanh",
+    recompute: bool = False,
+    dropout_p: float = 0.0,
+    dropout_keys: tuple[torch.Tensor, torch.Tensor] | None = None,
+    rooms: tuple[Room | None, Room | None] = (None, None),
+    impl: str = "auto",
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    """mlp(layer_norm(x)), or of x + residual; the normalised rows are not kept.
+
+    Args:
+        x: (..., C) bf16/fp16/fp32/fp64.
+        norm_weight, norm_bias: (C,), the latter may be None.
+        up_weight, up_bias, down_weight, down_bias, approximate, recompute, rooms: as of `mlp`.
+        eps, residual, dropout_p, dropout_keys: as of `layer_norm`.
+        impl: of norm and MLP, as of `mlp`.
+    Returns:
+        y (..., C); with a residual (y, summed), summed = x + residual in the dtype of x.
+    Raises:
+        ValueError: shapes, dtypes or devices disagree, or an unknown form.
+        RuntimeError: the requested `impl` cannot run here.
+    Cost: `cost.layer_norm` and `cost.mlp`, and in the backward once more the forward of the norm.
+    """
+    op, parameters = "layer_norm_mlp", (up_weight, up_bias, down_weight, down_bias)
+    if torch.is_autocast_enabled(x.device.type):  # the products have another dtype than the norm
+        options = {"dropout_p": dropout_p, "dropout_keys": dropout_keys, "impl": impl}
+        y = layer_norm(x, norm_weight, norm_bias, eps, residual, **options)
+        y, *summed = (y,) if residual is None else y
+        y = mlp(y, *parameters, approximate=approximate, recompute=recompute, impl=impl)
+        return (y, *summed) if summed else y
+    names = ("up_weight", "up_bias", "down_weight", "down_bias")
+    _check(op, approximate, x, **dict(zip(names, parameters, strict=True)))
+    check_vectors(op, x, norm_weight=norm_weight, norm_bias=norm_bias)
+    check_residual(op, x, residual)
+    keys = check_dropout(op, x, residual, dropout_p, dropout_keys)
+    y, summed = _LayerNormMlp.apply(
+        _rows(x), None if residual is None else _rows(residual), norm_weight, norm_bias,
+        *parameters, eps, _How(approximate, recompute, impl, rooms), *keys, float(dropout_p),
+    )  # fmt: skip
+    y = y.view(x.shape)
+    return y if residual is None else (y, summed.view(x.shape))
+
+
+def _rows(x: torch.Tensor) -> torch.Tensor:
+    """(N, C)."""
+    return x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
+
+
+def _check(op, approximate, x, up_weight, down_weight, **biases):
     """Raise ValueError for arguments that do not fit together."""
-    op, forms = "mlp", ("tanh", "none")
+    forms = ("tanh", "none")
     expect(approximate in forms, op, f"approximate in {forms}", repr(approximate), "Use one")
     if x.dim() < 1 or up_weight.dim() != 2 or up_weight.shape[1] != x.shape[-1]:
         got = (tuple(x.shape), tuple(up_weight.shape))

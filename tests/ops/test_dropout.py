@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from grid import CASES, TRITON, generator
 
-from stellarator_kernels import cost, dropout, explain, layer_norm, random, rms_norm
+from stellarator_kernels import cost, dropout, layer_norm, random, rms_norm
 from stellarator_kernels.dropout import _dropout
 from stellarator_kernels.layer_norm import _layer_norm_backward, _layer_norm_forward
 from stellarator_kernels.rms_norm import _rms_norm_backward, _rms_norm_forward
@@ -188,15 +188,6 @@ def test_compiled_in_one_graph(impl, op):
 
 def test_cost():
     assert cost.dropout(8, 4, 2).forward_bytes == cost.dropout(8, 4, 2).backward_bytes == 128
-
-
-def test_the_c_kernels_are_refused_with_a_reason():
-    x, keys = torch.ones(2, 8), random.matrix_keys(1, 2, 8, "cpu")
-    options = {"residual": x, "dropout_p": 0.1, "dropout_keys": keys}
-    text = explain("layer_norm", x, torch.ones(8), None, **options)
-    assert "layer_norm: cpu: dropout is in triton" in text and "-> layer_norm: torch" in text
-    with pytest.raises(RuntimeError, match="dropout is in triton"):
-        layer_norm(x, torch.ones(8), None, impl="cpu", **options)
 
 
 @pytest.mark.parametrize(

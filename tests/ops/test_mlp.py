@@ -235,7 +235,7 @@ def test_computed_again_to_the_bit(impl):
 def test_the_backward_makes_the_activation_of_the_forward(impl):
     x, up, up_bias, down, _, dout = make(70, 40, 104, torch.float32)
     y, pre = MODULE._up(x, up, up_bias, "tanh", True, True, impl)
-    *_, again = MODULE._down_gradient(dout, down, pre, "tanh", True, True, impl)
+    *_, again = MODULE._down_gradient(dout, down, pre, up_bias, "tanh", True, True, impl)
     assert torch.equal(y, again)
 
 
@@ -353,7 +353,7 @@ def test_opcheck(impl, need):
     operators = torch.ops.stellarator
     torch.library.opcheck(operators.mlp_up, (x, up, up_bias, "tanh", *need, impl))
     pre = torch.randn(10, 24, generator=generator(0))
-    given = (dout, down, pre, "none", *need, impl)
+    given = (dout, down, pre, up_bias, "none", *need, impl)
     torch.library.opcheck(operators.mlp_down_gradient, given)
 
 

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from ranks import on_ranks
 
 from stellarator.config import ModelConfig
-from stellarator.model import build_model, layers
+from stellarator.model import build_model, layers, mlp
 from stellarator.model.dropout import Dropout
 from stellarator.model.transformer import RECOMPUTE
 from stellarator.parallel import products
@@ -23,7 +23,7 @@ from stellarator.parallel.mesh import Axis
 from stellarator.parallel.pipeline.deferred import Deferred
 from stellarator.parallel.products import Again, column_product, row_product
 from stellarator.parallel.tensor import TensorParallel
-from stellarator_kernels import linear
+from stellarator_kernels import bias_gelu, linear
 from stellarator_kernels.linear import gradient_or_add
 
 pytestmark = pytest.mark.dist
@@ -96,6 +96,7 @@ def whole_models(rank: int, tp: TensorParallel) -> None:
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(layers, "column_product", column_apart)
             patch.setattr(layers, "row_product", row_apart)
+            patch.setattr(mlp, "row_product", row_apart)
             expected = gradients("none", watched)
         for recompute in RECOMPUTE:
             for a, b in zip(expected, gradients(recompute, watched), strict=True):
@@ -106,8 +107,10 @@ def column_apart(x, weight, bias, shape, tp, deferred=None, again=None):
     return linear(tp.enter(x, shape), weight, bias)
 
 
-def row_apart(x, weight, tp, deferred=None, again=None):
-    return tp.leave(linear(x, weight))
+def row_apart(x, weight, bias, tp, deferred=None, gelu=None, again=None):
+    if gelu is not None:
+        x = bias_gelu(x, None, approximate=gelu.approximate, impl=gelu.impl)
+    return tp.leave(linear(x, weight)) + bias
 
 
 def later(tp, shape, x, weight, bias, dy):
@@ -129,13 +132,15 @@ def later(tp, shape, x, weight, bias, dy):
             total.add_(dy.flatten(0, 1).T @ whole)
     for key in (0, 1):
         deferred.run(key)
+    nothing = torch.zeros(len(weight.T), dtype=weight.dtype)
     u, at_once = dy.detach().requires_grad_(), weight.T.clone().requires_grad_()
     apart = at_once.detach().clone().requires_grad_()
     total = torch.zeros_like(apart)
     apart.main_grad = lambda: total
     for key, w in ((None, at_once), ("row", apart)):
         deferred.key = key
-        row_product(u.exp(), w, tp, deferred, Again(torch.exp, (u,))).sum().backward()
+        again = Again(torch.exp, (u.flatten(0, 1),))
+        row_product(u.exp(), w, nothing, tp, deferred, again=again).sum().backward()
     assert apart.grad is None and not total.any()
     deferred.run("row")
     assert torch.equal(total, at_once.grad) and deferred.empty
@@ -240,7 +245,7 @@ def test_the_input_of_a_product_by_rows_is_made_while_its_gradient_travels(monke
     made = Again(lambda x: CLOCK.spend("make", 0.75) or x.exp(), (x,))
     part = lambda self, x, tag: x[: len(x) // self.size].clone()  # noqa: E731
     monkeypatch.setattr(Timed, "scatter_sum", part)
-    y = row_product(x.exp(), weight, tp, again=made)
+    y = row_product(x.exp(), weight, torch.zeros(OUT, dtype=x.dtype), tp, again=made)
     clock()
     y.sum().backward()
     order = ["begin gather", "make", "wait gather", "product", "weight_gradient"]

@@ -1,14 +1,16 @@
 """Parameters without a rule for their initial values, and the two layers made of nothing else.
 
-defines: parameter, plain, fusible, Linear, RowLinear, LayerNorm, norm_again
+defines: parameter, plain, fusible, recomputed, Linear, RowLinear, LayerNorm, norm_again
 
 Values come from `init.initialize` or from a file, so nothing is drawn here: torch's own layers draw
 random weights when they are made, which costs minutes for a large model and moves its random state.
 """
 
+from collections.abc import Callable
 from functools import partial
 
 import torch
+from torch.utils.checkpoint import checkpoint
 
 from stellarator.parallel.gradients import room_of
 from stellarator.parallel.pipeline.deferred import Deferred
@@ -48,6 +50,12 @@ def fusible(*modules: torch.nn.Module) -> bool:
     )
 
 
+def recomputed(function: Callable, *inputs):
+    """What a function gives; for the backward it is called again instead of keeping anything."""
+    # Masks of dropout are functions of their keys, so there is no random state to keep.
+    return checkpoint(function, *inputs, use_reentrant=False, preserve_rng_state=False)
+
+
 class Linear(torch.nn.Module):
     """y = x @ weight^T + bias; weight (out, in), bias (out,): the outputs that this rank makes."""
 
@@ -68,8 +76,8 @@ class Linear(torch.nn.Module):
         again: makes x, where ranks share the product or its weight gradient is made apart; None: x
             is kept for the backward.
         """
-        if self.tp.alone:
-            return _alone(self, x, again)
+        if _whole(self):
+            return linear(x, self.weight, self.bias, room=room_of(self.weight))
         return column_product(x, self.weight, self.bias, shape, self.tp, self.deferred, again)
 
 
@@ -85,19 +93,16 @@ class RowLinear(torch.nn.Module):
         self.weight = parameter(self.shards["weight"], device=device, dtype=dtype)
         self.bias = parameter(self.shards["bias"], device=device, dtype=dtype)
 
-    def forward(self, x: torch.Tensor, again: Again | None = None) -> torch.Tensor:
-        """x: (B, T, in_tp); again: as of `Linear`."""
-        if self.tp.alone:
-            return _alone(self, x, again)
-        return row_product(x, self.weight, self.tp, self.deferred, again) + self.bias
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """x: (B, T, in_tp)."""
+        if _whole(self):
+            return linear(x, self.weight, self.bias, room=room_of(self.weight))
+        return row_product(x, self.weight, self.bias, self.tp, self.deferred)
 
 
-def _alone(module: Linear | RowLinear, x: torch.Tensor, again: Again | None) -> torch.Tensor:
-    """Its product, where this rank has all of it: all its columns, too."""
-    weight, bias, deferred = module.weight, module.bias, module.deferred
-    if deferred is None:
-        return linear(x, weight, bias, room=room_of(weight))
-    return column_product(x, weight, bias, x.shape[:2], module.tp, deferred, again)
+def _whole(module: Linear | RowLinear) -> bool:
+    """Whether its product is nobody else's, and its weight gradient made with its input's."""
+    return module.tp.alone and module.deferred is None
 
 
 class LayerNorm(torch.nn.Module):

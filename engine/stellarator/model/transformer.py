@@ -15,21 +15,15 @@ Letters: B rows, T tokens, N = B*T, C width, V vocabulary, D head width.
 
 from collections.abc import Iterator
 from dataclasses import replace
-from functools import partial
 
 import torch
 from torch.nn.functional import linear
-from torch.utils.checkpoint import (
-    CheckpointPolicy,
-    checkpoint,
-    create_selective_checkpoint_contexts,
-)
 
 from stellarator.config import ModelConfig
 from stellarator.model.attention import Attention, Context
 from stellarator.model.cache import KVCache
 from stellarator.model.dropout import Dropout, Masks
-from stellarator.model.layers import LayerNorm, parameter
+from stellarator.model.layers import LayerNorm, parameter, recomputed
 from stellarator.model.mlp import Mlp
 from stellarator.parallel.gradients import room_of
 from stellarator.parallel.layout import Part
@@ -46,18 +40,6 @@ RECOMPUTE = ("none", "selective", "full")
 _REDUCTIONS = ("mean", "sum", "none")
 
 
-def _selective_policy(ring: bool, context, op, *args, **kwargs) -> CheckpointPolicy:
-    """Keep the results of attention and of products, but not those of twice their input's width.
-
-    A ring merges its attention from parts that would take more memory than all the rest.
-    """
-    keep = op.name().startswith("stellarator::flash_attention") and not ring
-    if op.name() == "stellarator::product":
-        left, right = args[:2]
-        keep = right.shape[1] <= 2 * left.shape[1]
-    return CheckpointPolicy.MUST_SAVE if keep else CheckpointPolicy.PREFER_RECOMPUTE
-
-
 class Layer(torch.nn.Module):
     """(branch, residual) -> (branch, residual), each (B, T, C)."""
 
@@ -69,12 +51,12 @@ class Layer(torch.nn.Module):
         self.mlp_norm = LayerNorm(config.width, config.norm_eps, kernels, tp, **to)
         self.mlp = Mlp(config, kernels, tp, **to)
 
-    def forward(self, branch, residual, context: Context, index: int):
+    def forward(self, branch, residual, context: Context, index: int, recompute: bool = False):
         self.attention.tp.axis.at(layer=index)
         branch, residual = self.attention(self.attention_norm, branch, residual, context, index)
         shape = context.positions.shape
         dropout = context.masks and context.masks.residual(2 * index + 1)
-        return self.mlp(self.mlp_norm, branch, residual, shape, dropout)
+        return self.mlp(self.mlp_norm, branch, residual, shape, dropout, recompute)
 
 
 class Embedding(torch.nn.Module):
@@ -152,12 +134,10 @@ class Transformer(torch.nn.Module):
         config: its shape. Dropout rates are applied where `forward` is given a `Dropout`.
         kernels: `impl` of every op.
         recompute: what the backward pass computes again instead of keeping, beside norms and
-            gelu. "none"; "selective": RoPE and the MLP's first product, whose result is the widest
-            tensor, and attention by a ring; "full": whole layers. The gradients are the same to
-            the bit. Both send again what the forward of a layer sends, but for the sum behind its
-            last product: collectives are no ops whose results "selective" could keep. That is one
-            all-reduce of tensor ranks, with sp two gathers and a reduce-scatter; of context ranks
-            keys and values.
+            gelu. "none"; "selective": the MLP's first product, whose result is the widest tensor;
+            "full": whole layers. The gradients are the same to the bit. With sp "selective" gathers
+            the input of that product once more; "full" sends again what the forward of a layer
+            sends, but for the sum behind its last product.
         tp: the ranks that share every layer.
         part: what of the layers is here, on a rank of a pipeline; None: all.
         device, dtype: of the parameters.
@@ -361,20 +341,10 @@ class Transformer(torch.nn.Module):
 
     def _run_layer(self, layer, branch, residual, context, index):
         """One layer, with its recomputation in the backward pass if asked for."""
-        if self.recompute == "none" or not torch.is_grad_enabled():
-            return layer(branch, residual, context, index)
-        options = {}
-        if self.recompute == "selective":
-            ring = context.cut is not None and context.cut.form == "ring"
-            policy = partial(_selective_policy, ring)
-            options["context_fn"] = partial(create_selective_checkpoint_contexts, policy)
-        # Masks of dropout are functions of their keys, so there is no random state to keep.
-        return checkpoint(
-            *(layer, branch, residual, context, index),
-            use_reentrant=False,
-            preserve_rng_state=False,
-            **options,
-        )
+        given = (branch, residual, context, index)
+        if self.recompute == "full" and torch.is_grad_enabled():
+            return recomputed(layer, *given)
+        return layer(*given, recompute=self.recompute == "selective")
 
     def _check_inputs(self, tokens, positions, cu_seqlens, cache, cut) -> torch.Tensor:
         """The positions (B, T), after every argument has been checked."""

@@ -1,7 +1,7 @@
 """Products that ranks share, whose communication travels beside the work of their backward, or
 whose weight gradient is made apart from their input gradient.
 
-defines: Again, column_product, row_product
+defines: Again, Gelu, column_product, row_product, product_again
 
     y = x @ weight^T + bias,  by columns: of the tokens of all tensor ranks, outputs of this one;
                               by rows: of the inputs of this rank, summed over the ranks
@@ -12,7 +12,7 @@ defines: Again, column_product, row_product
                     backward, sp    x begins to be gathered again; dx meanwhile; then as above, but
                                     a rank keeps the sum of its own tokens only
     by rows         forward         y and its sum; with sp a rank keeps that of its own tokens
-                    backward        dx, dweight
+                    backward        dx, dweight; with a gelu in front of it, through that, too
                     backward, sp    dy begins to be gathered; x is made again meanwhile; dx, dweight
 
 The gathered x is not kept from forward to backward: for two products of every layer that would be
@@ -76,27 +76,70 @@ def column_product(
     return y.unflatten(0, shape)
 
 
+@dataclass(frozen=True)
+class Gelu:
+    """An activation in front of a product by rows, as `bias_gelu` has it."""
+
+    approximate: str
+    impl: str
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        return _ops.bias_gelu_forward(x, None, self.approximate, self.impl)
+
+    def backward(self, dy, x, need_y: bool) -> tuple[torch.Tensor, torch.Tensor]:
+        """dx, and what `__call__` gave if it is needed."""
+        options = (self.approximate, self.impl, need_y)
+        dx, _, y = _ops.bias_gelu_backward(dy, x, None, *options)
+        return dx, y
+
+
 def row_product(
     x: torch.Tensor,
     weight: torch.Tensor,
+    bias: torch.Tensor,
     tp: TensorParallel,
     deferred: Deferred | None = None,
+    *,
+    gelu: Gelu | None = None,
     again: Again | None = None,
 ) -> torch.Tensor:
-    """tp.leave(linear(x, weight)) of several tensor ranks.
+    """tp.leave(linear(x, weight)) + bias of the tensor ranks; of one rank nothing is sent.
 
     Args:
         x: (B, T, F_tp).
-        weight: (C, F_tp): the inputs of this rank.
-        deferred, again: as of `column_product`.
+        weight, bias: (C, F_tp) and (C,): the inputs of this rank.
+        deferred: as of `column_product`.
+        gelu: applied to x first; what it gives is not kept.
+        again: makes x, (N, F_tp); None: x is kept.
     Returns:
         (B, T, C), with sp (1, N_sp, C).
     """
     make, *tensors = _parts(x, again)
     arriving: list = []
-    options = (tp, deferred, room_of(weight), arriving, make)
-    y = _RowProduct.apply(x.flatten(0, 1), weight, *options, *tensors)
-    return _Leave.apply(y, tp, arriving)[None] if tp.sp else tp.leave(y.unflatten(0, x.shape[:2]))
+    options = (tp, deferred, room_of(weight), arriving, gelu, make)
+    inner = bias if tp.alone else None
+    y = _RowProduct.apply(x.flatten(0, 1), weight, inner, *options, *tensors)
+    if tp.alone:
+        return y.unflatten(0, x.shape[:2])
+    if tp.sp:
+        return _Leave.apply(y, tp, arriving)[None] + bias
+    return tp.leave(y.unflatten(0, x.shape[:2])) + bias
+
+
+def product_again(
+    again: Again, weight: torch.Tensor, bias: torch.Tensor, tp: TensorParallel
+) -> Again:
+    """How the result of `column_product` is made a second time, (N, out).
+
+    again: makes its x. With sp the tokens of all ranks are gathered once more.
+    """
+    axis, tag = tp.axis, Tag("enter, again", tp.axis.layer)
+
+    def make(*tensors):
+        x = again.make(*tensors).flatten(0, 1)
+        return linear(axis.gather(x, tag) if tp.sp else x, weight, bias)
+
+    return Again(make, again.tensors)
 
 
 def _parts(x: torch.Tensor, again: Again | None) -> tuple:
@@ -106,7 +149,11 @@ def _parts(x: torch.Tensor, again: Again | None) -> tuple:
 
 
 class _ColumnProduct(torch.autograd.Function):
-    """Of tokens (N, C) or (N_sp, C); the last inputs are what is kept of them."""
+    """Of tokens (N, C) or (N_sp, C); the last inputs are what is kept of them.
+
+    The weight is not saved: where a layer is computed again it would come back as another tensor,
+    without the buffer for its gradient.
+    """
 
     @staticmethod
     def forward(ctx, x, weight, bias, tp: TensorParallel, deferred, room, make, *tensors):
@@ -118,8 +165,10 @@ class _ColumnProduct(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, dy):
-        weight, rows = _weight_and_rows(ctx, ctx.tp.sp)
+        weight, tensors, make = ctx.weight, ctx.saved_tensors, ctx.make
         axis, sp = ctx.tp.axis, ctx.tp.sp
+        tag = Tag("enter, again", ctx.layer)
+        rows = Rows(lambda: make(*tensors).flatten(0, 1), axis if sp else None, tag)
         need_dx, need_dweight, need_dbias = ctx.needs_input_grad[:3]
         dx = None
         if sp and need_dweight and not _apart(ctx):
@@ -144,25 +193,36 @@ class _RowProduct(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, x, weight, tp: TensorParallel, deferred, room, arriving, make, *tensors):
+    def forward(ctx, x, weight, bias, tp, deferred, room, arriving, gelu, make, *tensors):
         ctx.tp, ctx.deferred, ctx.room, ctx.make = tp, deferred, room, make
-        ctx.arriving = arriving
+        ctx.arriving, ctx.gelu = arriving, gelu
         ctx.weight, ctx.layer = weight, tp.axis.layer
         ctx.save_for_backward(*tensors)
-        return linear(x, weight)
+        return linear(x if gelu is None else gelu(x), weight, bias)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, dy):
-        weight, rows = _weight_and_rows(ctx, gathered=False)
-        need_dx, need_dweight = ctx.needs_input_grad[:2]
+        weight, gelu, apart = ctx.weight, ctx.gelu, _apart(ctx)
+        need_dx, need_dweight, need_dbias = ctx.needs_input_grad[:3]
+        x = dx = None
+        if need_dweight or gelu is not None:
+            x = ctx.make(*ctx.saved_tensors).flatten(0, -2)
         if ctx.arriving:
-            if need_dweight and not _apart(ctx):
-                rows.begin()
             ctx.arriving.pop().wait()
-        dx = _ops.product(dy, weight) if need_dx else None
+        if need_dx:
+            dx = _ops.product(dy, weight)
+        if gelu is None:
+            rows = Rows(lambda: x)
+        elif apart or not need_dx:
+            rows = Rows(lambda: gelu(x))
+            dx = gelu.backward(dx, x, False)[0] if need_dx else None
+        else:
+            dx, y = gelu.backward(dx, x, need_dweight)
+            rows = Rows(lambda: y)
         dweight = _weight_gradient(ctx, need_dweight, weight, dy, rows)
-        return dx, dweight, *(None,) * (len(ctx.needs_input_grad) - 2)
+        dbias = dy.sum(0) if need_dbias else None
+        return dx, dweight, dbias, *(None,) * (len(ctx.needs_input_grad) - 3)
 
 
 class _Leave(torch.autograd.Function):
@@ -187,17 +247,6 @@ class _Leave(torch.autograd.Function):
         else:
             ctx.arriving.append(work)
         return whole, None, None
-
-
-def _weight_and_rows(ctx, gathered: bool) -> tuple[torch.Tensor, Rows]:
-    """The weight, and the input of the product, made again when it is asked for.
-
-    The weight is not saved: where a layer is computed again it would come back as another tensor,
-    without the buffer for its gradient.
-    """
-    weight, tensors, make = ctx.weight, ctx.saved_tensors, ctx.make
-    axis, tag = ctx.tp.axis if gathered else None, Tag("enter, again", ctx.layer)
-    return weight, Rows(lambda: make(*tensors).flatten(0, 1), axis, tag)
 
 
 def _apart(ctx) -> bool:

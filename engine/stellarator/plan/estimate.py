@@ -168,9 +168,8 @@ def _stage_seconds(case: Case, machine: Machine, stage: Stage, pairs: float):
     model, tp, N = case.model, case.layout.tp, case.tokens
     products = 2 * N * sizes.layer_matmul_parameters(model, tp)
     attention = 4 * model.head_width * (model.num_heads // tp) * pairs
-    again = {"none": 0, "full": products + attention, "selective": _up_flops(case)}
-    if case.layout.cp > 1 and case.parallel.cp_form == "ring":
-        again["selective"] += attention
+    up = 2 * N * model.width * (model.ffn_width // tp)
+    again = {"none": 0, "full": products + attention, "selective": up}
     flops = [
         products + attention,
         products + 2.5 * attention + again[case.config.train.recompute],
@@ -187,10 +186,3 @@ def _stage_seconds(case: Case, machine: Machine, stage: Stage, pairs: float):
         each += sent.cp_bytes / machine.bandwidth(case, "cp")
         seconds[index] += stage.num_layers * each
     return seconds
-
-
-def _up_flops(case: Case) -> int:
-    """The products that recompute="selective" does again: the MLP's first one, where it is wide."""
-    model = case.model
-    wide = model.ffn_width > 2 * model.width
-    return 2 * case.tokens * model.width * (model.ffn_width // case.layout.tp) if wide else 0

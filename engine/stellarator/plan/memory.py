@@ -63,11 +63,10 @@ def memory_of(case: Case, rank: int, simulation: Simulation) -> Memory:
 def stage_activation_bytes(case: Case, stage: Stage) -> int:
     """What the forward of a stage leaves, for one micro-batch.
 
-    The first layer of a stage has one input, as a message is the sum of two; "selective" keeps the
-    result of the last product instead. Behind the last layer there are the sum of the residual
-    stream with its statistics and, as the loss computes its gradients in the forward, those of the
-    states and, not rounded, of the head. Tensor ranks compute these in the backward and keep the
-    states.
+    The first layer of a stage has one input, as a message is the sum of two. Behind the last layer
+    there are the sum of the residual stream with its statistics and, as the loss computes its
+    gradients in the forward, those of the states and, not rounded, of the head. Tensor ranks
+    compute these in the backward and keep the states.
     """
     model, layout, sp = case.model, case.layout, case.parallel.sp
     recompute, itemsize, N = case.config.train.recompute, case.itemsize, case.tokens
@@ -106,6 +105,8 @@ def _working_bytes(case: Case) -> int:
     wide = 2 * case.tokens * (model.ffn_width // tp) * case.itemsize
     if train.recompute == "none":
         return wide
+    if train.recompute == "selective":
+        return wide + wide // 2
     again = sizes.layer_activation_bytes(
         model, case.tokens, "none", case.itemsize, tp=tp, sp=case.parallel.sp
     )

@@ -51,17 +51,19 @@ def layer_traffic(case: Case, direction: str) -> LayerTraffic:
 
     Tensor axis: the results of the two row-parallel products forward, the input gradients of the
     two column-parallel ones back. With sp each is a gather and a reduce-scatter, and the backward
-    gathers the inputs of the two products again. Where anything is computed again, so is what the
-    forward sends, but for its last sum, behind which a layer keeps nothing. Context axis: keys and
-    values go as far as the window sees, or by "gather" to all; again in a backward, with the sums
-    of their gradients, which are not rounded; and once more where anything is computed again.
+    gathers the inputs of the two products again; the second one's once more if that is computed
+    again ("selective"). Where a layer is ("full"), so is sent what its forward sends, but for the
+    last sum, behind which it keeps nothing. Context axis: keys and values go as far as the window
+    sees, or by "gather" to all; again in a backward, with the sums of their gradients, which are
+    not rounded; and once more where the layer is computed again.
     """
     model, tp, cp = case.model, case.layout.tp, case.layout.cp
     back = direction == "backward"
     row = case.tokens * model.width * case.itemsize
-    again = back and case.config.train.recompute != "none"
+    recompute = case.config.train.recompute
+    again = back and recompute == "full"
     if case.parallel.sp:  # gathers and reduce-scatters; all-reduces send twice as much
-        calls = 4 + 2 * back + 3 * again
+        calls = 4 + 2 * back + 3 * again + (back and recompute == "selective")
         tp_bytes = calls * _gather(row, tp)
     else:
         calls = 2 + again

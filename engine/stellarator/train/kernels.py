@@ -26,8 +26,9 @@ def check(config: RunConfig, device: torch.device, dtype: torch.dtype) -> None:
     refused, model = [], config.model
     narrow = config.optim.weights != "masters" or config.optim.moments != "fp32"
     rates = {"flash_attention": model.attention_dropout, "layer_norm": model.residual_dropout}
+    up = torch.empty(model.ffn_width, model.width, dtype=dtype, device="meta")
     for op, (shape, kind) in _deciding(config.model, dtype).items():
-        options = {"dropout_p": rates.get(op, 0.0), "narrow": narrow}
+        options = {"dropout_p": rates.get(op, 0.0), "narrow": narrow, "up_weight": up}
         given = dispatch.facts(op, torch.empty(shape, dtype=kind, device=device), options)
         if reason := dispatch.refusal(op, impl, given):
             refused.append(f"{op}: {reason}")
@@ -44,6 +45,7 @@ def _deciding(model: ModelConfig, dtype: torch.dtype) -> dict[str, tuple[tuple, 
     ops = {
         "flash_attention": (heads, dtype),
         "layer_norm": (width, dtype),
+        "mlp": (width, dtype),
         "bias_gelu": ((0, model.ffn_width), dtype),
         "linear_cross_entropy": (width, dtype),
         "adamw_": ((0,), dtype),

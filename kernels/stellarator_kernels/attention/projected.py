@@ -7,8 +7,8 @@ defines: projected_attention, adds_bias
 The gradient of the projection is one tensor. Op by op autograd would put it together from three,
 with a copy of all; here the C++ kernels write it in place, and RoPE turns it there. On a GPU
 `bias_rope` divides, turns and adds the bias in one pass, and its backward puts the gradient
-together and sums that of the bias; q, k and v are kept instead of the projection. Elsewhere it is
-put together from the gradients of the ops, which are the same to the bit.
+together and sums that of the bias. Elsewhere it is put together from the gradients of the ops,
+which are the same to the bit. With RoPE q, k and v are kept instead of the projection.
 """
 
 import torch
@@ -35,7 +35,7 @@ def _backward_op(
     dout: torch.Tensor,
     q: torch.Tensor,
     k: torch.Tensor,
-    qkv: torch.Tensor,
+    v: torch.Tensor,
     out: torch.Tensor,
     lse: torch.Tensor,
     cos: torch.Tensor | None,
@@ -47,9 +47,8 @@ def _backward_op(
 ) -> torch.Tensor:
     """dqkv; q and k are rotated."""
     (B, T, H, D), G = q.shape, k.shape[2]
-    v = _heads(qkv, H, G)[2]
     if q.numel() and dispatch.choose("flash_attention", impl, q) == "cpu":
-        dqkv = empty_like(qkv)
+        dqkv = empty_like(q, B, T, (H + 2 * G) * D)
         into = _heads(dqkv, H, G)
         _attend_backward_cpu(dout, q, k, v, out, lse, cu_seqlens, window, scale, into)
         if cos is not None:
@@ -93,8 +92,9 @@ def _attend_backward_cpu(dout, q, k, v, out, lse, cu_seqlens, window, scale, int
 
 
 @_backward_op.register_fake
-def _fake_backward(dout, q, k, qkv, out, lse, cos, sin, cu_seqlens, window, scale, impl):
-    return qkv.new_empty(qkv.shape)
+def _fake_backward(dout, q, k, v, out, lse, cos, sin, cu_seqlens, window, scale, impl):
+    (B, T, H, D), G = q.shape, k.shape[2]
+    return q.new_empty(B, T, (H + 2 * G) * D)
 
 
 class _DividedAttention(torch.autograd.Function):
@@ -147,6 +147,7 @@ class _ProjectedAttention(torch.autograd.Function):
         if cos is not None:
             q, k = _ops.rope_forward(q.reshape(B * T, H, D), k.reshape(B * T, G, D), cos, sin, impl)
             q, k = q.view(B, T, H, D), k.view(B, T, G, D)
+            v = v.contiguous()  # of its own, so that the projection is freed
         rows = [q, k, v]
         if cu_seqlens is not None:
             rows = [x.flatten(0, 1)[None] for x in rows]
@@ -156,14 +157,14 @@ class _ProjectedAttention(torch.autograd.Function):
             *rows, cu_seqlens, None, None, True, window, scale, None, 0.0, False, True, impl
         )
         out = out.view(B, T, H, D)
-        ctx.save_for_backward(q, k, qkv, out, lse, cos, sin, cu_seqlens)
+        ctx.save_for_backward(q, k, v, out, lse, cos, sin, cu_seqlens)
         return out
 
     @staticmethod
     def backward(ctx, dout):
-        q, k, qkv, out, lse, cos, sin, cu_seqlens = ctx.saved_tensors
+        q, k, v, out, lse, cos, sin, cu_seqlens = ctx.saved_tensors
         dqkv = _ops.projected_attention_backward(
-            dout, q, k, qkv, out, lse, cos, sin, cu_seqlens, *ctx.options
+            dout, q, k, v, out, lse, cos, sin, cu_seqlens, *ctx.options
         )
         return (dqkv, *(None,) * 7)
 
