@@ -22,7 +22,7 @@ import numpy as np
 from benchmarks import results
 from benchmarks.harness import environment
 from benchmarks.parity_run import Pool
-from benchmarks.usage import count, one_of, positive
+from benchmarks.usage import UsageError, count, one_of, positive
 from stellarator.config import ModelConfig, ParallelConfig, RunConfig
 from stellarator.data.documents import Document
 from stellarator.data.formats import starcoder2_repository
@@ -58,6 +58,7 @@ class Case:
     model: str
     parallel: ParallelConfig
     dp: int = 1
+    recompute: str = "none"
 
     @property
     def processes(self) -> int:
@@ -72,15 +73,17 @@ class Case:
         if p.pp * p.stages_per_rank > 1:
             words.append(f"pp {p.pp} {p.schedule}")
         words += [f"cp {p.cp} {p.cp_form}"] * (p.cp > 1) + [f"dp {self.dp}"] * (self.dp > 1)
-        return " ".join(words + [f"zero {p.zero}"] * (p.zero > 0))
+        words += [f"zero {p.zero}"] * (p.zero > 0)
+        return " ".join(words + [self.recompute] * (self.recompute != "none"))
 
 
 def _cases() -> list[Case]:
     """tp, pp, dp, cp of 1, 2, 4; sp; each schedule; zero 1, 2, 3; both forms of cp; mixtures."""
     found = []
 
-    def add(model: str, dp: int = 1, **parallel) -> None:
-        found.append(Case(model, ParallelConfig(bucket_mib=BUCKET_MIB, **parallel), dp))
+    def add(model: str, dp: int = 1, recompute: str = "none", **parallel) -> None:
+        parallel = ParallelConfig(bucket_mib=BUCKET_MIB, **parallel)
+        found.append(Case(model, parallel, dp, recompute))
 
     two, dropping, untied, one = MODELS
     for dp in (2, 4):
@@ -108,6 +111,8 @@ def _cases() -> list[Case]:
     add(dropping, 2, tp=2, sp=True, zero=2)
     add(dropping, tp=2, pp=2)
     add(dropping, pp=2, schedule="zb_v", stages_per_rank=2)
+    add(dropping, 2, "selective", tp=2, sp=True, pp=2, schedule="zb_h1")
+    add(two, 2, "full", tp=2, sp=True, zero=3)
     add(untied, tp=4, sp=True)
     add(untied, pp=2, schedule="zb_v", stages_per_rank=2)
     add(untied, 2, tp=2, pp=2, schedule="interleaved", stages_per_rank=2)
@@ -224,11 +229,12 @@ def differences(one: Path, many: Path) -> tuple[bool, float, float]:
     """Same first weights; largest relative difference of a loss; and of a tensor."""
     (first, losses, state), (first2, losses2, state2) = read(one), read(many)
     assert len(losses) == len(losses2) > 0 and state.keys() == state2.keys()
-    loss = max(abs(a - b) / abs(a) for a, b in zip(losses, losses2, strict=True))
+    loss = np.max([abs(a - b) / abs(a) for a, b in zip(losses, losses2, strict=True)])
     norm = np.linalg.norm
     pairs = ((x.ravel().astype(np.float64), state2[name].ravel()) for name, x in state.items())
-    tensor = max(float(norm(b - a) / max(norm(a), 1e-30)) for a, b in pairs)
-    return bool(first) and first == first2 and copies_agree(many), loss, tensor
+    tensor = np.max([norm(b - a) / max(norm(a), 1e-30) for a, b in pairs])  # NaN stays NaN
+    same = bool(first) and first == first2 and copies_agree(many)
+    return same, float(loss), float(tensor)
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
@@ -279,7 +285,8 @@ def compare(
                 places[key] = folder / " ".join(key)
                 todo.setdefault(1, []).append((config, places[key]))
             places[precision, case] = folder / f"{precision} {len(places)}"
-            config = dataclasses.replace(config, parallel=case.parallel)
+            train = dataclasses.replace(config.train, recompute=case.recompute)
+            config = dataclasses.replace(config, parallel=case.parallel, train=train)
             todo.setdefault(case.processes, []).append((config, places[precision, case]))
         total, before = sum(map(len, todo.values())), 0
         for processes, runs in sorted(todo.items()):
@@ -307,6 +314,8 @@ def main(given: argparse.Namespace) -> int:
         from benchmarks import fuzz  # which uses what is here
 
         return fuzz.main(given)
+    if given.trial is not None or given.seed is not None:
+        raise UsageError("--trial, --seed: expected with --fuzz SECONDS, got them alone. Add it.")
     precisions = given.precision.split(",")
     one_of("--precision", precisions, LIMITS)
     words = given.layout.split()
@@ -319,13 +328,15 @@ def main(given: argparse.Namespace) -> int:
         [
             *(x.precision, x.case.model, x.case.name, str(x.case.processes)),
             *("equal" if x.same_first else "NOT EQUAL", f"{x.loss:.1e}", f"{x.state:.1e}"),
-            "same" if x.right else "DIFFERENT",
+            "not run" if np.isnan(x.loss) else "same" if x.right else "DIFFERENT",
         ]
         for x in found
     ]
     header = ["precision", "model", "layout", "processes", "first weights", "loss", "state", ""]
     table, right = results.table(rows, header), sum(x.right for x in found)
     end = f"{right} of {len(rows)} layouts train the same model, "
+    if left := sum(row[-1] == "not run" for row in rows):
+        end += f"{left} were not run, "
     end += f"in {time.monotonic() - started:.0f} s"
     print(f"{table}\n\n{end}")
     if given.output:

@@ -4,7 +4,8 @@ defines: Pool
 
 They are forked from one that has imported torch, which saves most of the time. Into the folder of a
 run rank 0 writes first.json, {parameter: SHA-256 of its bytes}, and every rank first-RANK.json, the
-same of each piece that it holds: of several copies `first.json` has one.
+same of each piece that it holds, of masters and of parameters: of several copies `first.json` has
+one.
 """
 
 import dataclasses
@@ -23,7 +24,7 @@ import torch
 
 from stellarator import settings
 from stellarator.config import RunConfig
-from stellarator.parallel.shard import FlatPart
+from stellarator.parallel.shard import FlatPart, shards_of
 from stellarator.train.loop import Trainer
 
 TIMEOUT_SECONDS = 120  # without any process being done with anything
@@ -59,6 +60,11 @@ class Recording(Trainer):
             else:
                 pieces = [(f"{p.start} {p.length}", part) for p, part in shard.parts(local)]
             found |= {f"{name} {place} {part.numel()}": _hash(part) for place, part in pieces}
+        if self.data.stage < 3:  # else they are made of the own parts when they are used
+            for name, shard in shards_of(self.model).items():
+                local = self.model.get_parameter(name).detach()
+                pieces = [(f"{p.start} {p.length}", part) for p, part in shard.parts(local)]
+                found |= {f"{name} {place}": _hash(part) for place, part in pieces}
         return found
 
     def _write(self, name: str, found: dict[str, str]) -> None:

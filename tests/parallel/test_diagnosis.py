@@ -164,14 +164,17 @@ class Recording(Axis):
         return Pending()
 
 
-@pytest.mark.parametrize("recompute", ["none", "full"])
-def test_collectives_of_layers_say_which(tiny_config, tmp_path, recompute):
+@pytest.mark.parametrize("watched", [False, True])
+@pytest.mark.parametrize("recompute", ["none", "selective", "full"])
+def test_collectives_of_layers_say_which(tiny_config, tmp_path, recompute, watched):
     """Also those of the backward pass, in which layers are computed again."""
     journal = Journal(tmp_path, 0)
     axis = Recording("tp", 0, 2, Group(None, "tp", journal))
     axis.tags.clear()
     tp = TensorParallel(axis, sp=True)
     model = build_model(tiny_config.model, tp=tp, recompute=recompute)
+    if watched:
+        model.layers[1].mlp.up.register_forward_hook(lambda *_: None)
     journal.at(step=5, micro_batch=1)
     tokens = torch.arange(34).view(2, 17)
     loss = model(tokens[:, :-1], tokens[:, 1:])
@@ -186,7 +189,11 @@ def test_collectives_of_layers_say_which(tiny_config, tmp_path, recompute):
     assert backward == [(f"{op}, backward", layer) for op, layer in reversed(expected)]
     again = [(tag.op, tag.layer) for tag in axis.tags if "backward" not in tag.op]
     # The last product of a layer is nothing that the backward pass needs.
-    ops = ["enter", "leave", "enter"] if recompute == "full" else []
-    ops += ["enter, again"] * 2
-    assert again == [(op, layer) for layer in (1, 0) for op in ops]
+    for layer in (1, 0):
+        ops = {"none": [], "selective": ["enter, again"], "full": ["enter", "leave", "enter"]}
+        if watched and layer == 1:
+            ops["selective"] = ["enter"]
+        expected = [(op, layer) for op in ops[recompute] + ["enter, again"] * 2]
+        assert [each for each in again if each[1] == layer] == expected
+    assert [layer for _, layer in again] == sorted((layer for _, layer in again), reverse=True)
     assert {tag[2:] for tag in forward + axis.tags} == {(1, 5)}
