@@ -9,8 +9,9 @@ allocator's gaps, workspaces of libraries.
 from dataclasses import dataclass, fields
 
 from stellarator import sizes
+from stellarator.parallel.pipeline.schedules import SPLIT
 from stellarator.parallel.pipeline.simulate import Simulation
-from stellarator.plan.buckets import buckets_of
+from stellarator.plan.buckets import buckets_of, made_together
 from stellarator.plan.case import Case, Stage
 from stellarator.plan.traffic import reduced_itemsize
 
@@ -100,17 +101,23 @@ def logit_bytes(case: Case) -> int:
 
 
 def _working_bytes(case: Case) -> int:
-    """A layer that is computed again, and what its gelu gives with the gradient of that."""
-    model, train, tp = case.model, case.config.train, case.layout.tp
-    wide = 2 * case.tokens * (model.ffn_width // tp) * case.itemsize
+    """What is computed again of a layer, what goes into the gradient of its gelu and comes out.
+
+    The gradient of what the gelu gave is a tensor of its own where ranks share the products, or a
+    schedule splits the backward.
+    """
+    model, train, tp, parallel = case.model, case.config.train, case.layout.tp, case.parallel
+    wide = case.tokens * (model.ffn_width // tp) * case.itemsize
+    apart = tp > 1 or (case.layout.pp > 1 and parallel.schedule in SPLIT)
+    made = (3 if apart else 2) * wide
     if train.recompute == "none":
-        return wide
+        return made
     if train.recompute == "selective":
-        return wide + wide // 2
+        return made + wide
     again = sizes.layer_activation_bytes(
         model, case.tokens, "none", case.itemsize, tp=tp, sp=case.parallel.sp
     )
-    return wide + again
+    return made + again
 
 
 def _buffer_bytes(case: Case, rank: int, simulation: Simulation) -> int:
@@ -136,7 +143,7 @@ def _bucket_bytes(case: Case, rank: int) -> int:
     """Whole buckets while their gradients are made and summed, and their parameters used.
 
     Where only own parts of gradients are kept (ZeRO 2), a bucket is whole while they are made, and
-    so is the next: an op makes gradients of both. With ZeRO 3 a layer ends before the next begins.
+    so are all of which one op makes some. With ZeRO 3 a layer ends before the next begins.
     The last bucket is whole from the loss on where it has the head. Then a sum begins, of a rounded
     copy in any stage, while those before are in flight. With ZeRO 3 the parameters of the last
     bucket are there for the whole pass, those of a layer with the next.
@@ -146,10 +153,10 @@ def _bucket_bytes(case: Case, rank: int) -> int:
     last, copied, most = len(counts) - 1, summed if summed != size else 0, 0
     if zero < 2 and not copied:
         return 0
-    for index, count in enumerate(counts):
-        whole = {index} if zero >= 2 else set()
-        if zero == 2 and index < last:
-            whole.add(index + 1)
+    spans = made_together(case, rank) if zero == 2 else [(i, i) for i in range(len(counts))]
+    for index, end in spans:
+        count = counts[index]
+        whole = set(range(index, end + 1)) if zero >= 2 else set()
         if zero == 3 or (zero == 2 and case.model.tie_embeddings):
             whole.add(last)
         held = sum(counts[i] for i in whole) * size + count * copied
