@@ -25,8 +25,11 @@ from collections.abc import Iterator, Sequence
 
 from stellarator.arguments import make_parser, unrecognized
 
-_OTHER_TELLS_SECONDS = 10
 EXIT_CODES = {"done": 0, "preempted": 75, "interrupted": 130}
+# When one process has ended torchrun ends them all: those who would say the same wait for the one
+# that tells, which may have started later. Who is still there then has to tell by itself.
+_OTHER_TELLS_SECONDS = 10
+_LAYOUTS = 5  # that a search prints
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -58,12 +61,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ValueError, RuntimeError, OSError, ImportError) as error:
         if os.environ.get("STELLARATOR_TRACEBACK") == "1":
             raise
-        if getattr(error, "told", False):  # by another process of the same run
-            # When one has ended torchrun ends them all, and who tells may have started later.
-            time.sleep(_OTHER_TELLS_SECONDS)
-        else:
-            # In one piece: the lines of several ranks do not run into each other.
-            sys.stderr.write(f"error: {_line(error)}\n")
+        if getattr(error, "told", False):  # by another process of the same run, if it fails, too
+            with contextlib.suppress(KeyboardInterrupt):
+                time.sleep(_OTHER_TELLS_SECONDS)
+        # In one piece: the lines of several ranks do not run into each other.
+        sys.stderr.write(f"error: {_line(error)}\n")
         _empty_stdout()
         return 2 if isinstance(error, ValueError) else 1
 
@@ -120,9 +122,6 @@ def _train(arguments) -> int:
         error.told = os.environ.get("LOCAL_RANK", "0") != "0"
         raise
     return EXIT_CODES[trainer.run()["status"]]
-
-
-_LAYOUTS = 5  # that a search prints
 
 
 def _plan(arguments) -> int:

@@ -11,6 +11,7 @@ updates were skipped: everything else (batches, FIM cuts, learning rate) is a fu
 import contextlib
 import dataclasses
 import hashlib
+import importlib
 import json
 import math
 import os
@@ -186,6 +187,8 @@ class Trainer:
 
     def _build(self) -> None:
         """Data, the checkpoint to go on from, model, optimizer."""
+        # The first op would import it, while other ranks wait in the middle of the first step.
+        importlib.import_module("torch._dynamo")
         config, device = self.config, self.mesh.device
         self.dtype = DTYPES[config.train.precision]
         form, window = config.parallel.cp_form, config.model.window
