@@ -36,13 +36,14 @@ from stellarator_kernels.dropout import dropout
 from stellarator_kernels.embedding import embedding
 from stellarator_kernels.grad_norm import grad_norm
 from stellarator_kernels.layer_norm import layer_norm
+from stellarator_kernels.layer_norm_mlp import layer_norm_mlp
 from stellarator_kernels.linear import bias_gelu_linear, layer_norm_linear, linear
 from stellarator_kernels.linear_cross_entropy import linear_cross_entropy
 from stellarator_kernels.linear_cross_entropy_shard import (
     linear_cross_entropy_gradients,
     linear_cross_entropy_statistics,
 )
-from stellarator_kernels.mlp import layer_norm_mlp, mlp
+from stellarator_kernels.mlp import mlp
 from stellarator_kernels.rms_norm import rms_norm
 from stellarator_kernels.rope import rope
 from stellarator_kernels.swiglu import swiglu

@@ -1,7 +1,6 @@
-"""The two-matrix MLP: down(gelu(up(x))), as products with nothing between them; also with the norm
-in front of it.
+"""The two-matrix MLP: down(gelu(up(x))), as products with nothing between them.
 
-defines: mlp, layer_norm_mlp
+defines: mlp, How, forward, backward
 
 forward:  pre = x @ up^T + up_bias;  y = gelu(pre);  out = y @ down^T + down_bias
 backward: dpre = (dout @ down) * gelu'(pre);  dup_bias = sum(dpre);  y = gelu(pre) again
@@ -17,9 +16,8 @@ Elsewhere the first lines are ATen's product and the gelu of bias_gelu.py, which
 sums its gradient; pre is kept without it.
 
 Saved: x, the weights and pre; with `recompute` not pre, which the backward then makes by one more
-product. With the norm x is not saved but made again from what the norm keeps, the same bits. Bytes,
-as products: beside the operands the forward writes y and pre, the backward reads pre and writes
-dpre and y, each (N, F).
+product. Bytes, as products: beside the operands the forward writes y and pre, the backward reads
+pre and writes dpre and y, each (N, F).
 
 Source: the epilogues, cuBLASLt's BIAS_GELU_AUX and DGELU_BGRAD; gelu, arXiv:1606.08415.
 """
@@ -35,10 +33,8 @@ from stellarator_kernels.attention.tiles import chip, with_scratch
 from stellarator_kernels.bias_gelu import cdf_and_density
 from stellarator_kernels.checks import expect, expect_dtype, expect_same_device, expect_shape
 from stellarator_kernels.dispatch import choose
-from stellarator_kernels.dropout import check_dropout
-from stellarator_kernels.layer_norm import layer_norm
 from stellarator_kernels.layout import UNIT, aligned_rows
-from stellarator_kernels.linear import Room, check_residual, check_vectors, gradient_or_add
+from stellarator_kernels.linear import Room, gradient_or_add
 from stellarator_kernels.matmul import halves, matrix, tile_at, tile_product, where_of
 
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -271,25 +267,25 @@ def _fake_down_gradient(dout, weight, pre, bias, approximate, need_y, need_dbias
 
 
 @dataclass(frozen=True)
-class _How:
-    """What does not change from call to call."""
+class How:
+    """Options of a call. `keep`: there will be a backward, for which pre is kept."""
 
     approximate: str
-    recompute: bool
+    keep: bool
     impl: str
     rooms: tuple[Room | None, Room | None]
 
 
-def _forward(ctx, x, parameters, how: _How, wanted: bool):
+def forward(ctx, x, parameters, how: How, wanted: bool):
     """The result of rows x, and pre, which is None where nobody keeps it."""
     up, up_bias, down, down_bias = parameters
-    keep = wanted and not how.recompute
+    keep = wanted and how.keep
     y, pre = _up(x, up, up_bias, how.approximate, True, keep, how.impl)
     ctx.how = how
     return _ops.product(y, down.t(), down_bias, _of_products(how.impl)), pre if keep else None
 
 
-def _backward(ctx, dout, kept, make_x, first: int):
+def backward(ctx, dout, kept, make_x, first: int):
     """dx, and the gradients of the four parameters, the first of which is input number `first`.
 
     kept: up, up_bias, down, pre. make_x: gives the rows, as often as it is called.
@@ -310,7 +306,6 @@ def _backward(ctx, dout, kept, make_x, first: int):
         dup_bias = dup_bias if need_dbias else None
         if need_down:
             ddown = gradient_or_add(dout, y, impl, how.rooms[1])
-        del y, pre
         dx = _ops.product(dpre, up, None, impl) if need_x else None
         if need_up:
             x = make_x() if x is None else x
@@ -324,65 +319,14 @@ class _Mlp(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, up, up_bias, down, down_bias, how):
         wanted = any(ctx.needs_input_grad[:4])
-        out, pre = _forward(ctx, x, (up, up_bias, down, down_bias), how, wanted)
+        out, pre = forward(ctx, x, (up, up_bias, down, down_bias), how, wanted)
         ctx.save_for_backward(x, up, up_bias, down, pre)
         return out
 
     @staticmethod
     def backward(ctx, dout):
         x, *kept = ctx.saved_tensors
-        return *_backward(ctx, dout, kept, lambda: x, 1), None
-
-
-class _LayerNormMlp(torch.autograd.Function):
-    """Inputs: rows, residual rows or None, weight and bias of the norm, the four parameters."""
-
-    @staticmethod
-    def forward(
-        ctx, x, residual, norm_weight, norm_bias, up, up_bias, down, down_bias, eps, how, *dropout
-    ):
-        y, summed, mean, rstd = _ops.layer_norm_forward(
-            x, residual, norm_weight, norm_bias, eps, how.impl, *dropout
-        )
-        ctx.eps, ctx.has_residual = eps, residual is not None
-        kept, (*keys, ctx.dropout_p) = summed if ctx.has_residual else x, dropout
-        wanted = any(ctx.needs_input_grad[:7])
-        out, pre = _forward(ctx, y, (up, up_bias, down, down_bias), how, wanted)
-        norm = (kept, norm_weight, norm_bias, mean, rstd)
-        ctx.save_for_backward(*norm, *keys, up, up_bias, down, pre)
-        ctx.set_materialize_grads(False)
-        return out, summed
-
-    @staticmethod
-    def backward(ctx, dout, dsummed):
-        summed, norm_weight, norm_bias, mean, rstd, *rest = ctx.saved_tensors
-        keys, kept = rest[:-4], rest[-4:]
-        dsummed = dsummed if ctx.has_residual else None
-        if dout is None and (keys[0] is None or dsummed is None):
-            return dsummed, dsummed if ctx.has_residual else None, *(None,) * 11
-        dout = torch.zeros_like(summed) if dout is None else dout
-        impl = ctx.how.impl
-
-        def normalised():
-            norm = (norm_weight, norm_bias, ctx.eps)
-            return _ops.layer_norm_forward(summed, None, *norm, impl)[0]
-
-        dy, *gradients = _backward(ctx, dout, kept, normalised, 4)
-        dx = dresidual = dnorm_weight = dnorm_bias = None
-        need_params = any(ctx.needs_input_grad[2:4])
-        if dy is not None:
-            dx, dnorm_weight, dnorm_bias, dresidual = _ops.layer_norm_backward(
-                dy, dsummed, summed, norm_weight, mean, rstd, norm_bias is not None,
-                need_params, impl, *keys, ctx.dropout_p,
-            )  # fmt: skip
-            dresidual = dx if keys[0] is None else dresidual
-        return (
-            dx,
-            dresidual if ctx.has_residual else None,
-            dnorm_weight if need_params else None,
-            dnorm_bias if need_params and norm_bias is not None else None,
-            *(*gradients, *(None,) * 5),
-        )
+        return *backward(ctx, dout, kept, lambda: x, 1), None
 
 
 def _of_products(impl: str) -> str:
@@ -428,71 +372,18 @@ def mlp(
         dtype = torch.get_autocast_dtype(x.device.type)
         tensors = {n: t if t is None else t.to(dtype) for n, t in tensors.items()}
         rooms = (None, None)
-    _check("mlp", approximate, **tensors)
+    check("mlp", approximate, **tensors)
     x, *parameters = tensors.values()
-    how = _How(approximate, recompute, impl, rooms)
-    return _Mlp.apply(_rows(x), *parameters, how).view(x.shape)
+    how = How(approximate, torch.is_grad_enabled() and not recompute, impl, rooms)
+    return _Mlp.apply(rows_of(x), *parameters, how).view(x.shape)
 
 
-def layer_norm_mlp(
-    x: torch.Tensor,
-    norm_weight: torch.Tensor,
-    norm_bias: torch.Tensor | None,
-    up_weight: torch.Tensor,
-    up_bias: torch.Tensor | None,
-    down_weight: torch.Tensor,
-    down_bias: torch.Tensor | None,
-    eps: float = 1e-5,
-    residual: torch.Tensor | None = None,
-    *,
-    approximate: str = "tanh",
-    recompute: bool = False,
-    dropout_p: float = 0.0,
-    dropout_keys: tuple[torch.Tensor, torch.Tensor] | None = None,
-    rooms: tuple[Room | None, Room | None] = (None, None),
-    impl: str = "auto",
-) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-    """mlp(layer_norm(x)), or of x + residual; the normalised rows are not kept.
-
-    Args:
-        x: (..., C) bf16/fp16/fp32/fp64.
-        norm_weight, norm_bias: (C,), the latter may be None.
-        up_weight, up_bias, down_weight, down_bias, approximate, recompute, rooms: as of `mlp`.
-        eps, residual, dropout_p, dropout_keys: as of `layer_norm`.
-        impl: of norm and MLP, as of `mlp`.
-    Returns:
-        y (..., C); with a residual (y, summed), summed = x + residual in the dtype of x.
-    Raises:
-        ValueError: shapes, dtypes or devices disagree, or an unknown form.
-        RuntimeError: the requested `impl` cannot run here.
-    Cost: `cost.layer_norm` and `cost.mlp`, and in the backward once more the forward of the norm.
-    """
-    op, parameters = "layer_norm_mlp", (up_weight, up_bias, down_weight, down_bias)
-    if torch.is_autocast_enabled(x.device.type):  # the products have another dtype than the norm
-        options = {"dropout_p": dropout_p, "dropout_keys": dropout_keys, "impl": impl}
-        y = layer_norm(x, norm_weight, norm_bias, eps, residual, **options)
-        y, *summed = (y,) if residual is None else y
-        y = mlp(y, *parameters, approximate=approximate, recompute=recompute, impl=impl)
-        return (y, *summed) if summed else y
-    names = ("up_weight", "up_bias", "down_weight", "down_bias")
-    _check(op, approximate, x, **dict(zip(names, parameters, strict=True)))
-    check_vectors(op, x, norm_weight=norm_weight, norm_bias=norm_bias)
-    check_residual(op, x, residual)
-    keys = check_dropout(op, x, residual, dropout_p, dropout_keys)
-    y, summed = _LayerNormMlp.apply(
-        _rows(x), None if residual is None else _rows(residual), norm_weight, norm_bias,
-        *parameters, eps, _How(approximate, recompute, impl, rooms), *keys, float(dropout_p),
-    )  # fmt: skip
-    y = y.view(x.shape)
-    return y if residual is None else (y, summed.view(x.shape))
-
-
-def _rows(x: torch.Tensor) -> torch.Tensor:
+def rows_of(x: torch.Tensor) -> torch.Tensor:
     """(N, C)."""
     return x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
 
 
-def _check(op, approximate, x, up_weight, down_weight, **biases):
+def check(op, approximate, x, up_weight, down_weight, **biases):
     """Raise ValueError for arguments that do not fit together."""
     forms = ("tanh", "none")
     expect(approximate in forms, op, f"approximate in {forms}", repr(approximate), "Use one")

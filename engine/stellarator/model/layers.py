@@ -73,8 +73,8 @@ class Linear(torch.nn.Module):
     ) -> torch.Tensor:
         """x: (B, T, in), or the tokens that this rank has between products; shape: (B, T).
 
-        again: makes x, where ranks share the product or its weight gradient is made apart; None: x
-            is kept for the backward.
+        again: makes x, where ranks share the product or its weight gradient is made apart; else,
+            and for None, x is kept for the backward.
         """
         if _whole(self):
             return linear(x, self.weight, self.bias, room=room_of(self.weight))

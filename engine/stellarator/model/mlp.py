@@ -1,6 +1,6 @@
 """The two-matrix MLP with the norm in front of it: norm, up, gelu, down.
 
-Normalised and activated rows are not kept for the backward.
+Normalised and activated rows are not kept for the backward, but by modules that are watched.
 
 defines: Mlp
 """
@@ -32,7 +32,7 @@ class Mlp(torch.nn.Module):
         self, config: ModelConfig, kernels: str, tp: TensorParallel = ALONE, *, device, dtype
     ):
         super().__init__()
-        self.gelu = Gelu(_APPROXIMATE[config.activation], kernels)
+        self.tp, self.gelu = tp, Gelu(_APPROXIMATE[config.activation], kernels)
         C, F, to = config.width, config.ffn_width, {"device": device, "dtype": dtype}
         self.up = Linear(tp.by_columns(F, C), tp.by_columns(F), tp, **to)
         self.down = RowLinear(F, C, tp, **to)
@@ -60,7 +60,7 @@ class Mlp(torch.nn.Module):
             )
         if plain(norm, up, down):
             return self._in_parts(norm, branch, residual, shape, dropout, recompute)
-        given = (norm, branch, residual, shape, dropout)
+        given = (self.tp.axis.layer, norm, branch, residual, shape, dropout)
         return recomputed(self._by_modules, *given) if recompute else self._by_modules(*given)
 
     def _in_parts(self, norm, branch, residual, shape, dropout, recompute):
@@ -73,8 +73,9 @@ class Mlp(torch.nn.Module):
         product = (down.weight, down.bias, down.tp, down.deferred)
         return row_product(h, *product, gelu=self.gelu, again=pre), residual
 
-    def _by_modules(self, norm, branch, residual, shape, dropout):
-        """Modules that others have changed, or watch."""
+    def _by_modules(self, layer, norm, branch, residual, shape, dropout):
+        """Modules that others have changed, or watch. layer: for what is sent."""
+        self.tp.axis.at(layer=layer)
         y, residual = norm(branch, residual, dropout)
         h = self.up(y, shape)
         gelu = self.gelu

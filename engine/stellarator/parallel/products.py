@@ -134,9 +134,10 @@ def product_again(
     again: makes its x. With sp the tokens of all ranks are gathered once more.
     """
     axis, tag = tp.axis, Tag("enter, again", tp.axis.layer)
+    make_x = again.make  # and not `again`, whose tensors would live as long as the graph
 
     def make(*tensors):
-        x = again.make(*tensors).flatten(0, 1)
+        x = make_x(*tensors).flatten(0, 1)
         return linear(axis.gather(x, tag) if tp.sp else x, weight, bias)
 
     return Again(make, again.tensors)
@@ -206,7 +207,7 @@ class _RowProduct(torch.autograd.Function):
         weight, gelu, apart = ctx.weight, ctx.gelu, _apart(ctx)
         need_dx, need_dweight, need_dbias = ctx.needs_input_grad[:3]
         x = dx = None
-        if need_dweight or gelu is not None:
+        if need_dweight or (gelu is not None and need_dx):
             x = ctx.make(*ctx.saved_tensors).flatten(0, -2)
         if ctx.arriving:
             ctx.arriving.pop().wait()

@@ -25,10 +25,10 @@ def check(config: RunConfig, device: torch.device, dtype: torch.dtype) -> None:
         return
     refused, model = [], config.model
     narrow = config.optim.weights != "masters" or config.optim.moments != "fp32"
-    rates = {"flash_attention": model.attention_dropout, "layer_norm": model.residual_dropout}
     up = torch.empty(model.ffn_width, model.width, dtype=dtype, device="meta")
     for op, (shape, kind) in _deciding(config.model, dtype).items():
-        options = {"dropout_p": rates.get(op, 0.0), "narrow": narrow, "up_weight": up}
+        dropout_p = model.attention_dropout if op == "flash_attention" else 0.0
+        options = {"dropout_p": dropout_p, "narrow": narrow, "up_weight": up}
         given = dispatch.facts(op, torch.empty(shape, dtype=kind, device=device), options)
         if reason := dispatch.refusal(op, impl, given):
             refused.append(f"{op}: {reason}")
