@@ -1,9 +1,12 @@
 """The race of the products' launches, in Triton's interpreter.
 
-It is judged on a clock of its own, which says how long each configuration takes. What is refused by
-compiling is in test_matmul_code.py. Not covered: real times, which want a GPU.
+It is judged on a clock of its own, which says how long each configuration takes. What is refused is
+compiled for GPUs that are not here. Not covered: real times, which want a GPU.
 """
 
+import os
+import re
+import subprocess
 import sys
 
 import pytest
@@ -203,3 +206,26 @@ def test_what_the_compiler_refuses_is_not_raced(monkeypatch):
     kept = tuning_matmul._fitting([SLOW, WRONG, FAST], "up", SHAPE, (9, 0))
     assert list(kept) == [SLOW, FAST]
     assert asked == [("up", Tiles(**o), SHAPE, (9, 0)) for o in (SLOW, WRONG, FAST)]
+
+
+REFUSED = """
+from stellarator_kernels import matmul, tuning_matmul as t
+for phase, tiles, capability in (
+    ("down gradient", (128, 128, 64, 4, 8, 4), (9, 0)),
+    ("weight gradient", (128, 128, 32, 4, 16, 4), (8, 0)),
+    ("weight gradient", (96, 128, 32, 4, 3, 4), (8, 0)),
+    ("weight gradient", (128, 128, 32, 8, 4, 2), (8, 0)),
+):
+    print(t.refusal(phase, matmul.Tiles(*tiles), t.Shape(8192, 3072, 12288), capability))
+"""
+
+
+def test_what_the_compiler_refuses():
+    environment = {"TRITON_INTERPRET": "0", "PYTHONPATH": os.pathsep.join(sys.path)}
+    command = [sys.executable, "-c", REFUSED]
+    done = subprocess.run(command, env=os.environ | environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    shared, spills, *others = done.stdout.splitlines()
+    assert shared == "takes 262144 bytes of shared memory, of 232448"
+    assert re.fullmatch(r"spills \d+ bytes", spills)
+    assert others == ["does not compile: CompilationError", "None"]
