@@ -1,11 +1,12 @@
 """`python -m benchmarks gpu`: check and time the Triton kernels on a GPU, in under nine minutes.
 
 At StarCoder2-3B's shapes: attention at long contexts first (8K and 16K, window 4096, documents,
-decoding; `--table attention` is that alone), then every op at 4,096 tokens. Each case is checked
-and then timed beside every peer that can be imported. The time of the whole run is shared evenly by
-the cases, and those that it did not suffice for are named. It leaves NAME.json, one point a line,
-and NAME.md, a page; page.py has what is on it. `--dry` goes the same way on tensors of the CPU at
-small shapes, with TRITON_INTERPRET=1: its times mean nothing, its checks do.
+decoding; `--table attention` is that alone), then every op at 4,096 tokens; `--table mlp` is the
+products of the MLP at 16K. Each case is checked and then timed beside every peer that can be
+imported. The time of the whole run is shared evenly by the cases, and those that it did not suffice
+for are named. It leaves NAME.json, one point a line, and NAME.md, a page; page.py has what is on
+it. `--dry` goes the same way on tensors of the CPU at small shapes, with TRITON_INTERPRET=1: its
+times mean nothing, its checks do.
 """
 
 import argparse
@@ -22,7 +23,7 @@ from stellarator.progress import Progress
 
 _MODEL, _TOKENS, _ROWS, _REPEATS = "starcoder2_3b", 4096, 2, 20
 _SECONDS = 520.0  # of the whole run; nine minutes with what comes before and after
-# Plans of a table; plain eager code would need more memory than there is.
+# Plans of a table. Peers of attention: plain eager code would need more memory than there is.
 _PEERS = "sdpa,flash,cudnn,flex,varlen,flash_attn,any_order,unpacked"
 TABLES = {
     "attention": (
@@ -30,7 +31,16 @@ TABLES = {
         {"ops": ("flash_attention",), "tokens": 16384, "rows": 1},
         {"ops": ("decode_attention",), "model": "starcoder", "tokens": 8192, "rows": 64},
         {"ops": ("decode_attention",), "tokens": 16384, "rows": 16},
-    )
+    ),
+    # The plain products, with epilogues between them, with the norm in front, and their gradients.
+    "mlp": (
+        {
+            "ops": ("linear", "mlp", "layer_norm_mlp", "add_weight_gradient_"),
+            "tokens": 16384,
+            "rows": 1,
+            "peers": "default",
+        },
+    ),
 }
 
 
@@ -93,9 +103,10 @@ def plans_of(given: argparse.Namespace) -> list[suite.Plan]:
             "--table: expected no --op, --tokens, --rows, --small or --dry, as a table has its "
             "own, got one. Leave it out."
         )
-    peers = _PEERS if given.peers == "default" else given.peers
-    base = dataclasses.replace(one, tokens=None, rows=None, peers=peers)
-    table = [dataclasses.replace(base, **e) for e in TABLES[given.table or "attention"]]
+    base = dataclasses.replace(one, tokens=None, rows=None, peers=_PEERS)
+    asked = {} if given.peers == "default" else {"peers": given.peers}
+    entries = TABLES[given.table or "attention"]
+    table = [dataclasses.replace(base, **(entry | asked)) for entry in entries]
     others = tuple(op for op in OPS if op != "decode_attention")
     return table if given.table else [*table, dataclasses.replace(one, ops=others)]
 

@@ -324,24 +324,47 @@ def test_tuning_wants_a_gpu_and_sizes_that_fit(capsys, monkeypatch, tmp_path):
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     assert main(["tune", "--output", str(tmp_path / "t")]) == 1
     assert "expected an NVIDIA GPU, found none" in capsys.readouterr().err
-    for given in (["--head-width", "72"], ["--heads", "5", "--kv-heads", "2"], ["--phases", "x"]):
+    for given, message in (
+        (["--head-width", "72"], "expected --head-width in (64, 128, 256), got 72"),
+        (["--heads", "5", "--kv-heads", "2"], "expected --heads, a multiple of --kv-heads 2"),
+        (["--phases", "up,x"], "'weight gradient'), got ['x']"),
+        (["--width", "100"], "expected --width, a multiple of 8, got 100"),
+        (["--ffn-width", "0"], "expected --ffn-width, a multiple of 8, got 0"),
+    ):
         assert main(["tune", *given]) == 2
+        assert message in capsys.readouterr().err
     assert not (tmp_path / "t").exists()
 
 
 def test_a_table_is_tuned_and_written(capsys, monkeypatch, tmp_path):
-    """The race itself is tested beside the kernels; here two entries come out of it."""
-    from stellarator_kernels import tuned, tuning
+    """The races themselves are tested beside the kernels; here entries come out of them."""
+    from stellarator_kernels import tuned, tuning, tuning_matmul
 
-    found = [("a 128", {"own": 64}, 1.25), ("b 128", None, float("inf"))]
+    Found, asked = tuning.Found, []
+    found = [Found("a 128", {"own": 64}, 1.25), Found("b 128", None, float("inf"))]
+    products = [Found("matmul up", {"rows": 64}, 1.0, 0.9)]
+    products += [Found("matmul down gradient", None, float("inf"), 0.9)]
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     monkeypatch.setattr("torch.cuda.get_device_name", lambda: "GPU One")
-    monkeypatch.setattr(tuning, "tune", lambda shape, **_: iter(found))
-    assert main(["tune", "--output", str(tmp_path)]) == 0
+    for module, result in ((tuning, found), (tuning_matmul, products)):
+        monkeypatch.setattr(
+            module, "tune", lambda s, phases, r=result, **_: asked.append((s, phases)) or iter(r)
+        )
+    assert main(["tune", "--output", str(tmp_path), "--width", "64", "--tokens", "32"]) == 0
+    attention, mlp = tuning.Shape(32, 24, 2, 128), tuning_matmul.Shape(32, 64, 12288)
+    assert asked == [(attention, tuning.PHASES), (mlp, tuning_matmul.PHASES)]
     out = capsys.readouterr().out.splitlines()
-    assert out[:2] == ["a 128: {'own': 64}, 1.250 ms", "b 128: nothing runs, inf ms"]
-    assert "gpu_one.json" in out[2] and "STELLARATOR_TABLES" in out[2]
-    found[:] = [("a 64", {"own": 32}, 1.0)]
-    assert main(["tune", "--output", str(tmp_path), "--head-width", "64"]) == 0
+    assert out[:4] == [
+        "a 128: {'own': 64}, 1.250 ms",
+        "b 128: nothing runs",
+        "matmul up: {'rows': 64}, 1.000 ms, 0.90x the speed of the plain product (0.900 ms)",
+        "matmul down gradient: nothing runs",
+    ]
+    assert "gpu_one.json" in out[4] and "STELLARATOR_TABLES" in out[4]
+    found[:] = [Found("a 64", {"own": 32}, 1.0)]
+    asked.clear()
+    phases = ["--phases", "forward,dq"]
+    assert main(["tune", "--output", str(tmp_path), "--head-width", "64", *phases]) == 0
+    assert asked == [(tuning.Shape(8192, 24, 2, 64), ("forward", "dq"))]
     entries = tuned.read(tmp_path / "gpu_one.json")["entries"]
-    assert entries == {"a 128": {"own": 64}, "a 64": {"own": 32}}
+    assert entries == {"a 128": {"own": 64}, "a 64": {"own": 32}, "matmul up": {"rows": 64}}

@@ -282,16 +282,20 @@ def _add_others(verbs) -> None:
     verb = _verb(
         verbs,
         "tune",
-        "measure the fastest launch configurations of attention on this GPU",
-        "Writes a table for this GPU; STELLARATOR_TABLES=FOLDER makes the kernels use it. Nothing\n"
-        "is tuned unasked. What no table has runs with tiles that were chosen by compiling.",
+        "measure the fastest launch configurations of this GPU",
+        "Of attention and of the products of the MLP, the latter beside the plain product of the\n"
+        "same operands. Writes a table for this GPU; STELLARATOR_TABLES=FOLDER makes the kernels\n"
+        "use it. Nothing is tuned unasked. What no table has runs with tiles that were chosen by\n"
+        "compiling. The sizes are those of StarCoder2-3B.",
     )
     _option(verb, "--output", "tables", "where the table goes", metavar="FOLDER")
     _option(verb, "--tokens", 8192, "of the row that is timed", type=_at_least(1), metavar="N")
     _option(verb, "--heads", 24, "query heads", type=_at_least(1), metavar="N")
     _option(verb, "--kv-heads", 2, "key/value heads", type=_at_least(1), metavar="N")
     _option(verb, "--head-width", 128, "64, 128 or 256", type=int, metavar="N")
-    phases = "forward,forward packed,dq,dkdv,dqdkdv,design"
+    _option(verb, "--width", 3072, "of the model, for the products", type=int, metavar="N")
+    _option(verb, "--ffn-width", 12288, "inside the MLP", type=int, metavar="N")
+    phases = "forward,forward packed,dq,dkdv,dqdkdv,design,up,down gradient,weight gradient"
     _option(verb, "--phases", phases, "what is raced, with commas between", metavar="NAMES")
     verb = _verb(verbs, "report", "write report.html of a run again")
     verb.add_argument("folder", help="run folder")

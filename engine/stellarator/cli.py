@@ -295,8 +295,10 @@ def _tune(arguments) -> int:
     from stellarator import tune
 
     given = arguments
-    shape = given.tokens, given.heads, given.kv_heads, given.head_width
-    return tune.run(given.output, *shape, given.phases.split(","), sys.argv[1:])
+    heads = tune.Heads(given.heads, given.kv_heads, given.head_width)
+    widths = tune.Widths(given.width, given.ffn_width)
+    phases = given.phases.split(",")
+    return tune.run(given.output, given.tokens, heads, widths, phases, sys.argv[1:])
 
 
 def _report(arguments) -> int:

@@ -8,7 +8,8 @@ is launched as the kernel's own table says, which was chosen by compiling.
 
 A file: {"gpu": as torch names it, "triton": its version, "command" and "date": where the entries
 come from, "entries": {"flash_attention forward 128": {"own": 128, ...}, ...}}. An entry is
-looked up by "<op> <phase> <padded head width>"; keys and values are those of the op's own table.
+looked up by "flash_attention <phase> <padded head width>" or "matmul <phase>"; keys and values are
+those of the op's own table.
 """
 
 import contextlib

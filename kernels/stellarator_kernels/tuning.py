@@ -1,12 +1,13 @@
 """Measure which launch configurations are fastest on this GPU; runs only when asked.
 
-defines: PHASES, Shape, candidates, tune, write
+defines: PHASES, Shape, Work, Found, candidates, fastest, median_ms, tune, write
 
-For flash attention, by head width: tiles of the forward, of one document and of several; tiles of
-the two kernels of the split backward, one after the other; tiles of the backward in five products;
-then which design is fastest: of the backward with and without determinism, of the forward. A
-candidate counts only if it computes what the built-in configuration computes (within the rounding
-of the dtype); one that does not compile or fit is passed over.
+Here for flash attention, in tuning_matmul.py for the products. By head width: tiles of the forward,
+of one document and of several; tiles of the two kernels of the split backward, one after the other;
+tiles of the backward in five products; then which design is fastest: of the backward with and
+without determinism, of the forward. A candidate counts only if it computes what the built-in
+configuration computes (within the rounding of the dtype); one that does not compile or fit is
+passed over.
 
 `tuned.py` says how the file is used. Tuning is not exact: two runs may choose different tiles of
 nearly the same speed. That is why tables are files, the same on every rank, and not measured there.
@@ -16,7 +17,7 @@ import datetime
 import itertools
 import json
 import statistics
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,9 +25,11 @@ import torch
 
 from stellarator_kernels import tuned
 from stellarator_kernels.attention import flash_attention
+from stellarator_kernels.testing import poison_empty
 
 PHASES = ("forward", "forward packed", "dq", "dkdv", "dqdkdv", "design")
 _TURNS = 15  # timings of a candidate
+_QUEUE_CYCLES = 2_000_000  # about 1 ms, in which the host queues a call
 _DOCUMENTS = 8  # in the row, where it is packed
 _MARGIN = 0.02  # another candidate must be so much faster to replace one that was found before
 
@@ -73,17 +76,75 @@ def forward_designs(tma: bool) -> list[dict]:
 
 
 def median_ms(call: Callable[[], object]) -> float:
-    """Milliseconds of a call on the GPU, by its own clock."""
+    """Milliseconds of a call on the GPU, by its own clock.
+
+    The GPU waits a moment first, so that the host's time for the launches is not measured.
+    """
     call()
     times = []
     for _ in range(_TURNS):
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        torch.cuda._sleep(_QUEUE_CYCLES)
         start.record()
         call()
         end.record()
         end.synchronize()
         times.append(start.elapsed_time(end))
     return statistics.median(times)
+
+
+@dataclass(frozen=True)
+class Work:
+    """What is raced.
+
+    check: gives the results.
+    right: says whether they are.
+    call: is timed.
+    """
+
+    check: Callable[[], tuple[torch.Tensor, ...]]
+    right: Callable[[tuple[torch.Tensor, ...]], bool]
+    call: Callable[[], object]
+
+
+@dataclass(frozen=True)
+class Found:
+    """The name of an entry, the entry (None: nothing runs), its time and that of a plain peer."""
+
+    name: str
+    entry: dict | None
+    ms: float
+    plain_ms: float | None = None
+
+
+def fastest(
+    name: str, options: Iterable[dict], work: Work, time_ms: Callable, others: dict | None = None
+) -> Found:
+    """Race the options of one entry.
+
+    An option has to give results that are right, with all memory that is not written poisoned; one
+    that raises is passed over.
+
+    Args:
+        name: of the entry.
+        options: most promising first.
+        time_ms: of a call.
+        others: entries that are in use as well.
+    """
+    best = Found(name, None, float("inf"))
+    for option in options:
+        with tuned.use((others or {}) | {name: option}):
+            try:
+                with poison_empty():
+                    right = work.right(work.check())
+            except Exception:  # Triton has an error of its own for each thing that is too much
+                continue
+            if not right:
+                continue
+            ms = time_ms(work.call)
+        if ms < best.ms * (1 - _MARGIN):
+            best = Found(name, option, ms)
+    return best
 
 
 class _Race:
@@ -130,35 +191,25 @@ class _Race:
             for a, b in zip(results, expected, strict=True)
         )
 
-    def fastest(self, phase: str, options: list[dict], meanwhile: dict) -> float:
-        """Race the options of one entry, keep the best; its milliseconds, inf if none runs.
+    def fastest(self, phase: str, options: list[dict], meanwhile: dict) -> Found:
+        """Race the options of one entry, keep the best.
 
         meanwhile: entries that are in use as well, and not kept.
         """
-        best, found = float("inf"), None
         of_forward = phase.startswith("forward")
         same = phase if phase in self.expected else "forward" if of_forward else "backward"
-        expected = self.expected[same]
 
         def call() -> tuple[torch.Tensor, ...]:
             if of_forward:
                 return (self.forward(self.documents if "packed" in phase else None),)
             return self.backward(deterministic="any order" not in phase)
 
-        for option in options:
-            with tuned.use(self.entries | meanwhile | {self.name(phase): option}):
-                try:
-                    right = self.right(call(), expected)
-                except Exception:  # Triton has an error of its own for each thing that is too much
-                    continue
-                if not right:
-                    continue
-                ms = self.time_ms(call)
-            if ms < best * (1 - _MARGIN):
-                best, found = ms, option
-        if found is not None:
-            self.entries[self.name(phase)] = found
-        return best
+        work = Work(call, lambda results: self.right(results, self.expected[same]), call)
+        name = self.name(phase)
+        found = fastest(name, options, work, self.time_ms, self.entries | meanwhile)
+        if found.entry is not None:
+            self.entries[name] = found.entry
+        return found
 
 
 def tune(
@@ -167,8 +218,8 @@ def tune(
     time_ms: Callable = median_ms,
     phases: tuple[str, ...] = PHASES,
     entries: dict | None = None,
-) -> Iterator[tuple[str, dict | None, float]]:
-    """Yield (name, entry or None, milliseconds) for every entry of one head width.
+) -> Iterator[Found]:
+    """Yield what is found for every entry of one head width.
 
     Args:
         shape: what is timed; the larger, the less a launch counts.
@@ -188,8 +239,7 @@ def tune(
             race.name("backward"): {"design": design},
             race.name("forward design"): {"design": "triton"},
         }
-        ms = race.fastest(phase, candidates(phase, tma), meanwhile)
-        yield race.name(phase), race.entries.get(race.name(phase)), ms
+        yield race.fastest(phase, candidates(phase, tma), meanwhile)
     if "design" not in phases:
         return
     split, ordered, atomic = ({"design": name} for name in ("split", "ordered", "atomic"))
@@ -198,8 +248,7 @@ def tune(
         ("backward in any order", [split, ordered, atomic]),
         ("forward design", forward_designs(tma)),
     ):
-        ms = race.fastest(phase, options, {})
-        yield race.name(phase), race.entries.get(race.name(phase)), ms
+        yield race.fastest(phase, options, {})
 
 
 def write(folder: Path, entries: dict[str, dict], gpu: str, command: str) -> Path:

@@ -60,6 +60,10 @@ def test_attention_comes_first_and_then_every_op(with_a_gpu):
 def test_a_table_alone(with_a_gpu):
     plans = gpu.plans_of(given("--table", "attention", "--peers", "sdpa"))
     assert described(plans) == TABLE and {p.peers for p in plans} == {"sdpa"}
+    (plan,) = gpu.plans_of(given("--table", "mlp"))
+    assert described([plan]) == [("linear", "starcoder2_3b", 1, 16384)]
+    assert plan.peers == "default" and {"mlp", "layer_norm_mlp"} < set(plan.ops)
+    plan.check()
     with pytest.raises(UsageError, match="--table: expected no --op"):
         gpu.plans_of(given("--table", "attention", "--tokens", "5"))
 
