@@ -1,6 +1,7 @@
 """Which implementation runs: a pure function of (op, impl, facts), and its reasons.
 
-defines: Facts, facts, choose, explain, describe, narrowest, available, ops, IMPLEMENTATIONS
+defines: Facts, facts, choose, explain, describe, narrowest, available, ops, has,
+IMPLEMENTATIONS
 
 There is no silent fallback. `impl="auto"` takes the first implementation of the op's list that can
 run, and `explain` prints the reason for which every other one was refused. An explicit `impl` that
@@ -166,6 +167,11 @@ def ops() -> tuple[str, ...]:
     return tuple(_OPS)
 
 
+def has(op: str, impl: str) -> bool:
+    """Whether there is such an implementation of the op, on whatever machine."""
+    return impl in _OPS[op]
+
+
 @functools.cache
 def available() -> dict[str, bool]:
     """Which back ends this machine has, and whether torch finds a GPU ("cuda")."""
@@ -202,7 +208,7 @@ def narrowest(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
 
 def refusal(op: str, impl: str, given: Facts) -> str | None:
     """Why `impl` cannot run `op` on these facts; None if it can."""
-    if impl not in _OPS[op]:
+    if not has(op, impl):
         return f"there is no {impl} implementation of {op}"
     if impl == "triton" and (reason := _refuse_triton(given)) is not None:
         return reason
