@@ -48,8 +48,8 @@ def test_instructions(points):
             assert "st.global.u32" not in ptx, p
             assert ptx.count("st.global.u16") <= 5 * has_master, p  # of the loop for the ends
             assert "fma.rn.f32" not in ptx and "div.rn.f32" in ptx and "sqrt.rn.f32" in ptx
-        if kernel == "squares":  # eight under way
-            assert loads + ptx.count("ld.global.v4.u32") == 8, p
+        if kernel == "squares":  # several under way, of 16 bytes or, on sm_100, perhaps 32
+            assert len(re.findall(r"ld\.global\.(?:nc\.)?v[48]\.", ptx)) >= 4, p
 
 
 GREEDY = """
