@@ -16,7 +16,7 @@ install: $(INSTALLED)
 # Built again when the packaging or the C++ sources change; Python sources are used in place.
 # The build has an environment of its own, which -c does not reach: older versions of pip pin it by
 # PIP_CONSTRAINT, newer ones by PIP_BUILD_CONSTRAINT.
-$(INSTALLED): Makefile setup.py pyproject.toml constraints.txt $(wildcard csrc/*/*.cpp csrc/*/*.h csrc/*/*/*.cpp)
+$(INSTALLED): Makefile setup.py pyproject.toml constraints.txt $(wildcard csrc/*/*.cpp csrc/*/*.cu csrc/*/*.h csrc/*/*/*.cpp)
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed, this is " + sys.version)'
 	$(PYTHON) -m venv $(VENV)
 	PIP_CONSTRAINT=constraints.txt PIP_BUILD_CONSTRAINT=constraints.txt \

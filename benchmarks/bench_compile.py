@@ -323,7 +323,7 @@ def forgotten(known: list[Build]) -> list[str]:
 
     found, compiled = set(), {id(build.function) for build in known}
     for module in pkgutil.walk_packages(stellarator_kernels.__path__, "stellarator_kernels."):
-        if module.name.rsplit(".", 1)[-1].startswith("_cpu"):
+        if module.name.rsplit(".", 1)[-1].startswith(("_cpu", "_cuda")):
             continue
         __import__(module.name)
         for name, value in vars(sys.modules[module.name]).items():

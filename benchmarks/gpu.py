@@ -1,12 +1,12 @@
-"""`python -m benchmarks gpu`: check and time the Triton kernels on a GPU, in under nine minutes.
+"""`python -m benchmarks gpu`: check and time the kernels on a GPU, in under nine minutes.
 
 At StarCoder2-3B's shapes: attention at long contexts first (8K and 16K, window 4096, documents,
 decoding; `--table attention` is that alone), then every op at 4,096 tokens; `--table mlp` is the
 products of the MLP at 16K. Each case is checked and then timed beside every peer that can be
-imported. The time of the whole run is shared evenly by the cases, and those that it did not suffice
-for are named. It leaves NAME.json, one point a line, and NAME.md, a page; page.py has what is on
-it. `--dry` goes the same way on tensors of the CPU at small shapes, with TRITON_INTERPRET=1: its
-times mean nothing, its checks do.
+imported, and CUDA C++ beside Triton where an op has both. The time of the whole run is shared
+evenly by the cases, and those that it did not suffice for are named. It leaves NAME.json, one point
+a line, and NAME.md, a page; page.py has what is on it. `--dry` goes the same way on tensors of the
+CPU at small shapes, with TRITON_INTERPRET=1: its times mean nothing, its checks do.
 """
 
 import argparse
@@ -83,7 +83,7 @@ def plan_of(given: argparse.Namespace) -> suite.Plan:
         device="cpu" if dry else given.device or "cuda",
         # The interpreter's casts to bfloat16 truncate.
         dtype="float32" if dry else given.dtype or "bfloat16",
-        impls=("triton", "auto"),
+        impls=("triton", "cuda", "auto"),
         peers=given.peers,
         warmup=0 if dry else 2,
         repeats=given.repeats or (1 if dry else _REPEATS),

@@ -23,6 +23,7 @@ OPS = ("adamw_", "bias_gelu", "cross_entropy", "decode_attention", "flash_attent
 OPS += ("add_weight_gradient_", "embedding", "layer_norm", "linear", "linear_cross_entropy", "mlp")
 OPS += ("rope", "swiglu", "cross_entropy_statistics", "linear_cross_entropy_statistics")
 OPS += ("bias_rope", "rms_norm", "dropout")
+KERNELS = {"C++ extension", "CUDA extension", "What each op"}  # sections
 without = pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
 
 
@@ -85,6 +86,22 @@ def test_with_the_extension(text, monkeypatch):
     assert "expected STELLARATOR_ISA in" in doctor.report()
 
 
+def test_cuda_extension(tmp_path, monkeypatch):
+    """Whether it is built depends on the machine, so both are made."""
+    missing = "No module named 'stellarator_kernels._cuda'"
+    monkeypatch.setattr(extension, "failure", lambda name="_cpu": missing)
+    lines = doctor._cuda_extension()
+    assert lines[0].endswith(f"NOT BUILT: {missing}")
+    assert lines[-1].endswith(f"{sys.executable} setup.py build_ext --inplace")
+    (tmp_path / "_cuda.so").touch()
+    module = types.SimpleNamespace(__file__=str(tmp_path / "_cuda.so"))
+    monkeypatch.setattr(extension, "failure", lambda name="_cpu": None)
+    monkeypatch.setattr(extension, "load", lambda name: module)
+    assert [line.split()[1] for line in doctor._cuda_extension()] == ["built;"]
+    os.utime(module.__file__, (500, 500))
+    assert doctor._cuda_extension()[1].startswith("OLDER than its sources.")
+
+
 def test_without_the_extension():
     """In a process where the module cannot be imported: it is said, and the ops still run."""
     code = """
@@ -120,9 +137,17 @@ except RuntimeError as error:
 @pytest.mark.parametrize(
     ("module", "error", "sections"),
     [
-        ("torch", "OSError: libcudart.so: cannot open", {"GPU", "C++ extension", "What each op"}),
+        (
+            "torch",
+            "OSError: libcudart.so: cannot open",
+            {"GPU", *KERNELS},
+        ),
         ("triton", "RuntimeError: two lines", set()),  # everything but its kernels still runs
-        ("stellarator_kernels", "NameError: x", {"C++ extension", "What each op"}),
+        (
+            "stellarator_kernels",
+            "NameError: x",
+            KERNELS,
+        ),
     ],
 )
 def test_a_broken_package_costs_its_sections_one_line_each(tmp_path, module, error, sections):
@@ -140,7 +165,7 @@ def test_a_broken_package_costs_its_sections_one_line_each(tmp_path, module, err
     )
     assert done.returncode == 0, done.stderr
     blocks = [block.splitlines() for block in done.stdout.split("\n\n")]
-    assert len(blocks) == 9
+    assert len(blocks) == 10
     for title, *lines in blocks:
         if any(title.startswith(known) for known in sections):
             assert lines == [f"  FAILED: {error} and more"]

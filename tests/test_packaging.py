@@ -6,6 +6,7 @@ isolated and the editable install, which `make install` itself does before these
 
 import email
 import os
+import re
 import shlex
 import shutil
 import subprocess
@@ -20,6 +21,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 SOURCES = {"stellarator": ROOT / "engine", "stellarator_kernels": ROOT / "kernels"}
+NVCC = os.environ.get("NVCC", shutil.which("nvcc") or "")
 needs_compiler = pytest.mark.skipif(shutil.which("c++") is None, reason="no C++ compiler")
 
 
@@ -87,11 +89,11 @@ def copy_sources(folder):
 
 
 def build(folder, *command, **environment):
-    """Run setup.py in `folder`; returns its output."""
+    """Run setup.py in `folder`, without nvcc unless it is given; returns its output."""
     done = subprocess.run(
         [sys.executable, "setup.py", *command],
         cwd=folder,
-        env=os.environ | environment,
+        env=os.environ | {"NVCC": ""} | environment,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -130,12 +132,12 @@ print(stellarator_kernels.__file__, p.tolist(), stellarator_kernels.available()[
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory):
-    """A wheel built with the compiler, from a copy of the sources with one tuned table added."""
+    """A wheel built with the compilers, from a copy of the sources with one tuned table added."""
     folder = copy_sources(tmp_path_factory.mktemp("sources"))
     tables = folder / "kernels" / "stellarator_kernels" / "tables"
     tables.mkdir(exist_ok=True)
     (tables / "added.json").write_text("{}")
-    build(folder, "-q", "bdist_wheel")
+    build(folder, "-q", "bdist_wheel", NVCC=NVCC)
     return next((folder / "dist").glob("*.whl"))
 
 
@@ -170,6 +172,44 @@ def test_installed_wheel_runs_from_any_folder(wheel, tmp_path):
     for cwd in (tmp_path, ROOT):
         done = run(site, "-m", "stellarator", "--help", cwd=cwd)
         assert done.returncode == 0 and "doctor" in done.stdout, done.stderr
+
+
+LOAD_CUDA = """
+from stellarator_kernels import extension
+module, empty = extension.load("_cuda"), {"n": 0, "stream": 0}
+module.sums_of_squares(x=0, is_bfloat16=True, weight=1.0, sums=0, **empty)  # starts nothing
+print(extension.failure("_cuda"), module.__file__)
+"""
+
+
+@needs_compiler
+@pytest.mark.skipif(not NVCC, reason="no nvcc")
+def test_cuda_kernels_in_the_wheel(wheel, tmp_path):
+    """They load where there is no GPU, with machine code of each GPU and text for newer ones."""
+    site = installed(wheel, tmp_path / "site")
+    done = run(site, "-c", LOAD_CUDA, cwd=tmp_path)
+    reason, file = done.stdout.split() if done.stdout else (done.stderr, "")
+    assert reason == "None" and Path(file).parent == site / "stellarator_kernels"
+    needed = subprocess.run(["ldd", file], capture_output=True, text=True).stdout
+    assert "libcudart" not in needed and "not found" not in needed
+    (tool,) = Path(sysconfig.get_path("purelib")).glob("triton/backends/nvidia/bin/cuobjdump")
+    lists = [
+        subprocess.run([tool, flag, file], capture_output=True, text=True, check=True).stdout
+        for flag in ("-lelf", "-lptx")
+    ]
+    cubins, texts = (re.findall(r"\.(sm_\w+)\.", listed) for listed in lists)
+    sources = list((ROOT / "csrc" / "cuda").glob("*.cu"))
+    assert sorted(cubins) == sorted(["sm_80", "sm_90a", "sm_100"] * len(sources))
+    assert texts == ["sm_100"] * len(sources)
+
+
+def test_nvcc_that_fails_costs_the_cuda_kernels_only(tmp_path):
+    """And nothing else: no compiler at all leaves two warnings, one for each extension."""
+    folder = copy_sources(tmp_path)
+    nothing = {"CXX": "/bin/false", "CC": "/bin/false"}
+    output = build(folder, "build_ext", "--inplace", NVCC="/bin/false", **nothing)
+    assert output.count("The package works without it") == 2
+    assert "_cuda" not in build(folder, "build_ext", "--inplace", **nothing)
 
 
 ISA = ("portable", "avx2", "avx512_bf16", "avx512", "amx")
@@ -241,11 +281,12 @@ source = open("setup.py").read()
 space = {"__name__": "setup"}
 exec(compile(source, "setup.py", "exec"), space)
 units = space["objects"](space["Path"]("out"), ["-Ipython"])
-script = space["ninja_file"](units, space["Path"]("lib.so"))
+units += space["cuda_objects"](space["Path"]("out/cuda"), ["-Ipython"])
+link = space["link_command"]([u[1] for u in units], space["Path"]("lib.so"))
+script = space["ninja_file"](units, link, space["Path"]("lib.so"))
 for unit in units:
     command = space["shlex"].join(space["compile_command"](*unit))
     assert script.count(f"  cmd = {command}\\n") == 1, command
-link = space["link_command"]([u[1] for u in units], space["Path"]("lib.so"))
 assert space["shlex"].join(link) in script
 print(len(units))
 """

@@ -52,7 +52,7 @@ def package(tmp_path_factory):
 
 def build(folder: Path):
     command = [sys.executable, "setup.py", "-q", "build_ext", "--inplace"]
-    environment = {**os.environ, "CXXFLAGS": FLAGS, "LDFLAGS": FLAGS}
+    environment = {**os.environ, "CXXFLAGS": FLAGS, "LDFLAGS": FLAGS, "NVCC": ""}
     return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
 
 

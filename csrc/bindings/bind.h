@@ -6,14 +6,10 @@
 #include <cstdint>
 #include <utility>
 
+#include "pointer.h"
 #include "rows.h"
 
 namespace stellarator {
-
-template <typename T>
-T* pointer(uintptr_t address) {
-    return reinterpret_cast<T*>(address);
-}
 
 using AddressAndStride = std::pair<uintptr_t, int64_t>;  // of the rows of a matrix; zeros for none
 

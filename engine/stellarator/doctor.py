@@ -31,6 +31,8 @@ _VARIABLES = {
     "PYTORCH_ALLOC_CONF": "allocator of torch",
     "CXX": "C++ compiler of the build",
     "CXXFLAGS": "more flags for it",
+    "NVCC": "CUDA's compiler of the build; empty: no CUDA kernels",
+    "CUDA_HOME": "folder with bin/nvcc, before the one on PATH",
 }
 _WIDTH = 128  # of a head, for which ops with limits are asked
 _TORCHRUN = (
@@ -53,6 +55,7 @@ def report() -> str:
         "GPU": _gpu,
         "Compilers": _compilers,
         "C++ extension": _extension,
+        "CUDA extension": _cuda_extension,
         "What each op runs (-> is chosen by impl='auto')": _implementations,
         "Environment": _environment,
         "NVIDIA apex": _apex,
@@ -155,28 +158,37 @@ def _compilers() -> list[str]:
     has_ninja = shutil.which("ninja") or importlib.util.find_spec("ninja")
     lines.append(_row("ninja", "found" if has_ninja else "not found; files compile one by one"))
     nvcc = shutil.which("nvcc")
-    lines.append(_row("nvcc", f"{nvcc or 'not found'} (nothing in this version needs it)"))
+    lines.append(_row("nvcc", nvcc or "not found on PATH; only the CUDA extension needs it"))
     return lines
+
+
+def _checkout() -> Path | None:
+    """The checkout that the kernels run from; None if they are installed."""
+    from stellarator_kernels import extension
+
+    root = Path(extension.__file__).resolve().parents[2]
+    return root if (root / "setup.py").is_file() else None
+
+
+def _build_command() -> str:
+    """What builds the extensions."""
+    python, root = shlex.quote(sys.executable), _checkout()
+    if root is not None:
+        return f"cd {shlex.quote(str(root))} && {python} setup.py build_ext --inplace"
+    words = "-m pip install -v --force-reinstall --no-deps PATH   (PATH: the source folder)"
+    return f"{python} {words}"
 
 
 def _extension() -> list[str]:
     """State of stellarator_kernels._cpu and the command that repairs it."""
     from stellarator_kernels import extension
 
-    root = Path(extension.__file__).resolve().parents[2]
-    checkout = (root / "setup.py").is_file()
-    build = (
-        f"cd {shlex.quote(str(root))} && {shlex.quote(sys.executable)} setup.py build_ext --inplace"
-    )
-    if not checkout:
-        build = f"{shlex.quote(sys.executable)} -m pip install -v --force-reinstall --no-deps PATH"
-        build += "   (PATH: the source folder)"
     reason = extension.failure()
     if reason is not None:
         return [
             _row("stellarator_kernels._cpu", f"NOT BUILT: {reason}"),
             "The package works without it, on torch alone. To build it, have a C++17 compiler and",
-            f"pybind11 (pip install pybind11 ninja), then: {build}",
+            f"pybind11 (pip install pybind11 ninja), then: {_build_command()}",
         ]
     module = extension.load()
     try:
@@ -188,15 +200,36 @@ def _extension() -> list[str]:
         _row("instruction set", f"{isa} (best here: {module.best_isa().name})"),
         _row("threads", f"of {module.threads_of()}"),
     ]
-    if checkout and _is_older(Path(module.__file__), root / "csrc"):
-        lines.append(f"OLDER than its sources. Build it again: {build}")
-    return lines
+    return lines + _stale(module, "cpu", "cpu/per_isa", "bindings")
 
 
-def _is_older(built: Path, folder: Path) -> bool:
-    """Some source in `folder` is newer than the file `built`."""
-    times = (p.stat().st_mtime for p in folder.rglob("*") if p.suffix in (".cpp", ".h"))
-    return max(times, default=0.0) > built.stat().st_mtime
+def _cuda_extension() -> list[str]:
+    """State of stellarator_kernels._cuda and the command that repairs it."""
+    from stellarator_kernels import extension
+
+    reason = extension.failure("_cuda")
+    if reason is not None:
+        return [
+            _row("stellarator_kernels._cuda", f"NOT BUILT: {reason}"),
+            "GPUs run Triton's kernels; this is for impl='cuda' alone. To build it, have nvcc",
+            f"(NVCC, CUDA_HOME or on PATH) beside what the C++ needs, then: {_build_command()}",
+        ]
+    lines = [_row("stellarator_kernels._cuda", "built; runs where impl='cuda' asks for it")]
+    return lines + _stale(extension.load("_cuda"), "cuda", "bindings/cuda")
+
+
+def _stale(module, *folders: str) -> list[str]:
+    """A line if the extension is older than its sources, which only a checkout has."""
+    root = _checkout()
+    if root is None or not _is_older(Path(module.__file__), *(root / "csrc" / f for f in folders)):
+        return []
+    return [f"OLDER than its sources. Build it again: {_build_command()}"]
+
+
+def _is_older(built: Path, *folders: Path) -> bool:
+    """Some source in the folders is newer than the file `built`."""
+    sources = (p for f in folders for p in f.glob("*") if p.suffix in (".cpp", ".cu", ".h"))
+    return max((p.stat().st_mtime for p in sources), default=0.0) > built.stat().st_mtime
 
 
 def _implementations() -> list[str]:

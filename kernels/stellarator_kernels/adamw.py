@@ -12,7 +12,7 @@ Moved: 24 bytes of float32 states per element (m, v, w, each read and written), 
 and, with a master, the parameter written: 30 bytes for bfloat16 parameters and float32 gradients;
 28 with remainders, 24 rounded stochastically, 12 with moments of 8 bits besides.
 Saved: nothing; this op has no gradient. All arithmetic is float32, the factors that depend on the
-step are computed in float64 first. `triton` and `cpu` make one pass, `torch` about ten.
+step are computed in float64 first. `triton`, `cuda` and `cpu` make one pass, `torch` about ten.
 Source: Loshchilov & Hutter 2019, arXiv:1711.05101; order of operations as torch.optim.AdamW;
 clip folded in as in llm.c.
 """
@@ -165,15 +165,20 @@ def _factors(lr, step, beta1: float, beta2: float, weight_decay: float):
     return 1 - lr * weight_decay, lr / (1 - beta1**step), (1 - beta2**step) ** -0.5
 
 
+def _in_memory(factors) -> tuple[torch.Tensor | None, tuple[float, float, float]]:
+    """Tensors as one, (3,) fp32, which a kernel reads instead of numbers; None beside numbers."""
+    if isinstance(factors[0], torch.Tensor):
+        return torch.stack(factors).float(), (0.0, 0.0, 0.0)
+    return None, factors
+
+
 def _launch_triton(
     param, weight, grad, exp_avg, exp_avg_sq, clip, factors, beta1, beta2, eps, storage=_PLAIN
 ):
     """One launch for one flat tensor. Does not wait for the device."""
     if param.numel() == 0:
         return
-    memory, numbers = param, factors
-    if isinstance(factors[0], torch.Tensor):
-        memory, numbers = torch.stack(factors).float(), (0.0, 0.0, 0.0)
+    memory, numbers = _in_memory(factors)
     grid = (triton.cdiv(param.numel(), _BLOCK),)
     with torch.cuda.device_of(param):
         _adamw_kernel[grid](
@@ -184,7 +189,7 @@ def _launch_triton(
             exp_avg_sq,
             *(param if x is None else x for x in storage[:3]),
             param if clip is None else clip,
-            memory,
+            param if memory is None else memory,
             param if storage.key is None else storage.key,
             param.numel(),
             storage.first_index,
@@ -199,7 +204,7 @@ def _launch_triton(
             STOCHASTIC=_is_stochastic(weight, storage),
             EIGHT_BITS=storage.exp_avg_scale is not None,
             HAS_CLIP=clip is not None,
-            HAS_FACTORS=memory is not param,
+            HAS_FACTORS=memory is not None,
             HAS_ROWS=storage.rows is not None,
             GROUP=GROUP,
             BLOCK=_BLOCK,
@@ -215,6 +220,30 @@ def warps(has_eight_bits: bool) -> int:
 def _is_stochastic(weight, storage) -> bool:
     """The bf16 parameter is all there is of the weight."""
     return weight.dtype == torch.bfloat16 and storage.remainder is None
+
+
+def _launch_cuda(param, weight, grad, exp_avg, exp_avg_sq, clip, factors, beta1, beta2, eps):
+    """One launch of the CUDA kernel for one flat tensor, on torch's stream."""
+    memory, (decay, step_size, root_correction) = _in_memory(factors)
+    with torch.cuda.device_of(param):
+        extension.load("_cuda").adamw(
+            weight=weight.data_ptr(),
+            rounded=0 if param is weight else param.data_ptr(),
+            grad=grad.data_ptr(),
+            grad_is_bfloat16=grad.dtype == torch.bfloat16,
+            exp_avg=exp_avg.data_ptr(),
+            exp_avg_sq=exp_avg_sq.data_ptr(),
+            clip=extension.address(clip),
+            factors=extension.address(memory),
+            n=param.numel(),
+            decay=decay,
+            step_size=step_size,
+            root_correction=root_correction,
+            beta1=beta1,
+            beta2=beta2,
+            eps=eps,
+            stream=extension.stream(param),
+        )
 
 
 def _update_cpu(param, weight, grad, exp_avg, exp_avg_sq, clip, factors, beta1, beta2, eps):
@@ -283,6 +312,7 @@ def _widened(update):
 
 _UPDATES = {
     "triton": _launch_triton,
+    "cuda": _widened(_launch_cuda),
     "cpu": _widened(_update_cpu),
     "torch": _widened(_update_torch),
     "reference": _widened(_update_reference),

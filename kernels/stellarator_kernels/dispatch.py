@@ -1,13 +1,15 @@
 """Which implementation runs: a pure function of (op, impl, facts), and its reasons.
 
-defines: Facts, facts, choose, explain, describe, narrowest, available, ops, IMPLEMENTATIONS
+defines: Facts, facts, choose, explain, describe, narrowest, available, ops, has,
+IMPLEMENTATIONS
 
 There is no silent fallback. `impl="auto"` takes the first implementation of the op's list that can
 run, and `explain` prints the reason for which every other one was refused. An explicit `impl` that
 cannot run raises `RuntimeError` with that reason.
 
-Implementations: `triton` (GPU kernels, or Triton's interpreter on CPU tensors), `cpu` (C++ of this
-project), `torch` (ATen's own fused kernels), `reference` (the formulas in `reference.py`).
+Implementations: `triton` (GPU kernels, or Triton's interpreter on CPU tensors), `cuda` (CUDA C++ of
+this project), `cpu` (its C++ for CPUs), `torch` (ATen's own fused kernels), `reference` (the
+formulas in `reference.py`).
 """
 
 import functools
@@ -21,7 +23,7 @@ import torch
 from stellarator_kernels import _triton, extension
 from stellarator_kernels.layout import UNIT
 
-IMPLEMENTATIONS = ("triton", "cpu", "torch", "reference")
+IMPLEMENTATIONS = ("triton", "cuda", "cpu", "torch", "reference")
 
 # What each op has. `torch` is left out where ATen has no kernel of its own to call.
 _OPS = {
@@ -42,8 +44,8 @@ _OPS = {
     "swiglu": ("triton", "torch", "reference"),
     "linear_cross_entropy": ("triton", "cpu", "torch", "reference"),
     "linear_cross_entropy_statistics": ("triton", "torch", "reference"),
-    "adamw_": ("triton", "cpu", "torch", "reference"),
-    "grad_norm": ("triton", "cpu", "torch", "reference"),
+    "adamw_": ("triton", "cuda", "cpu", "torch", "reference"),
+    "grad_norm": ("triton", "cuda", "cpu", "torch", "reference"),
 }
 # The argument that the choice looks at; of a list the tensor that `narrowest` names.
 _DECIDING = {
@@ -106,12 +108,12 @@ def _limits_of_linear(x: torch.Tensor, options: dict) -> dict[str, str]:
 
 
 def _limits_of_adamw(x: torch.Tensor, options: dict) -> dict[str, str]:
-    """The C++ kernel knows fp32 states and masters only."""
+    """The kernels in C++ know fp32 states and masters only."""
     narrow = [x for x in ("remainder", "exp_avg_scales", "seed") if options.get(x) is not None]
     if not narrow and not options.get("narrow"):
         return {}
     reason = "remainders, stochastic rounding and moments of 8 bits are not in C++"
-    return {"cpu": reason}
+    return {"cuda": reason, "cpu": reason}
 
 
 def _limits_of_mlp(x: torch.Tensor, options: dict) -> dict[str, str]:
@@ -156,6 +158,7 @@ class Facts:
     no_triton: str | None = None  # why Triton cannot be imported; None: it can
     interpreter: bool = False  # TRITON_INTERPRET=1
     no_extension: str | None = None  # why stellarator_kernels._cpu does not load; None: it does
+    no_cuda_extension: str | None = None  # the same of stellarator_kernels._cuda
     limits: tuple[tuple[str, str], ...] = ()  # the op's own: (implementation, why it is refused)
 
 
@@ -164,13 +167,19 @@ def ops() -> tuple[str, ...]:
     return tuple(_OPS)
 
 
+def has(op: str, impl: str) -> bool:
+    """Whether there is such an implementation of the op, on whatever machine."""
+    return impl in _OPS[op]
+
+
 @functools.cache
 def available() -> dict[str, bool]:
-    """Which back ends this machine has: {"triton", "interpreter", "extension", "cuda"}."""
+    """Which back ends this machine has, and whether torch finds a GPU ("cuda")."""
     return {
         "triton": _triton.FAILURE is None,
         "interpreter": _triton.INTERPRETED,
         "extension": extension.failure() is None,
+        "cuda_extension": extension.failure("_cuda") is None,
         "cuda": torch.cuda.is_available(),
     }
 
@@ -187,6 +196,7 @@ def facts(op: str, tensor: torch.Tensor, options: dict | None = None) -> Facts:
         _triton.FAILURE,
         _triton.INTERPRETED,
         extension.failure(),
+        extension.failure("_cuda") if "cuda" in _OPS[op] else None,
         tuple(_LIMITS[op](tensor, options or {}).items()) if op in _LIMITS else (),
     )
 
@@ -198,17 +208,12 @@ def narrowest(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
 
 def refusal(op: str, impl: str, given: Facts) -> str | None:
     """Why `impl` cannot run `op` on these facts; None if it can."""
-    if impl not in _OPS[op]:
+    if not has(op, impl):
         return f"there is no {impl} implementation of {op}"
     if impl == "triton" and (reason := _refuse_triton(given)) is not None:
         return reason
-    if impl == "cpu":
-        if given.no_extension is not None:
-            return f"the C++ extension does not load: {given.no_extension} (`stellarator doctor`)"
-        if given.device != "cpu":
-            return f"the tensors are on {given.device}"
-        if given.dtype not in (torch.float32, torch.bfloat16):
-            return f"it is written for float32 and bfloat16, not {given.dtype}"
+    if impl in ("cuda", "cpu") and (reason := _refuse_extension(impl, given)) is not None:
+        return reason
     return dict(given.limits).get(impl)
 
 
@@ -222,6 +227,23 @@ def _refuse_triton(given: Facts) -> str | None:
         return "the tensors are on the CPU and TRITON_INTERPRET is not 1"
     if given.device not in ("cpu", "cuda"):
         return f"the tensors are on {given.device}"
+    return _refuse_capability(given)
+
+
+def _refuse_extension(impl: str, given: Facts) -> str | None:
+    """Why the kernels in C++ cannot run."""
+    kind, why = ("C++", given.no_extension) if impl == "cpu" else ("CUDA", given.no_cuda_extension)
+    if why is not None:
+        return f"the {kind} extension does not load: {why} (`stellarator doctor`)"
+    if given.device != impl:
+        return f"the tensors are on {given.device}"
+    if given.dtype not in (torch.float32, torch.bfloat16):
+        return f"it is written for float32 and bfloat16, not {given.dtype}"
+    return _refuse_capability(given)
+
+
+def _refuse_capability(given: Facts) -> str | None:
+    """Why no kernel of this project runs on the GPU."""
     if given.capability is not None and given.capability < (8, 0):
         return f"the GPU has compute capability {given.capability}, 8.0 is needed"
     return None
@@ -231,6 +253,8 @@ def _refusal_of_auto(op: str, impl: str, given: Facts) -> str | None:
     """Why `auto` does not take `impl`; None if it may."""
     if impl == "triton" and given.interpreter and refusal(op, impl, given) is None:
         return "TRITON_INTERPRET is 1, and the interpreter runs only for impl='triton'"
+    if impl == "cuda" and refusal(op, impl, given) is None:
+        return "it has not been measured yet, so it runs only for impl='cuda'"
     return refusal(op, impl, given)
 
 

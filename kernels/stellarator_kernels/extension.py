@@ -1,9 +1,10 @@
-"""The C++ extension `stellarator_kernels._cpu`: loading it, and which instruction set it uses.
+"""The C++ extensions: `stellarator_kernels._cpu`, and `stellarator_kernels._cuda` where nvcc was.
 
-defines: failure, load, isa, address, rows, ISA_VARIABLE
+defines: failure, load, isa, address, rows, stream, ISA_VARIABLE
 
-The extension is optional. `dispatch` asks here, at first use, whether it loads: a file that
-is there may be made for another machine or another Python.
+Both are optional. `dispatch` asks here, at first use, whether one loads: a file that is there may
+be made for another machine or another Python. That a GPU is there is not asked: loading starts
+nothing on it.
 """
 
 import functools
@@ -16,28 +17,28 @@ ISA_VARIABLE = "STELLARATOR_ISA"
 
 
 @functools.cache
-def failure() -> str | None:
+def failure(name: str = "_cpu") -> str | None:
     """Why the extension cannot be used, in one line; None if it can."""
     try:
-        importlib.import_module("stellarator_kernels._cpu")
+        importlib.import_module(f"stellarator_kernels.{name}")
     except ImportError as error:
         return (str(error).splitlines() or [type(error).__name__])[0]
     return None
 
 
-def load():
-    """The module `stellarator_kernels._cpu`.
+def load(name: str = "_cpu"):
+    """The module `stellarator_kernels._cpu`, or the other one.
 
     Raises:
         RuntimeError: it is not built, or built for another machine; the message says what to do.
     """
-    reason = failure()
+    reason = failure(name)
     if reason is not None:
         raise RuntimeError(
-            f"extension: expected stellarator_kernels._cpu to load, got {reason!r}. "
+            f"extension: expected stellarator_kernels.{name} to load, got {reason!r}. "
             "Run `stellarator doctor` for the command that builds it, or pass impl='torch'."
         )
-    return importlib.import_module("stellarator_kernels._cpu")
+    return importlib.import_module(f"stellarator_kernels.{name}")
 
 
 def isa():
@@ -78,3 +79,8 @@ def address(x: torch.Tensor | None) -> int:
 def rows(x: torch.Tensor | None) -> tuple[int, int]:
     """Address and stride of the rows of a matrix, whose elements are adjacent; zeros for None."""
     return (0, 0) if x is None else (x.data_ptr(), x.stride(0))
+
+
+def stream(x: torch.Tensor) -> int:
+    """The stream on which torch works on the device of `x`, as CUDA's runtime takes it."""
+    return torch.cuda.current_stream(x.device).cuda_stream

@@ -70,6 +70,30 @@ def _sum_triton(tensors: list[torch.Tensor], weights: list[float]) -> torch.Tens
     return total
 
 
+def _sum_cuda(tensors: list[torch.Tensor], weights: list[float]) -> torch.Tensor:
+    """One launch for each tensor and one for the total, on torch's stream."""
+    module, first = extension.load("_cuda"), tensors[0]
+    counts = [-(-x.numel() // module.squares_per_sum) for x in tensors]
+    sums = first.new_empty(sum(counts), dtype=torch.float64)
+    total = first.new_empty((), dtype=torch.float64)
+    with torch.cuda.device_of(first):
+        stream, start = extension.stream(first), 0
+        for x, count, weight in zip(tensors, counts, weights, strict=True):
+            module.sums_of_squares(
+                x=x.data_ptr(),
+                is_bfloat16=x.dtype == torch.bfloat16,
+                n=x.numel(),
+                weight=weight,
+                sums=sums[start:].data_ptr(),
+                stream=stream,
+            )
+            start += count
+        module.total_of_sums(
+            sums=sums.data_ptr(), n=sums.numel(), total=total.data_ptr(), stream=stream
+        )
+    return total
+
+
 def _sum_cpu(tensors: list[torch.Tensor], weights: list[float]) -> torch.Tensor:
     """The C++ kernel; the tensors' sums are added in the order of the list."""
     module, isa, threads = extension.load(), extension.isa(), torch.get_num_threads()
@@ -104,6 +128,7 @@ def _sum_torch(tensors: list[torch.Tensor], weights: list[float]) -> torch.Tenso
 
 _SUMS = {
     "triton": _sum_triton,
+    "cuda": _sum_cuda,
     "cpu": _sum_cpu,
     "torch": _sum_torch,
     "reference": reference.sum_of_squares_ref,

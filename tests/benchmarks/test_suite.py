@@ -64,6 +64,19 @@ def test_one_wrong_implementation_does_not_stop_the_other(monkeypatch):
     assert {(p["impl"], p["ms"] is None) for p in points} == {("torch", True), ("cpu", False)}
 
 
+def test_cuda_is_raced_where_an_op_has_it():
+    """Here it cannot run, which is noted; that an op has none is not, unless it alone is asked."""
+    for op, impls, noted in (
+        ("grad_norm", ("cuda", "torch"), "grad_norm: impl='cuda' cannot run: "),
+        ("layer_norm", ("cuda", "torch"), None),
+        ("layer_norm", ("cuda",), "there is no cuda implementation of layer_norm"),
+    ):
+        points, outcome = run(dataclasses.replace(PLAN, ops=(op,), impls=impls))
+        assert {p["impl"] for p in points} == set(impls) - {"cuda"}
+        assert bool(outcome.notes) == (noted is not None)
+        assert all(noted in note for note in outcome.notes)
+
+
 def test_memory_left_unwritten_is_wrong(monkeypatch):
     """The check fills fresh memory with NaN."""
 

@@ -5,7 +5,7 @@ that are made there. Elsewhere they run in Triton's interpreter; so they do in a
 because Triton reads TRITON_INTERPRET once, when the first of them imports it. With
 CUDA_VISIBLE_DEVICES= (empty) a machine with a GPU is like any other.
 
-defines: NATIVE, TRITON, INTERPRETED, EXTENSION, CPU, CPU_CASES, IMPLS, KERNELS, IMPLS_ON_CPU,
+defines: NATIVE, TRITON, INTERPRETED, EXTENSION, CPU, CPU_CASES, CUDA, IMPLS, KERNELS, IMPLS_ON_CPU,
 CASES, levels, threads, generator
 """
 
@@ -38,6 +38,12 @@ CPU = pytest.param("cpu", marks=EXTENSION)
 CPU_CASES = [
     pytest.param("cpu", dtype, marks=EXTENSION) for dtype in (torch.bfloat16, torch.float32)
 ]
+
+# The CUDA C++ is there on a GPU only; on a CPU test_cuda.py runs it.
+BUILT = pytest.mark.skipif(
+    extension.failure("_cuda") is not None, reason=f"no nvcc: {extension.failure('_cuda')}"
+)
+CUDA = [pytest.param("cuda", marks=[pytest.mark.gpu, BUILT])] if NATIVE else []
 
 IMPLS = ["torch", "reference", pytest.param("triton", marks=TRITON)]
 KERNELS = [IMPLS[0], IMPLS[2]]  # without the plain formulas

@@ -18,7 +18,7 @@ from stellarator_kernels import adamw, adamw_, cost, extension
 from stellarator_kernels.testing import assert_close_to_reference
 
 BETAS, EPS, LR = (0.9, 0.95), 1e-8, 1e-2
-IMPLS = [grid.CPU, *grid.IMPLS]
+IMPLS = [grid.CPU, *grid.IMPLS, *grid.CUDA]
 # Empty; one; less than a vector; around one chunk of 64; above one Triton block of 1024.
 SIZES = (0, 1, 7, 63, 64, 65, 1025)
 
@@ -204,7 +204,7 @@ def test_each_group_has_its_own_decay(impl):
 
 
 @pytest.mark.parametrize("param_dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("impl", ["cpu", "torch", pytest.param("triton", marks=grid.TRITON)])
+@pytest.mark.parametrize("impl", [grid.CPU, *grid.KERNELS, *grid.CUDA])
 def test_sizes_and_unaligned_slices(impl, param_dtype):
     """Slices that start at an odd element of a flat buffer; their neighbours stay as they are."""
     if impl == "cpu" and extension.failure() is not None:

@@ -60,6 +60,17 @@ def test_auto(op, given, expected):
         ("adamw_", "cpu", Facts("cpu", FP32, no_extension=BROKEN), BROKEN),
         ("adamw_", "cpu", Facts("cuda", FP32, (9, 0)), "the tensors are on cuda"),
         ("adamw_", "cpu", Facts("cpu", FP64), "written for float32 and bfloat16"),
+        ("rope", "cuda", Facts("cuda", FP32, (9, 0)), "there is no cuda implementation of rope"),
+        ("adamw_", "cuda", Facts("cpu", FP32), "the tensors are on cpu"),
+        ("adamw_", "cuda", Facts("cuda", FP64, (9, 0)), "written for float32 and bfloat16"),
+        ("grad_norm", "cuda", Facts("cuda", torch.float16, (9, 0)), "not torch.float16"),
+        ("grad_norm", "cuda", Facts("cuda", FP32, (7, 5)), r"capability \(7, 5\), 8.0 is needed"),
+        (
+            "grad_norm",
+            "cuda",
+            Facts("cuda", FP32, (9, 0), no_cuda_extension=BROKEN),
+            f"the CUDA extension does not load: {BROKEN} \\(`stellarator doctor`\\)",
+        ),
     ],
 )
 def test_an_explicit_choice_that_cannot_run_raises_with_the_reason(op, impl, given, reason):
@@ -103,9 +114,35 @@ def test_the_interpreter_runs_only_when_asked_for():
         assert "-> rope: triton" in describe("rope", given, impl="triton")
 
 
+@pytest.mark.parametrize("op", ["adamw_", "grad_norm"])
+def test_cuda_runs_only_when_asked_for(op):
+    """Until it has been measured; even where Triton is missing."""
+    for no_triton, chosen in ((None, "triton"), (BROKEN, "torch")):
+        given = Facts("cuda", FP32, (9, 0), no_triton)
+        assert choose(op, "auto", given) == chosen
+        assert choose(op, "cuda", given) == "cuda"
+        assert f"   {op}: cuda: it has not been measured yet, so it runs only" in describe(
+            op, given
+        )
+    flat = [torch.ones(4)]
+    factors = {"lr": 0.1, "beta1": 0.9, "beta2": 0.9, "eps": 1e-8, "weight_decay": 0.1, "step": 1}
+    with pytest.raises(RuntimeError, match="impl='cuda' cannot run: "):
+        if op == "adamw_":
+            stellarator_kernels.adamw_(flat, flat, flat, flat, **factors, impl="cuda")
+        else:
+            stellarator_kernels.grad_norm(flat, impl="cuda")
+
+
+def test_cuda_has_no_narrow_states():
+    reason = "remainders, stochastic rounding and moments of 8 bits are not in C++"
+    limits = dispatch.facts("adamw_", torch.ones(4), {"seed": 1}).limits
+    with pytest.raises(RuntimeError, match=reason):
+        choose("adamw_", "cuda", Facts("cuda", BF16, (9, 0), limits=limits))
+
+
 def test_unknown_names():
-    with pytest.raises(ValueError, match="^rope: expected impl in .*got 'cuda'"):
-        choose("rope", "cuda", Facts("cpu", FP32))
+    with pytest.raises(ValueError, match="^rope: expected impl in .*got 'hip'"):
+        choose("rope", "hip", Facts("cpu", FP32))
     with pytest.raises(ValueError, match="^explain: expected an op of .*got 'softmax'"):
         explain("softmax", torch.zeros(4))
 
@@ -287,7 +324,7 @@ if {error.startswith("ImportError")}:  # with the other one torch's own operator
 
 def test_available_says_what_can_be_used():
     have = available()
-    assert set(have) == {"triton", "interpreter", "extension", "cuda"}
+    assert set(have) == {"triton", "interpreter", "extension", "cuda_extension", "cuda"}
     assert have["cuda"] == torch.cuda.is_available()
     assert have["interpreter"] == (os.environ["TRITON_INTERPRET"] == "1")
 

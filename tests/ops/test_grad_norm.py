@@ -18,7 +18,7 @@ from stellarator_kernels import cost, extension, grad_norm
 needs_extension = pytest.mark.skipif(
     extension.failure() is not None, reason=f"no C++ extension: {extension.failure()}"
 )
-IMPLS = [pytest.param("cpu", marks=needs_extension), *grid.IMPLS]
+IMPLS = [pytest.param("cpu", marks=needs_extension), *grid.IMPLS, *grid.CUDA]
 
 
 def exact(tensors):

@@ -1,0 +1,186 @@
+// Stands in for CUDA's header, so that a C++ compiler makes code for the CPU of csrc/cuda/*.cu as
+// they are, launches included. For tests only.
+//
+// The threads of a block are fibers of one thread of the machine: each runs until it comes to a
+// barrier (__syncthreads, or a shuffle: one of its warp) or ends, then the next. Blocks run one
+// after the other. Threads and blocks go forwards in one launch and backwards in the next, so what
+// depends on an order shows. What is __shared__ is NaN before every block. Barriers that not all
+// threads reach, and warps whose threads shuffle in different places, end the process.
+#pragma once
+
+#include <ucontext.h>
+
+#include <cmath>
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <functional>
+#include <vector>
+
+#define __global__
+#define __device__
+#define __launch_bounds__(...)
+#define __shared__ static __attribute__((section("emulated_shared")))
+
+struct dim3 {
+    unsigned x, y, z;
+    dim3(unsigned x = 1, unsigned y = 1, unsigned z = 1) : x(x), y(y), z(z) {}
+};
+using cudaStream_t = void*;
+enum cudaError_t { cudaSuccess = 0, cudaErrorInvalidConfiguration = 9 };
+inline const char* cudaGetErrorString(cudaError_t) { return "invalid configuration argument"; }
+struct cudaLaunchConfig_t {
+    dim3 gridDim, blockDim;
+    size_t dynamicSmemBytes;
+    cudaStream_t stream;
+};
+
+inline dim3 threadIdx, blockIdx, blockDim, gridDim;
+
+extern "C" char __start_emulated_shared[] __attribute__((weak, visibility("hidden")));
+extern "C" char __stop_emulated_shared[] __attribute__((weak, visibility("hidden")));
+
+namespace emulator {
+
+constexpr unsigned kWarp = 32;
+constexpr size_t kStackBytes = 1 << 16;
+enum class Wait { nothing, block, warp, end };
+
+struct Fiber {
+    ucontext_t context;
+    std::vector<char> stack = std::vector<char>(kStackBytes);
+    Wait wait = Wait::nothing;
+    const void* place = nullptr;  // the shuffle that it waits in
+    uint64_t sent = 0;            // and what it hands out there
+};
+
+inline std::vector<Fiber> fibers;
+inline ucontext_t scheduler;
+inline Fiber* current = nullptr;
+inline const std::function<void()>* body = nullptr;
+inline int launches = 0;
+
+[[noreturn]] inline void stop(const char* what) {
+    std::fprintf(stderr, "cuda_emulator: %s\n", what);
+    std::abort();
+}
+
+inline void run_fiber() {
+    (*body)();
+    current->wait = Wait::end;
+    swapcontext(&current->context, &scheduler);
+}
+
+inline void wait_for(Wait what) {
+    current->wait = what;
+    swapcontext(&current->context, &scheduler);
+}
+
+// Whether fibers [begin, end) all wait for `what`; then they go on.
+inline bool release(unsigned begin, unsigned end, Wait what) {
+    for (unsigned i = begin; i < end; ++i) {
+        if (fibers[i].wait != what) return false;
+        if (what == Wait::warp && fibers[i].place != fibers[begin].place) {
+            stop("the threads of a warp shuffle in different places");
+        }
+    }
+    for (unsigned i = begin; i < end; ++i) fibers[i].wait = Wait::nothing;
+    return true;
+}
+
+inline void run_block(unsigned threads, bool forwards) {
+    if (__start_emulated_shared != nullptr) {
+        std::memset(__start_emulated_shared, 0xff, __stop_emulated_shared - __start_emulated_shared);
+    }
+    if (fibers.size() < threads) fibers = std::vector<Fiber>(threads);
+    for (unsigned i = 0; i < threads; ++i) {
+        Fiber& fiber = fibers[i];
+        fiber.wait = Wait::nothing;
+        getcontext(&fiber.context);
+        fiber.context.uc_stack.ss_sp = fiber.stack.data();
+        fiber.context.uc_stack.ss_size = fiber.stack.size();
+        fiber.context.uc_link = nullptr;
+        makecontext(&fiber.context, run_fiber, 0);
+    }
+    for (;;) {
+        unsigned ended = 0;
+        for (unsigned k = 0; k < threads; ++k) {
+            const unsigned i = forwards ? k : threads - 1 - k;
+            if (fibers[i].wait == Wait::nothing) {
+                current = &fibers[i];
+                threadIdx = dim3(i, 0, 0);
+                swapcontext(&scheduler, &current->context);
+            }
+            ended += fibers[i].wait == Wait::end;
+        }
+        if (ended == threads) return;
+        bool goes_on = release(0, threads, Wait::block);
+        for (unsigned i = 0; i < threads; i += kWarp) {
+            goes_on |= release(i, i + kWarp < threads ? i + kWarp : threads, Wait::warp);
+        }
+        if (!goes_on) stop("a barrier that not all threads reach");
+    }
+}
+
+// Every thread of the warp gives `value`; this one gets what `lane` gave.
+template <typename T>
+T exchange(T value, unsigned lane, const void* place) {
+    static_assert(sizeof(T) <= sizeof(uint64_t));
+    Fiber* own = current;
+    const unsigned base = threadIdx.x / kWarp * kWarp;
+    std::memcpy(&own->sent, &value, sizeof(T));
+    own->place = place;
+    wait_for(Wait::warp);
+    T got;
+    std::memcpy(&got, &fibers[base + lane].sent, sizeof(T));
+    wait_for(Wait::warp);  // until everybody has read
+    return got;
+}
+
+}  // namespace emulator
+
+inline void __syncthreads() { emulator::wait_for(emulator::Wait::block); }
+
+// As on a GPU, a lane beyond the warp gives a thread its own value.
+template <typename T>
+__attribute__((noinline)) T __shfl_down_sync(unsigned mask, T value, unsigned distance) {
+    if (mask != 0xffffffffu) emulator::stop("a shuffle of a part of a warp");
+    const unsigned lane = threadIdx.x % emulator::kWarp, from = lane + distance;
+    return emulator::exchange(value, from < emulator::kWarp ? from : lane,
+                              __builtin_return_address(0));
+}
+
+inline uint32_t __float_as_uint(float value) {
+    uint32_t bits;
+    std::memcpy(&bits, &value, sizeof bits);
+    return bits;
+}
+inline float __uint_as_float(uint32_t bits) {
+    float value;
+    std::memcpy(&value, &bits, sizeof value);
+    return value;
+}
+
+// Whether a bug is the one that the tests have planted in this process.
+inline bool planted(int bug) {
+    static const char* name = std::getenv("PLANTED_BUG");
+    static const int chosen = name != nullptr ? std::atoi(name) : 0;
+    return chosen == bug;
+}
+
+template <typename... Parameters, typename... Arguments>
+cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Parameters...),
+                               Arguments... arguments) {
+    const unsigned blocks = config->gridDim.x, threads = config->blockDim.x;
+    if (blocks == 0 || threads == 0 || threads > 1024) return cudaErrorInvalidConfiguration;
+    const std::function<void()> call = [&] { kernel(static_cast<Parameters>(arguments)...); };
+    emulator::body = &call;
+    gridDim = config->gridDim, blockDim = config->blockDim;
+    const bool forwards = emulator::launches++ % 2 == 0;
+    for (unsigned k = 0; k < blocks; ++k) {
+        blockIdx = dim3(forwards ? k : blocks - 1 - k, 0, 0);
+        emulator::run_block(threads, forwards);
+    }
+    return cudaSuccess;
+}
