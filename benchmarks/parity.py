@@ -32,8 +32,10 @@ from stellarator.progress import Progress
 
 STEPS = 5
 BUCKET_MIB = 0.1  # seven of the model in float64
-# Largest difference of a loss, relative; of weights and moments, beside the largest of a tensor.
-LIMITS = {"fp64": (1e-12, 1e-10), "fp32": (1e-5, 1e-3)}
+# Largest relative difference of a loss; of a tensor of weights or moments, by Euclidean norm. A
+# single element means nothing in fp32: where a gradient is nearly zero its rounding decides which
+# way AdamW steps. One process in fp32 is 3e-5 from one in fp64.
+LIMITS = {"fp64": (1e-12, 1e-10), "fp32": (1e-5, 3e-4)}
 _BASE = ModelConfig(
     vocab_size=419, num_layers=8, width=32, num_heads=4, num_kv_heads=2, ffn_width=64,
     max_positions=256, window=24,
@@ -223,9 +225,9 @@ def differences(one: Path, many: Path) -> tuple[bool, float, float]:
     (first, losses, state), (first2, losses2, state2) = read(one), read(many)
     assert len(losses) == len(losses2) > 0 and state.keys() == state2.keys()
     loss = max(abs(a - b) / abs(a) for a, b in zip(losses, losses2, strict=True))
-    tensor = max(
-        float(abs(state2[name] - x).max() / max(abs(x).max(), 1e-30)) for name, x in state.items()
-    )
+    norm = np.linalg.norm
+    pairs = ((x.ravel().astype(np.float64), state2[name].ravel()) for name, x in state.items())
+    tensor = max(float(norm(b - a) / max(norm(a), 1e-30)) for a, b in pairs)
     return bool(first) and first == first2 and copies_agree(many), loss, tensor
 
 
@@ -339,6 +341,6 @@ def write_page(path: Path, table: str, end: str) -> None:
         f"# Every layout trains the same model\n\n"
         f"`python -m benchmarks parity`, commit {where['commit']}, torch {where['torch']}, "
         f"{where['cpu']}, gloo on one machine.\n{STEPS} steps beside one process: largest "
-        f"relative difference of a loss, and of weights and moments beside the largest of their "
-        f"tensor. Limits: {limits}.\n\n{table}\n\n{end}.\n"
+        f"relative difference of a loss, and of a tensor of weights or moments by Euclidean norm. "
+        f"Limits: {limits}.\n\n{table}\n\n{end}.\n"
     )

@@ -20,10 +20,12 @@ import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Iterator, Sequence
 
 from stellarator.arguments import make_parser, unrecognized
 
+_OTHER_TELLS_SECONDS = 10
 EXIT_CODES = {"done": 0, "preempted": 75, "interrupted": 130}
 
 
@@ -56,7 +58,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ValueError, RuntimeError, OSError, ImportError) as error:
         if os.environ.get("STELLARATOR_TRACEBACK") == "1":
             raise
-        if not getattr(error, "told", False):  # by another process of the same run
+        if getattr(error, "told", False):  # by another process of the same run
+            # When one has ended torchrun ends them all, and who tells may have started later.
+            time.sleep(_OTHER_TELLS_SECONDS)
+        else:
             # In one piece: the lines of several ranks do not run into each other.
             sys.stderr.write(f"error: {_line(error)}\n")
         _empty_stdout()

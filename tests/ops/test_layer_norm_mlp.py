@@ -98,7 +98,7 @@ def test_gradients_that_are_not_wanted(frozen, used, recompute):
 
 @pytest.mark.parametrize("recompute", [False, True])
 @pytest.mark.parametrize("used", [(0, 1), (0,), (1,)])
-@pytest.mark.parametrize("impl", ["cpu", "torch", "reference"])
+@pytest.mark.parametrize("impl", [grid.CPU, *grid.IMPLS])
 def test_dropout(impl, used, recompute):
     keys = random.matrix_keys(5, N, C, "cpu", (9, 0))
     options = {"norm": {"dropout_p": 0.4, "dropout_keys": keys}, "impl": impl}

@@ -135,12 +135,24 @@ def errors(done: subprocess.CompletedProcess) -> list[str]:
     return [line for line in done.stderr.splitlines() if line.startswith("error: ")]
 
 
+LATE = """
+import os, sys, time
+from stellarator.cli import main
+
+time.sleep(1.5 * (os.environ["RANK"] == "0"))
+sys.exit(main(["train", *sys.argv[1:]]))
+"""
+
+
 def test_what_all_ranks_refuse_alike_is_said_once(tiny_config, tmp_path):
-    """Before there is a process group, too."""
+    """Before there is a process group, too, and by rank 0 although it starts late."""
+    program = tmp_path / "late.py"
+    program.write_text(LATE)
     for section, change in (("optim", {"lr": -1.0}), ("train", {"micro_batch_size": 8})):
         part = dataclasses.replace(getattr(tiny_config, section), **change)
         config = dataclasses.replace(tiny_config, **{section: part})
-        assert len(errors(torchrun(config, tmp_path, 2, traceback=False))) == 1, section
+        done = torchrun(config, tmp_path, 2, [str(program)], traceback=False)
+        assert len(errors(done)) == 1 and "another rank" not in done.stderr, section
 
 
 def test_what_one_rank_refuses_is_said_and_the_other_stops(tiny_config, tmp_path):
