@@ -278,15 +278,22 @@ def _products(capability: tuple[int, int]) -> Iterator[Build]:
 
 
 def _hopper_attention() -> Iterator[Build]:
-    """The forward in Gluon: heads of 64 and 128 with a window, and packed documents."""
+    """The kernels in Gluon: heads of 64 and 128 with a window, and packed documents."""
     module = _module("attention.gluon_forward")
+    backward = _module("attention.gluon_backward")
+    kernels = {"dq": backward.dq_kernel, "dkdv": backward.dkdv_kernel}
     for D, packed in ((64, False), (128, False), (128, True)):
-        plan = module.PLANS[D]
-        values = module.constants(D, plan) | {"CAUSAL": True, "WINDOW": True, "PACKED": packed}
+        plan, flags = module.PLANS[D], {"CAUSAL": True, "WINDOW": True, "PACKED": packed}
+        values = module.constants(D, plan) | flags
         case = f"head {D}, window{', packed' if packed else ''}"
         types = module.descriptor_types(D, "bf16", plan)
         kernel = module._gluon_forward_kernel
         yield Build("flash_attention forward, Gluon", case, kernel, values, {}, types)
+        plan = backward.PLANS[D]
+        for phase, kernel in kernels.items():
+            values = backward.constants(phase, D, plan) | flags
+            types = backward.descriptor_types(phase, D, "bf16", plan)
+            yield Build(f"flash_attention {phase}, Gluon", case, kernel, values, {}, types)
 
 
 def _delta() -> Iterator[Build]:

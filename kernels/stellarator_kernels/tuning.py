@@ -75,6 +75,15 @@ def forward_designs(tma: bool) -> list[dict]:
     return [{"design": "triton"}, *({"design": "gluon"} | plan for plan in plans)]
 
 
+def backward_designs(tma: bool) -> list[dict]:
+    """Plans of the backward in Gluon."""
+    dkdv = ((64, 2), (64, 4), (32, 4))
+    dq = ((64, 2), (64, 3))
+    names = ("step", "stages", "dq_step", "dq_stages")
+    plans = ((*a, *b) for a, b in itertools.product(dkdv, dq)) if tma else ()
+    return [{"design": "gluon"} | dict(zip(names, plan, strict=True)) for plan in plans]
+
+
 def median_ms(call: Callable[[], object]) -> float:
     """Milliseconds of a call on the GPU, by its own clock.
 
@@ -243,9 +252,10 @@ def tune(
     if "design" not in phases:
         return
     split, ordered, atomic = ({"design": name} for name in ("split", "ordered", "atomic"))
+    in_gluon = backward_designs(tma)
     for phase, options in (
-        ("backward", [split, ordered]),
-        ("backward in any order", [split, ordered, atomic]),
+        ("backward", [split, ordered, *in_gluon]),
+        ("backward in any order", [split, ordered, atomic, *in_gluon]),
         ("forward design", forward_designs(tma)),
     ):
         yield race.fastest(phase, options, {})

@@ -168,6 +168,10 @@ class _Buffer:
     def permute(self, order):
         return _Buffer(self.data.permute(order), self.machine)
 
+    def load(self, layout):
+        self.machine.pause()
+        return self.data.clone()
+
     def store(self, value):
         self.machine.pause()
         self.data.copy_(value)
@@ -203,6 +207,7 @@ class _Product:
 class _Pointer:
     def __init__(self, data, offsets=0):
         self.data, self.offsets = data.view(-1), offsets
+        self.dtype = types.SimpleNamespace(element_ty=data.dtype)
 
     def __add__(self, offsets):
         return _Pointer(self.data, self.offsets + offsets)
@@ -258,6 +263,21 @@ def _language(machine):
             return _Ring(_Barrier() for _ in range(shape[0]))
         return _Buffer(torch.full(shape, math.nan, dtype=dtype), machine)
 
+    def load(pointer, mask=True, other=None):
+        if not isinstance(pointer.offsets, torch.Tensor):
+            return pointer.data[pointer.offsets].item()
+        found = torch.full(pointer.offsets.shape, other or 0, dtype=pointer.data.dtype)
+        mask = torch.as_tensor(mask).expand(found.shape)
+        found[mask] = pointer.data[pointer.offsets[mask]]
+        return found
+
+    def where(condition, x, y):
+        if isinstance(x, _Product):
+            x._too_early()
+        if isinstance(condition, torch.Tensor):
+            return torch.where(condition, x, y)
+        return x if condition else y
+
     def store(pointer, value, mask):
         pointer.data[pointer.offsets[mask]] = value[mask]
 
@@ -272,12 +292,12 @@ def _language(machine):
         arange=lambda start, end, layout=None: torch.arange(start, end),
         full=lambda shape, value, dtype, layout: torch.full(shape, value, dtype=dtype),
         zeros=lambda shape, dtype, layout: torch.zeros(shape, dtype=dtype),
-        cast=lambda x, dtype: x, cdiv=lambda x, y: -(-x // y), where=torch.where,
+        cast=lambda x, dtype: x, cdiv=lambda x, y: -(-x // y), where=where,
         exp2=torch.exp2, log2=torch.log2,
         maximum=extreme(torch.maximum, max), minimum=extreme(torch.minimum, min),
         max=lambda x, axis: reduced(x, axis, "amax"), min=lambda x, axis: reduced(x, axis, "amin"),
         sum=lambda x, axis: reduced(x, axis, "sum"),
-        load=lambda pointer: pointer.data[pointer.offsets].clone(), store=store,
+        load=load, store=store,
         allocate_shared_memory=allocate, warp_specialize=machine.specialize,
     )  # fmt: skip
 

@@ -22,7 +22,7 @@ from gluon_emulator import Deadlock, Emulated
 from grid import NATIVE
 
 from stellarator_kernels import _gluon
-from stellarator_kernels.attention import gluon_forward
+from stellarator_kernels.attention import gluon_forward, gluon_tiles
 from stellarator_kernels.testing import (
     assert_close_to_reference,
     poison_empty,
@@ -30,7 +30,7 @@ from stellarator_kernels.testing import (
 )
 
 GLUON = pytest.mark.skipif(_gluon.FAILURE is not None, reason=f"no Gluon: {_gluon.FAILURE}")
-HERE = NATIVE and gluon_forward.refusal(64, BF16, torch.cuda.get_device_capability()) is None
+HERE = NATIVE and gluon_tiles.refusal(64, BF16, torch.cuda.get_device_capability()) is None
 HOPPER = pytest.mark.skipif(not HERE, reason="no GPU of compute capability 9.0")
 SMALL = gluon_forward.Plan(step=16, stages=2, turns=True)
 KERNEL = gluon_forward._gluon_forward_kernel
@@ -60,7 +60,7 @@ def emulate(monkeypatch):
     """Puts the emulator in the place of the GPU: emulate(seed, edits, rows of a warpgroup)."""
 
     def function(seed, edits=None, own=16):
-        monkeypatch.setattr(gluon_forward, "_OWN", own)
+        monkeypatch.setattr(gluon_tiles, "OWN", own)
         kernel = Emulated(KERNEL, seed, edits)
         monkeypatch.setattr(gluon_forward, "_gluon_forward_kernel", kernel)
 
@@ -95,7 +95,7 @@ def test_emulated_plans(plan, emulate):
 @GLUON
 @pytest.mark.parametrize("D", gluon_forward.PLANS)
 def test_emulated_at_full_size(D, emulate):
-    emulate(2, own=gluon_forward._OWN)
+    emulate(2, own=gluon_tiles.OWN)
     check(Case(700, H=3, D=D, window=300), BF16)
 
 
@@ -250,8 +250,8 @@ def test_code_for_a_gpu_that_is_not_here():
 
 
 def test_refusals():
-    assert gluon_forward.refusal(128, BF16, (9, 0)) == _gluon.FAILURE
-    assert gluon_forward.refusal(64, FP16, (9, 0), False, False) == _gluon.FAILURE
+    assert gluon_tiles.refusal(128, BF16, (9, 0)) == _gluon.FAILURE
+    assert gluon_tiles.refusal(64, FP16, (9, 0), False, False) == _gluon.FAILURE
     if _gluon.FAILURE is None:
         for arguments, words in (
             ((128, BF16, None), "compute capability (9, 0), this is None"),
@@ -262,7 +262,7 @@ def test_refusals():
             ((128, BF16, (9, 0), True, False), "no softcap"),
             ((128, BF16, (9, 0), False, True), "no dropout"),
         ):
-            assert words in gluon_forward.refusal(*arguments)
+            assert words in gluon_tiles.refusal(*arguments)
 
 
 def test_nothing_is_imported_before_it_is_needed():

@@ -12,7 +12,14 @@ import torch
 from grid import INTERPRETED
 
 from stellarator_kernels import flash_attention, matmul, tuned, tuning
-from stellarator_kernels.attention import backward, designs, forward, gluon_forward, tiles
+from stellarator_kernels.attention import (
+    backward,
+    designs,
+    forward,
+    gluon_backward,
+    gluon_forward,
+    tiles,
+)
 from stellarator_kernels.attention.tiles import Tiles, tile_sizes
 
 TABLE = {
@@ -69,7 +76,8 @@ def test_shipped_tables_can_be_read():
             assert re.fullmatch(r"flash_attention [a-z ]+ (64|128|256)", name)
             design = entry.pop("design", None)
             assert not entry if design in ("triton", "split", "ordered", "atomic") else True
-            assert gluon_forward.Plan(**entry) if design == "gluon" else design or Tiles(**entry)
+            of = gluon_backward if "backward" in name else gluon_forward
+            assert of.Plan(**entry) if design == "gluon" else design or Tiles(**entry)
 
 
 def test_gluon_runs_where_a_table_says_so_and_it_can():
@@ -92,6 +100,47 @@ def test_gluon_runs_where_a_table_says_so_and_it_can():
             (64, bf16, (9, 0), False, False, ""),
         ):
             assert designs.forward_plan(*other) is None, other
+
+
+def test_the_backward_in_gluon_runs_where_a_table_says_so_and_it_can():
+    numbers = {"step": 64, "stages": 3, "dq_step": 32, "dq_stages": 2}
+    entry = {"design": "gluon"} | numbers
+    call = (128, torch.bfloat16, (9, 0), False, False, "")
+    assert designs.backward_plan(True, *call) is None
+    with tuned.use({"flash_attention backward 128": {"design": "ordered"}}):
+        assert designs.backward_plan(True, *call) is None
+        assert designs.backward_design(True, 128, "") == "ordered"
+    with tuned.use({"flash_attention backward 128": entry}):
+        assert designs.backward_plan(True, *call) == gluon_backward.Plan(64, 3, 32, 2)
+        assert designs.backward_plan(False, *call) is None
+        # What runs instead where it cannot: no softcap, no other GPU, no other width.
+        assert designs.backward_plan(True, 128, torch.bfloat16, (9, 0), True, False, "") is None
+        assert designs.backward_plan(True, 128, torch.bfloat16, (10, 0), False, False, "") is None
+        assert designs.backward_plan(True, 120, torch.bfloat16, (9, 0), False, False, "") is None
+        assert designs.backward_design(True, 128, "") == "split"
+    with tuned.use({"flash_attention backward in any order 128": entry}):
+        assert designs.backward_plan(False, *call) == gluon_backward.Plan(**numbers)
+    with pytest.raises(ValueError, match="^Plan: expected dq_stages of 2 or more, got 1"):
+        gluon_backward.Plan(64, 2, 64, 1)
+
+
+@INTERPRETED
+def test_the_op_runs_the_backward_that_was_chosen(monkeypatch):
+    plan, seen = gluon_backward.PLANS[64], []
+    monkeypatch.setattr(designs, "backward_plan", lambda *_: plan)
+
+    def fake(*args, plan):
+        seen.append(plan)
+        return backward.backward(*args)
+
+    monkeypatch.setattr(gluon_backward, "backward", fake)
+    q = torch.randn(1, 20, 2, 16, requires_grad=True)
+    found, expected = (
+        torch.autograd.grad(flash_attention(q, q, q, impl=impl).sum(), q)[0]
+        for impl in ("triton", "reference")
+    )
+    assert seen == [plan]
+    torch.testing.assert_close(found, expected)
 
 
 @INTERPRETED
@@ -210,6 +259,14 @@ def test_the_forward_in_gluon_is_raced_where_it_runs():
     assert first == {"design": "triton"} and len(plans) == 12
     for plan in plans:
         assert plan.pop("design") == "gluon" and gluon_forward.Plan(**plan)
+
+
+def test_the_backward_in_gluon_is_raced_where_it_runs():
+    assert tuning.backward_designs(False) == []
+    plans = tuning.backward_designs(True)
+    assert len(plans) == 6
+    for plan in plans:
+        assert plan.pop("design") == "gluon" and gluon_backward.Plan(**plan)
 
 
 @INTERPRETED

@@ -226,10 +226,12 @@ def _forward_op(
     else:
         extras = _extras(chosen, softcap, dropout_p, row_keys, column_keys)
         run = _module(chosen, "forward").forward
-        if chosen == "triton" and (plan := _plan(q, softcap, row_keys)) is not None:
-            from stellarator_kernels.attention import gluon_forward
+        if chosen == "triton":
+            plan = designs.forward_plan(*_call(q, softcap, row_keys))
+            if plan is not None:
+                from stellarator_kernels.attention import gluon_forward
 
-            run, extras = gluon_forward.forward, {"plan": plan}
+                run, extras = gluon_forward.forward, {"plan": plan}
         out, lse = run(q, k, v, cu_seqlens, causal, window, scale, **extras)
     return out.contiguous(), lse.contiguous()
 
@@ -277,12 +279,16 @@ def _backward_op(
         )
     else:
         extras = _extras(chosen, softcap, dropout_p, row_keys, column_keys)
+        run = _module(chosen, "backward").backward
         if chosen == "triton":
-            gpu = tuned.gpu_name(q.device)
-            extras["design"] = designs.backward_design(deterministic, q.shape[-1], gpu)
-        gradients = _module(chosen, "backward").backward(
-            dout, dlse, q, k, v, out, lse, cu_seqlens, causal, window, scale, **extras
-        )
+            call = _call(q, softcap, row_keys)
+            if (plan := designs.backward_plan(deterministic, *call)) is not None:
+                from stellarator_kernels.attention import gluon_backward
+
+                run, extras = gluon_backward.backward, {"plan": plan}
+            else:
+                extras["design"] = designs.backward_design(deterministic, call[0], call[-1])
+        gradients = run(dout, dlse, q, k, v, out, lse, cu_seqlens, causal, window, scale, **extras)
     return tuple(x.contiguous() for x in gradients)
 
 
@@ -303,11 +309,11 @@ def _extras(chosen: str, softcap, dropout_p, row_keys, column_keys) -> dict:
     return {"softcap": softcap, "dropout_p": dropout_p, "dropout_keys": keys}
 
 
-def _plan(q, softcap, row_keys):
-    """Of the forward in Gluon, where a table says that it is the fastest."""
+def _call(q, softcap, row_keys) -> tuple:
+    """What the choice of a design depends on: arguments of `designs.forward_plan`."""
     capability = torch.cuda.get_device_capability(q.device) if q.is_cuda else None
     options = softcap is not None, row_keys is not None, tuned.gpu_name(q.device)
-    return designs.forward_plan(q.shape[-1], q.dtype, capability, *options)
+    return q.shape[-1], q.dtype, capability, *options
 
 
 def _module(chosen: str, phase: str):

@@ -317,6 +317,19 @@ def _dkdv_kernel(
     tl.store(dv_ptr + places, dv.to(dv_ptr.dtype.element_ty), mask=inside)
 
 
+def row_deltas(out, dout, dlse):
+    """delta (B, H, T) fp32; out and dout `aligned_rows`, dlse (B, H, T) or None."""
+    B, T, H, D = out.shape
+    delta = torch.empty((B, H, T), dtype=torch.float32, device=out.device)
+    has_dlse = dlse is not None
+    dlse = dlse.float().contiguous() if has_dlse else delta  # not read
+    _delta_kernel[(triton.cdiv(T, DELTA_ROWS), H, B)](
+        out, dout, dlse, delta, *strides_in_units(out), *strides_in_units(dout), T, H,
+        HAS_DLSE=has_dlse, D=D, BLOCK_D=max(16, triton.next_power_of_2(D)), ROWS=DELTA_ROWS,
+    )  # fmt: skip
+    return delta
+
+
 @shared.with_scratch
 def backward(
     dout, dlse, q, k, v, out, lse, cu_seqlens, causal, window, scale,
@@ -339,9 +352,7 @@ def backward(
     splits = shared.group_splits(grid_tiles * G * B, H // G, shared.chip(q.device).num_sms)
     kind = {"dtype": q.dtype if splits == 1 else torch.float32, "device": q.device}
     dk, dv = (torch.empty((splits, B, S, G, D), **kind) for _ in range(2))
-    delta = torch.empty((B, H, T), dtype=torch.float32, device=q.device)
-    lse, has_dlse = lse.contiguous(), dlse is not None
-    dlse = dlse.float().contiguous() if has_dlse else lse
+    lse = lse.contiguous()
     bounds = q if cu_seqlens is None else shared.document_bounds(cu_seqlens, T)
     strides = *strides_in_units(q), *strides_in_units(k), *strides_in_units(v)
     dout_strides = strides_in_units(dout)
@@ -349,10 +360,7 @@ def backward(
     flags = {"CAUSAL": causal, "WINDOW": window is not None, "PACKED": cu_seqlens is not None}
     flags.update(shared.extras(softcap, dropout_p, dropout_keys, q))
     with torch.cuda.device_of(q):
-        _delta_kernel[(triton.cdiv(T, DELTA_ROWS), H, B)](
-            out, dout, dlse, delta, *strides_in_units(out), *dout_strides, T, H,
-            HAS_DLSE=has_dlse, D=D, BLOCK_D=max(16, triton.next_power_of_2(D)), ROWS=DELTA_ROWS,
-        )  # fmt: skip
+        delta = row_deltas(out, dout, dlse)
         if design == "split":
             dq, turn = torch.empty((B, T, H, D), dtype=q.dtype, device=q.device), lse  # not read
             dq_tiles = tiles_of("dq")

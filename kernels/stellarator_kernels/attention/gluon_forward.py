@@ -19,16 +19,14 @@ Gluon is compiled only, and has no interpreter: tests/ops/gluon_emulator.py runs
 Source: FlashAttention-3, Shah et al. 2024, arXiv:2407.08608 (the partitions, the turns, the order
 of the products).
 
-defines: Plan, PLANS, refusal, constants, descriptor_types, forward
+defines: Plan, PLANS, constants, descriptor_types, forward
 """
 
 from dataclasses import dataclass
 
 import torch
 
-from stellarator_kernels import _gluon
 from stellarator_kernels._gluon import (
-    TensorDescriptor,
     fence_async_shared,
     gl,
     gluon,
@@ -39,11 +37,10 @@ from stellarator_kernels._gluon import (
     warpgroup_mma,
     warpgroup_mma_wait,
 )
+from stellarator_kernels.attention import gluon_tiles
 from stellarator_kernels.attention import tiles as shared
+from stellarator_kernels.attention.gluon_tiles import descriptor, key_interval, mask_scores
 from stellarator_kernels.layout import aligned_rows
-
-# Who sees whom is said once, in Triton; Gluon compiles the same function.
-_key_interval = gluon.jit(getattr(shared.key_interval, "fn", shared.key_interval))
 
 
 @dataclass(frozen=True)
@@ -57,7 +54,6 @@ class Plan:
 
 # By head width: what shared memory holds. Compiled, not raced.
 PLANS = {64: Plan(step=128, stages=4, turns=True), 128: Plan(step=128, stages=2, turns=True)}
-_OWN = 64  # rows of a warpgroup: those of one matrix instruction
 
 
 @gluon.jit
@@ -80,13 +76,6 @@ def _load_blocks(
             mbarrier.expect(v_full.index(stage), v_desc.block_type.nbytes)
             place = [batch, kv_head, begin + j * STEP, 0]
             tma_load(v_desc, place, v_full.index(stage), v_ring.index(stage))
-
-
-@gluon.jit
-def _mask_scores(scores, first, last, keys):
-    """-inf where the row of a score does not see its key."""
-    visible = (keys[None, :] >= first[:, None]) & (keys[None, :] < last[:, None])
-    return gl.where(visible, scores, float("-inf"))
 
 
 @gluon.jit
@@ -119,7 +108,7 @@ def _attend(
 
     rows = row + gl.arange(0, OWN, layout=row_layout)
     columns = gl.arange(0, STEP, layout=gl.SliceLayout(0, score_layout))
-    first, last = _key_interval(rows, T, S, window, bounds_ptr, CAUSAL, WINDOW, PACKED)
+    first, last = key_interval(rows, T, S, window, bounds_ptr, CAUSAL, WINDOW, PACKED)
     inner, inner_end = gl.max(first, 0), gl.min(last, 0)  # blocks inside need no mask
     scale_log2 = scale * 1.4426950408889634
     maximum = gl.full([OWN], float("-inf"), gl.float32, row_layout)
@@ -134,7 +123,7 @@ def _attend(
     scores = warpgroup_mma_wait(0, deps=[scores])
     mbarrier.arrive(k_empty.index(0), count=1)
     if (begin < inner) | (begin + STEP > inner_end):
-        scores = _mask_scores(scores, first, last, begin + columns)
+        scores = mask_scores(scores, first, last, begin + columns)
     weights, maximum, total, correction = _softmax_step(scores, maximum, total, scale_log2)
     weights = gl.convert_layout(weights.to(dtype), weight_layout)
     for i in range(1, blocks):
@@ -152,7 +141,7 @@ def _attend(
         scores = warpgroup_mma_wait(1, deps=[scores])
         mbarrier.arrive(k_empty.index(stage), count=1)
         if (block < inner) | (block + STEP > inner_end):
-            scores = _mask_scores(scores, first, last, block + columns)
+            scores = mask_scores(scores, first, last, block + columns)
         new_weights, maximum, total, correction = _softmax_step(scores, maximum, total, scale_log2)
         new_weights = gl.convert_layout(new_weights.to(dtype), weight_layout)
         # The next step waits for this anyway. Here, its loop keeps ptxas from moving the wait for
@@ -195,7 +184,7 @@ def _gluon_forward_kernel(
     row = tile * (2 * OWN)
     row_layout: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
     rows = row + gl.arange(0, 2 * OWN, layout=row_layout)
-    first, last = _key_interval(rows, T, S, window, bounds_ptr, CAUSAL, WINDOW, PACKED)
+    first, last = key_interval(rows, T, S, window, bounds_ptr, CAUSAL, WINDOW, PACKED)
     begin = gl.min(first, 0) // STEP * STEP
     # At least one, all masked, where the rows see nothing: it gives them 0 and -inf.
     blocks = gl.maximum(gl.cdiv(gl.max(last, 0) - begin, STEP), 1)
@@ -248,60 +237,31 @@ def _gluon_forward_kernel(
     )  # fmt: skip
 
 
-def refusal(
-    D: int,
-    dtype: torch.dtype,
-    capability: tuple[int, int] | None,
-    softcap: bool = False,
-    dropout: bool = False,
-) -> str | None:
-    """Why this design cannot serve a call; None: it can. capability None: no GPU."""
-    if _gluon.FAILURE is not None:
-        return f"Gluon cannot be imported: {_gluon.FAILURE}"
-    if capability != (9, 0):
-        return f"it is written for compute capability (9, 0), this is {capability}"
-    if dtype not in (torch.bfloat16, torch.float16):
-        return f"it multiplies bfloat16 and float16, this is {dtype}"
-    if D not in PLANS:
-        return f"it is written for heads of {' and '.join(map(str, PLANS))}, this is {D}"
-    if softcap or dropout:
-        return f"it has no {'softcap' if softcap else 'dropout'}"
-    return None
-
-
 def constants(D: int, plan: Plan) -> dict:
     """Compile-time arguments, but for the masks."""
-    return {"D": D, "OWN": _OWN, "STEP": plan.step, "STAGES": plan.stages, "TURNS": plan.turns}
-
-
-def _block(rows: int, D: int):
-    """Shape of what TMA copies at once, and how it lies in shared memory (16-bit elements)."""
-    layout = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=4)
-    return [1, 1, rows, D], layout
+    return {
+        "D": D,
+        "OWN": gluon_tiles.OWN,
+        "STEP": plan.step,
+        "STAGES": plan.stages,
+        "TURNS": plan.turns,
+    }
 
 
 def descriptor_types(D: int, dtype: str, plan: Plan) -> dict[str, str]:
     """Types of the descriptors, as a launch names them; dtype is Triton's, "bf16" or "fp16"."""
-    rows = {"q_desc": _OWN, "k_desc": plan.step, "v_desc": plan.step, "out_desc": _OWN}
-    return {name: "tensordesc<{}{},{!r}>".format(dtype, *_block(n, D)) for name, n in rows.items()}
-
-
-def _descriptor(x: torch.Tensor, rows: int):
-    """TMA's description of x (B, T, H, D), `aligned_rows`, as (B, H, T, D) in blocks of `rows`.
-
-    A dimension of one element may have any stride, TMA takes multiples of 16 bytes.
-    """
-    D = x.shape[-1]
-    shape, strides = zip(
-        *((x.shape[i], x.stride(i) if x.shape[i] > 1 else D) for i in (0, 2, 1)), strict=True
-    )
-    return TensorDescriptor(x, [*shape, D], [*strides, 1], *_block(rows, D))
+    rows = {"q_desc": gluon_tiles.OWN, "k_desc": plan.step, "v_desc": plan.step}
+    rows["out_desc"] = gluon_tiles.OWN
+    return {
+        name: gluon_tiles.descriptor_type(dtype, gluon_tiles.block(n, D))
+        for name, n in rows.items()
+    }
 
 
 def forward(q, k, v, cu_seqlens, causal, window, scale, plan: Plan | None = None):
     """q (B, T, H, D), k and v (B, S, G, D), B = 1 if packed -> out (B, T, H, D), lse (B, H, T).
 
-    For calls that `refusal` does not refuse.
+    For calls that `gluon_tiles.refusal` does not refuse.
     """
     q, k, v = (aligned_rows(x) for x in (q, k, v))
     B, T, H, D = q.shape
@@ -312,9 +272,9 @@ def forward(q, k, v, cu_seqlens, causal, window, scale, plan: Plan | None = None
     # Without documents the kernel does not read `bounds`: any tensor will do.
     bounds = lse if cu_seqlens is None else shared.document_bounds(cu_seqlens, T)
     with torch.cuda.device_of(q):
-        _gluon_forward_kernel[shared.row_grid(q, k, 2 * _OWN)](
-            _descriptor(q, _OWN), _descriptor(k, plan.step), _descriptor(v, plan.step),
-            _descriptor(out, _OWN), lse, bounds, T, S, H, H // G, window or 0, scale,
+        _gluon_forward_kernel[shared.row_grid(q, k, 2 * gluon_tiles.OWN)](
+            descriptor(q, gluon_tiles.OWN), descriptor(k, plan.step), descriptor(v, plan.step),
+            descriptor(out, gluon_tiles.OWN), lse, bounds, T, S, H, H // G, window or 0, scale,
             CAUSAL=causal, WINDOW=window is not None, PACKED=cu_seqlens is not None,
             **constants(D, plan), num_warps=4,
         )  # fmt: skip
