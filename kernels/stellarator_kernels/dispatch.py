@@ -20,7 +20,7 @@ from dataclasses import dataclass
 
 import torch
 
-from stellarator_kernels import _triton, extension
+from stellarator_kernels import _triton, extension, tuned
 from stellarator_kernels.layout import UNIT
 
 IMPLEMENTATIONS = ("triton", "cuda", "cpu", "torch", "reference")
@@ -148,6 +148,10 @@ _LIMITS = {
 }
 
 
+# Products of Triton's that stand in the place of cuBLAS's: they are taken where they were timed.
+_RACED = {"mlp": "matmul up"}
+
+
 @dataclass(frozen=True)
 class Facts:
     """All that the choice depends on."""
@@ -160,6 +164,7 @@ class Facts:
     no_extension: str | None = None  # why stellarator_kernels._cpu does not load; None: it does
     no_cuda_extension: str | None = None  # the same of stellarator_kernels._cuda
     limits: tuple[tuple[str, str], ...] = ()  # the op's own: (implementation, why it is refused)
+    raced: bool = True  # whether tables have the products of this GPU that `_RACED` wants
 
 
 def ops() -> tuple[str, ...]:
@@ -198,7 +203,12 @@ def facts(op: str, tensor: torch.Tensor, options: dict | None = None) -> Facts:
         extension.failure(),
         extension.failure("_cuda") if "cuda" in _OPS[op] else None,
         tuple(_LIMITS[op](tensor, options or {}).items()) if op in _LIMITS else (),
+        capability is None or op not in _RACED or _raced(op, tensor.device),
     )
+
+
+def _raced(op: str, device: torch.device) -> bool:
+    return tuned.lookup(tuned.gpu_name(device), _RACED[op]) is not None
 
 
 def narrowest(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
@@ -253,6 +263,8 @@ def _refusal_of_auto(op: str, impl: str, given: Facts) -> str | None:
     """Why `auto` does not take `impl`; None if it may."""
     if impl == "triton" and given.interpreter and refusal(op, impl, given) is None:
         return "TRITON_INTERPRET is 1, and the interpreter runs only for impl='triton'"
+    if impl == "triton" and not given.raced and refusal(op, impl, given) is None:
+        return "`stellarator tune` has not raced it on this GPU, so it runs only for impl='triton'"
     if impl == "cuda" and refusal(op, impl, given) is None:
         return "it has not been measured yet, so it runs only for impl='cuda'"
     return refusal(op, impl, given)

@@ -10,13 +10,14 @@ import os
 import subprocess
 import sys
 import sysconfig
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 import stellarator_kernels
-from stellarator_kernels import available, dispatch, explain, flash_attention
-from stellarator_kernels.dispatch import Facts, choose, describe
+from stellarator_kernels import available, dispatch, explain, flash_attention, tuned
+from stellarator_kernels.dispatch import Facts, choose, describe, facts
 
 BF16, FP32, FP64 = torch.bfloat16, torch.float32, torch.float64
 BROKEN = "ImportError: no such symbol"
@@ -138,6 +139,20 @@ def test_cuda_has_no_narrow_states():
     limits = dispatch.facts("adamw_", torch.ones(4), {"seed": 1}).limits
     with pytest.raises(RuntimeError, match=reason):
         choose("adamw_", "cuda", Facts("cuda", BF16, (9, 0), limits=limits))
+
+
+def test_products_in_triton_run_where_they_were_raced(monkeypatch):
+    given = Facts("cuda", BF16, (9, 0))
+    assert choose("mlp", "auto", given) == "triton"
+    given = dataclasses.replace(given, raced=False)
+    assert choose("mlp", "auto", given) == "torch" and choose("mlp", "triton", given) == "triton"
+    # What a machine with such a GPU finds.
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(tuned, "gpu_name", lambda device: "some GPU")
+    x = SimpleNamespace(device=torch.device("cuda"), dtype=BF16, shape=(2, 8), dim=lambda: 2)
+    for entries, raced in (({}, False), ({"matmul up": {}}, True)):
+        with tuned.use(entries):
+            assert facts("mlp", x).raced == raced and facts("layer_norm", x).raced
 
 
 def test_unknown_names():
