@@ -157,7 +157,7 @@ BUGS = {
     )},
     "mask, last": {"if (block < inner) | (block + STEP > inner_end)": "if block < inner"},
     "mask of the first block": {"if (begin < inner) | (begin + STEP > inner_end)": "if False"},
-    "a key too many": {"(keys[None, :] < last": "(keys[None, :] <= last"},
+    "a key too many": {"(others[None, :] < last": "(others[None, :] <= last"},
     "correction": {"acc * gl.convert_layout(correction, out_row_layout)[:, None]": "acc"},
     "rows of the second warpgroup": {"batch, head, row + OWN,": "batch, head, row,"},
 }  # fmt: skip
