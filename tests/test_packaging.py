@@ -22,6 +22,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 SOURCES = {"stellarator": ROOT / "engine", "stellarator_kernels": ROOT / "kernels"}
 NVCC = os.environ.get("NVCC", shutil.which("nvcc") or "")
+pytestmark = pytest.mark.timeout(900)  # beside other work the compilers take minutes
 needs_compiler = pytest.mark.skipif(shutil.which("c++") is None, reason="no C++ compiler")
 
 
