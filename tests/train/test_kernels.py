@@ -64,7 +64,7 @@ def test_an_implementation_that_some_op_lacks_is_one_line(tiny_config, monkeypat
 
 
 def test_what_this_machine_cannot_run_is_said(tiny_config, monkeypatch):
-    monkeypatch.setattr(dispatch.extension, "failure", lambda: "no such file")
+    monkeypatch.setattr(dispatch.extension, "failure", lambda *name: "no such file")
     with pytest.raises(ValueError, match="adamw_: the C.. extension does not load: no such file"):
         Trainer(with_(tiny_config, "cpu")).run()
     with pytest.raises(ValueError, match="not torch.float64"):
