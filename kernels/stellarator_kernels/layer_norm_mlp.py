@@ -13,8 +13,8 @@ import torch
 
 from stellarator_kernels.dropout import check_dropout
 from stellarator_kernels.layer_norm import layer_norm
-from stellarator_kernels.linear import Room, check_residual, check_vectors
-from stellarator_kernels.mlp import How, backward, check, forward, mlp, rows_of
+from stellarator_kernels.linear import Room, check_residual, check_vectors, rows_of
+from stellarator_kernels.mlp import How, backward, check, forward, mlp
 
 _ops = torch.ops.stellarator
 

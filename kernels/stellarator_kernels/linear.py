@@ -97,7 +97,7 @@ def _fake_weight_gradient(dy, x, impl="auto"):
     return dy.new_empty(dy.shape[1], x.shape[1])
 
 
-def _of_product(impl: str) -> str:
+def of_product(impl: str) -> str:
     """The `impl` of the product in a pair whose other op was given `impl`: it has fewer."""
     return impl if impl in ("torch", "reference") else "auto"
 
@@ -162,7 +162,7 @@ class _LayerNormLinear(torch.autograd.Function):
         kept, (*keys, ctx.dropout_p) = summed if ctx.has_residual else x, dropout
         ctx.save_for_backward(kept, norm_weight, norm_bias, mean, rstd, weight, *keys)
         ctx.set_materialize_grads(False)
-        return _product(y, weight.t(), bias, _of_product(impl)), summed
+        return _product(y, weight.t(), bias, of_product(impl)), summed
 
     @staticmethod
     def backward(ctx, dout, dsummed):
@@ -177,7 +177,7 @@ class _LayerNormLinear(torch.autograd.Function):
                 0
             ]
 
-        impl = _of_product(ctx.impl)
+        impl = of_product(ctx.impl)
         dweight, dbias = _parameter_gradients(ctx, dout, normalised, 4, impl)
         need_params = ctx.needs_input_grad[2] or ctx.needs_input_grad[3]
         has_bias = norm_bias is not None
@@ -203,12 +203,12 @@ class _BiasGeluLinear(torch.autograd.Function):
         ctx.approximate, ctx.impl, ctx.room = approximate, impl, room
         ctx.save_for_backward(x, gelu_bias, weight)
         y = _ops.bias_gelu_forward(x, gelu_bias, approximate, impl)
-        return _product(y, weight.t(), bias, _of_product(impl))
+        return _product(y, weight.t(), bias, of_product(impl))
 
     @staticmethod
     def backward(ctx, dout):
         x, gelu_bias, weight = ctx.saved_tensors
-        impl = _of_product(ctx.impl)
+        impl = of_product(ctx.impl)
         dx, dgelu_bias, y = _ops.bias_gelu_backward(
             _product(dout, weight, None, impl), x, gelu_bias, ctx.approximate, ctx.impl,
             need_y=ctx.needs_input_grad[2],
@@ -248,7 +248,7 @@ def linear(
         x, weight, room = x.to(dtype), weight.to(dtype), None
         bias = None if bias is None else bias.to(dtype)
     _check("linear", x, weight, bias)
-    return _Linear.apply(_rows(x), weight, bias, impl, room).view(*x.shape[:-1], weight.shape[0])
+    return _Linear.apply(rows_of(x), weight, bias, impl, room).view(*x.shape[:-1], weight.shape[0])
 
 
 def layer_norm_linear(
@@ -286,7 +286,7 @@ def layer_norm_linear(
         options = {"dropout_p": dropout_p, "dropout_keys": dropout_keys, "impl": impl}
         y = layer_norm(x, norm_weight, norm_bias, eps, residual, **options)
         y, *summed = (y,) if residual is None else y
-        y = linear(y, weight, bias, impl=_of_product(impl))
+        y = linear(y, weight, bias, impl=of_product(impl))
         return (y, *summed) if summed else y
     op = "layer_norm_linear"
     _check(op, x, weight, bias)
@@ -294,7 +294,7 @@ def layer_norm_linear(
     check_residual(op, x, residual)
     keys = check_dropout(op, x, residual, dropout_p, dropout_keys)
     y, summed = _LayerNormLinear.apply(
-        _rows(x), None if residual is None else _rows(residual), norm_weight, norm_bias,
+        rows_of(x), None if residual is None else rows_of(residual), norm_weight, norm_bias,
         weight, bias, eps, impl, room, *keys, float(dropout_p),
     )  # fmt: skip
     y = y.view(*x.shape[:-1], weight.shape[0])
@@ -328,17 +328,17 @@ def bias_gelu_linear(
     """
     if _autocast(x):
         y = bias_gelu(x, gelu_bias, approximate=approximate, impl=impl)
-        return linear(y, weight, bias, impl=_of_product(impl))
+        return linear(y, weight, bias, impl=of_product(impl))
     op = "bias_gelu_linear"
     _check(op, x, weight, bias)
     check_vectors(op, x, gelu_bias=gelu_bias)
     forms = ("tanh", "none")
     expect(approximate in forms, op, f"approximate in {forms}", repr(approximate), "Use one")
-    y = _BiasGeluLinear.apply(_rows(x), gelu_bias, weight, bias, approximate, impl, room)
+    y = _BiasGeluLinear.apply(rows_of(x), gelu_bias, weight, bias, approximate, impl, room)
     return y.view(*x.shape[:-1], weight.shape[0])
 
 
-def _rows(x: torch.Tensor) -> torch.Tensor:
+def rows_of(x: torch.Tensor) -> torch.Tensor:
     """(N, width)."""
     return x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
 

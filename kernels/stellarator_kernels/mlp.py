@@ -22,7 +22,6 @@ pre and writes dpre and y, each (N, F).
 Source: the epilogues, cuBLASLt's BIAS_GELU_AUX and DGELU_BGRAD; gelu, arXiv:1606.08415.
 """
 
-import math
 from dataclasses import dataclass
 
 import torch
@@ -34,7 +33,7 @@ from stellarator_kernels.bias_gelu import cdf_and_density
 from stellarator_kernels.checks import expect, expect_dtype, expect_same_device, expect_shape
 from stellarator_kernels.dispatch import choose
 from stellarator_kernels.layout import UNIT, aligned_rows
-from stellarator_kernels.linear import Room, gradient_or_add
+from stellarator_kernels.linear import Room, gradient_or_add, of_product, rows_of
 from stellarator_kernels.matmul import halves, matrix, tile_at, tile_product, where_of
 
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -282,7 +281,7 @@ def forward(ctx, x, parameters, how: How, wanted: bool):
     keep = wanted and how.keep
     y, pre = _up(x, up, up_bias, how.approximate, True, keep, how.impl)
     ctx.how = how
-    return _ops.product(y, down.t(), down_bias, _of_products(how.impl)), pre if keep else None
+    return _ops.product(y, down.t(), down_bias, of_product(how.impl)), pre if keep else None
 
 
 def backward(ctx, dout, kept, make_x, first: int):
@@ -292,7 +291,7 @@ def backward(ctx, dout, kept, make_x, first: int):
     """
     (up, up_bias, down, pre), how = kept, ctx.how
     need_up, need_up_bias, need_down, need_down_bias = ctx.needs_input_grad[first : first + 4]
-    need_x, impl = any(ctx.needs_input_grad[:first]), _of_products(how.impl)
+    need_x, impl = any(ctx.needs_input_grad[:first]), of_product(how.impl)
     dx = dup = dup_bias = ddown = None
     if any(ctx.needs_input_grad[: first + 3]):
         x = None
@@ -327,11 +326,6 @@ class _Mlp(torch.autograd.Function):
     def backward(ctx, dout):
         x, *kept = ctx.saved_tensors
         return *backward(ctx, dout, kept, lambda: x, 1), None
-
-
-def _of_products(impl: str) -> str:
-    """The `impl` of `linear` for the plain products: it has fewer."""
-    return impl if impl in ("torch", "reference") else "auto"
 
 
 def mlp(
@@ -376,11 +370,6 @@ def mlp(
     x, *parameters = tensors.values()
     how = How(approximate, torch.is_grad_enabled() and not recompute, impl, rooms)
     return _Mlp.apply(rows_of(x), *parameters, how).view(x.shape)
-
-
-def rows_of(x: torch.Tensor) -> torch.Tensor:
-    """(N, C)."""
-    return x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
 
 
 def check(op, approximate, x, up_weight, down_weight, **biases):
