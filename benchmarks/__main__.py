@@ -41,6 +41,9 @@ def main(words: list[str] | None = None) -> int:
             sys.stdout.flush()  # a closed pipe is noticed here, not when Python ends
     except KeyboardInterrupt:
         print("\nstopped", file=sys.stderr)
+        # Python marks an interrupt of text in exec (dataclasses' own, while they are imported) as
+        # never caught, and `python -m` then ends by the signal. The next exec takes the mark away.
+        exec("")
         return 130
     except UsageError as error:
         print(error, file=sys.stderr)

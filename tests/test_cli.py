@@ -178,6 +178,17 @@ def test_ctrl_c_is_one_word(capsys, monkeypatch):
     assert capsys.readouterr() == ("", "interrupted\n")
 
 
+def test_ctrl_c_within_an_exec_of_text_ends_as_elsewhere(tmp_path):
+    """Imports are full of such exec, and `python -m` would end by the signal itself."""
+    (tmp_path / "torch.py").write_text("exec('raise KeyboardInterrupt')\n")
+    paths = os.pathsep.join([str(tmp_path), *sys.path])
+    done = subprocess.run(
+        [sys.executable, "-m", "stellarator", "doctor"],
+        env=os.environ | {"PYTHONPATH": paths}, capture_output=True, timeout=100,
+    )  # fmt: skip
+    assert (done.returncode, done.stderr) == (130, b"interrupted\n")
+
+
 def parsers(parser=None):
     """The parser of every verb, by its words."""
     parser = parser or make_parser()

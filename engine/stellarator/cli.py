@@ -54,6 +54,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return code
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
+        # Python marks an interrupt of text in exec (dataclasses' own, while they are imported) as
+        # never caught, and `python -m` then ends by the signal. The next exec takes the mark away.
+        exec("")
         return 130
     except BrokenPipeError:  # `stellarator ... | head`
         _empty_stdout()

@@ -195,6 +195,13 @@ def test_ctrl_c_leaves_the_points_that_are_done(tmp_path):
     ]
 
 
+def test_ctrl_c_within_an_exec_of_text_ends_as_elsewhere(tmp_path):
+    """Imports are full of such exec: every dataclass is one."""
+    (tmp_path / "torch.py").write_text("exec('raise KeyboardInterrupt')\n")
+    done = run("run", "--model", "tiny", PYTHONPATH=os.pathsep.join([str(tmp_path), *sys.path]))
+    assert (done.returncode, done.stderr) == (130, "\nstopped\n")
+
+
 def test_ctrl_c_without_points_promises_none(tmp_path):
     """In the middle of the imports, too: right after torch's library was loaded."""
     for wait in (0.0, 0.7):
