@@ -1,10 +1,12 @@
 """Made-up points of a result file, and the verbs in a process of their own."""
 
+import contextlib
+import io
 import os
 import subprocess
 import sys
 
-from benchmarks import results
+from benchmarks import __main__, results
 from benchmarks.points import UNTIMED
 
 ENVIRONMENT = {
@@ -31,6 +33,17 @@ def point(ours_ms: list[float], peer_ms: list[float], **fields) -> dict:
         "quiet": {"quiet": True, "others": 0.0, "drift": 0.0}, "environment": ENVIRONMENT,
     } | results.timed(ours_ms, peer_ms)  # fmt: skip
     return found | fields
+
+
+def called(*words: str) -> subprocess.CompletedProcess:
+    """`python -m benchmarks ...` in this process, which has imported torch."""
+    printed, told = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(told):
+        try:
+            code = __main__.main(list(words))
+        except SystemExit as leaving:  # argparse
+            code = leaving.code
+    return subprocess.CompletedProcess(words, code, printed.getvalue(), told.getvalue())
 
 
 def run(*words: str, **environment: str) -> subprocess.CompletedProcess:

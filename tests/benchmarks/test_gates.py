@@ -6,7 +6,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from benchmark_helpers import BUILT, point, run
+from benchmark_helpers import BUILT, called, point, run
 
 from benchmarks import gates, harness, results, suite
 from benchmarks.__main__ import main
@@ -54,10 +54,10 @@ def test_every_limit_can_be_missed(tmp_path, capsys, limits, missed):
 
 def test_the_exit_code_and_the_table(tmp_path):
     path = gates_of(tmp_path, GATE.format(limits="speed = 3, memory = 0.5"))
-    done = run("gate", write(tmp_path, point([10], [20])), "--gates", str(path))
+    done = called("gate", write(tmp_path, point([10], [20])), "--gates", str(path))
     assert done.returncode == 1 and "1 passed, 1 missed" in done.stdout
     assert "| MISSED | layer_norm tiny eager | speed >= 3x" in done.stdout
-    done = run("gate", write(tmp_path, point([10], [40])), "--gates", str(path))
+    done = called("gate", write(tmp_path, point([10], [40])), "--gates", str(path))
     assert done.returncode == 0 and "2 passed, 0 missed" in done.stdout
 
 
@@ -208,7 +208,7 @@ def test_mistakes_in_the_file(tmp_path, text, message):
 @pytest.mark.parametrize(("text", "message"), [("", "an empty file"), ("[cpu\n", "gates.toml")])
 def test_mistakes_in_the_file_exit_with_2(tmp_path, text, message):
     path = gates_of(tmp_path, text)
-    done = run("gate", write(tmp_path, point([1], [1])), "--gates", str(path))
+    done = called("gate", write(tmp_path, point([1], [1])), "--gates", str(path))
     assert done.returncode == 2 and message in done.stderr and done.stderr.count("\n") == 1
 
 
@@ -226,7 +226,7 @@ def test_mistakes_in_the_file_exit_with_2(tmp_path, text, message):
 )
 def test_options_that_would_do_nothing_are_refused(tmp_path, words, option):
     file = write(tmp_path, point([1], [1]))
-    done = run("gate", *(file if word == "FILE" else word for word in words.split()))
+    done = called("gate", *(file if word == "FILE" else word for word in words.split()))
     assert done.returncode == 2 and done.stderr.startswith(f"{option}: expected it to be left out")
 
 

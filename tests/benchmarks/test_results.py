@@ -4,7 +4,7 @@ import json
 import math
 
 import pytest
-from benchmark_helpers import BUILT, point, run
+from benchmark_helpers import BUILT, called, point
 
 from benchmarks import plots, results
 from benchmarks.checks import Errors
@@ -70,7 +70,7 @@ def test_a_field_that_is_missing_is_named():
 def test_every_verb_refuses_a_file_with_a_hollow_point(tmp_path, verb):
     path = tmp_path / "a.json"
     path.write_text(json.dumps(point([1], [1], environment={})) + "\n")
-    done = run(verb, *[str(path)] * (2 if verb == "compare" else 1))
+    done = called(verb, *[str(path)] * (2 if verb == "compare" else 1))
     assert done.returncode == 2 and done.stderr.startswith(f"{path}, line 1: expected environment")
     assert done.stderr.count("\n") == 1 and done.stdout == ""
 
@@ -100,7 +100,7 @@ def test_compare_tells_a_change_from_noise(tmp_path):
     assert not found["rope"]["clear"]  # 1.2, but either file may be off by more
     assert not found["grad_norm"]["clear"]
     a, b = write(tmp_path / "a.json", *before), write(tmp_path / "b.json", *after)
-    done = run("compare", a, b)
+    done = called("compare", a, b)
     lines = {line.split()[1]: line for line in done.stdout.splitlines() if line.startswith("| ")}
     assert done.returncode == 0
     assert "faster" in lines["layer_norm"] and "SLOWER" in lines["bias_gelu"]
@@ -110,15 +110,15 @@ def test_compare_tells_a_change_from_noise(tmp_path):
 def test_compare_says_what_it_cannot_compare(tmp_path):
     a = write(tmp_path / "a.json", point([1], [1]))
     b = write(tmp_path / "b.json", point([1], [1], op="rope"))
-    done = run("compare", a, b)
+    done = called("compare", a, b)
     assert done.returncode == 1 and "got none" in done.stdout
     (tmp_path / "c.json").write_text("no point\n")
-    done = run("compare", a, str(tmp_path / "c.json"))
+    done = called("compare", a, str(tmp_path / "c.json"))
     assert done.returncode == 2 and done.stderr.startswith(str(tmp_path / "c.json") + ", line 1")
     built = write(tmp_path / "d.json", BUILT)
-    done = run("compare", built, built)
+    done = called("compare", built, built)
     assert done.returncode == 2 and "expected points with times beside a peer" in done.stderr
-    done = run("compare", a, str(tmp_path / "none.json"))
+    done = called("compare", a, str(tmp_path / "none.json"))
     assert done.returncode == 2 and "none.json" in done.stderr
 
 
@@ -133,7 +133,7 @@ def test_plots_show_the_points(tmp_path):
     wrong = point([1], [1], op="bias_gelu") | dict.fromkeys(("ms", "peer_ms", "ratio", "ratio_p20"))
     wrong |= {"wrong": "result 0 is off", "ratio_p80": None}
     path = write(tmp_path / "a.json", *points, wrong)
-    done = run("plot", path, "--folder", str(tmp_path / "page"))
+    done = called("plot", path, "--folder", str(tmp_path / "page"))
     assert done.returncode == 0, done.stdout + done.stderr
     for name in ("roofline.png", "ratios.png"):
         image = imread(tmp_path / "page" / name)
@@ -180,5 +180,5 @@ def test_the_bars_are_the_ratios():
 def test_files_that_cannot_be_plotted(tmp_path):
     (tmp_path / "empty.json").write_text("")
     for name, message in (("empty.json", "got none"), ("none.json", "none.json")):
-        done = run("plot", str(tmp_path / name), "--folder", str(tmp_path / "page"))
+        done = called("plot", str(tmp_path / name), "--folder", str(tmp_path / "page"))
         assert done.returncode == 2 and message in done.stderr and "Traceback" not in done.stderr
