@@ -67,10 +67,10 @@ Unit = tuple[Path, Path, list[str]]  # source, object, flags
 def objects(folder: Path, python_includes: list[str]) -> list[Unit]:
     """Every translation unit of `_cpu`."""
     units, base = [], [*FLAGS, "-Icsrc/cpu"]
+    for source in sorted(CSRC.glob("bindings/*.cpp")):  # which take longest, so they begin first
+        units.append((source, folder / f"bindings_{source.stem}.o", base + python_includes))
     for source in sorted(CSRC.glob("cpu/*.cpp")):
         units.append((source, folder / f"{source.stem}.o", base))
-    for source in sorted(CSRC.glob("bindings/*.cpp")):
-        units.append((source, folder / f"bindings_{source.stem}.o", base + python_includes))
     for source in sorted(CSRC.glob("cpu/per_isa/*.cpp")):
         for isa, isa_flags in ISA_FLAGS.items():
             contract = "off" if source.stem in SAME_BITS else "fast"

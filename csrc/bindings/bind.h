@@ -1,4 +1,5 @@
-// The parts of the module: one function for each file of this folder.
+// What the parts of the module share. Each is a header, so that pybind11's are read once: they take
+// longer to compile than anything else here.
 #pragma once
 
 #include <pybind11/pybind11.h>
@@ -9,18 +10,12 @@
 #include "pointer.h"
 #include "rows.h"
 
-namespace stellarator {
+namespace py = pybind11;
+
+namespace stellarator::bindings {
 
 using AddressAndStride = std::pair<uintptr_t, int64_t>;  // of the rows of a matrix; zeros for none
 
 inline Rows rows(const AddressAndStride& x) { return {pointer<const void>(x.first), x.second}; }
 
-void bind_attention(pybind11::module_& m);
-void bind_bias_gelu(pybind11::module_& m);
-void bind_cross_entropy(pybind11::module_& m);
-void bind_layer_norm(pybind11::module_& m);
-void bind_memory(pybind11::module_& m);
-void bind_rope(pybind11::module_& m);
-void bind_weight_gradient(pybind11::module_& m);
-
-}  // namespace stellarator
+}  // namespace stellarator::bindings

@@ -1,14 +1,16 @@
 // Python module stellarator_kernels._cpu. Tensors cross as addresses and sizes; the Python side
 // (stellarator_kernels/extension.py and the op modules) has checked shapes, dtypes and strides.
-#include <pybind11/pybind11.h>
-
 #include "adamw.h"
-#include "bind.h"
+#include "bind_attention.h"
+#include "bind_bias_gelu.h"
+#include "bind_cross_entropy.h"
+#include "bind_layer_norm.h"
+#include "bind_memory.h"
+#include "bind_rope.h"
+#include "bind_weight_gradient.h"
 #include "grad_norm.h"
 #include "isa.h"
 #include "parallel.h"
-
-namespace py = pybind11;
 
 namespace {
 
@@ -62,11 +64,11 @@ PYBIND11_MODULE(_cpu, m) {
           py::arg("isa"));
     m.def("sum_of_squares", &sum_of_squares, without_gil, py::arg("x"), py::arg("is_bfloat16"),
           py::arg("n"), py::arg("threads"), py::arg("isa"));
-    stellarator::bind_attention(m);
-    stellarator::bind_bias_gelu(m);
-    stellarator::bind_cross_entropy(m);
-    stellarator::bind_layer_norm(m);
-    stellarator::bind_memory(m);
-    stellarator::bind_rope(m);
-    stellarator::bind_weight_gradient(m);
+    stellarator::bindings::bind_attention(m);
+    stellarator::bindings::bind_bias_gelu(m);
+    stellarator::bindings::bind_cross_entropy(m);
+    stellarator::bindings::bind_layer_norm(m);
+    stellarator::bindings::bind_memory(m);
+    stellarator::bindings::bind_rope(m);
+    stellarator::bindings::bind_weight_gradient(m);
 }

@@ -1,3 +1,6 @@
+// Attention: forward and backward.
+#pragma once
+
 #include "attention.h"
 
 #include <pybind11/stl.h>
@@ -6,18 +9,14 @@
 
 #include "bind.h"
 
-namespace py = pybind11;
-
-namespace stellarator {
-namespace {
+namespace stellarator::bindings {
 
 // Sizes: (B, T, S, H, G, D). Addresses: those of Attention in its order, 0 for none. Strides:
 // batch, token and head of q, k, v, dout, dq, dk and dv.
-Attention attention(bool is_bfloat16, const std::array<int64_t, 6>& sizes,
-                    uintptr_t cu_seqlens, int64_t documents, bool causal,
-                    int64_t window, double scale,
-                    const std::array<uintptr_t, 10>& addresses,
-                    const std::array<int64_t, 21>& strides) {
+inline Attention attention(bool is_bfloat16, const std::array<int64_t, 6>& sizes,
+                           uintptr_t cu_seqlens, int64_t documents, bool causal, int64_t window,
+                           double scale, const std::array<uintptr_t, 10>& addresses,
+                           const std::array<int64_t, 21>& strides) {
     Attention call;
     call.is_bfloat16 = is_bfloat16;
     call.B = sizes[0], call.T = sizes[1], call.S = sizes[2];
@@ -37,26 +36,25 @@ Attention attention(bool is_bfloat16, const std::array<int64_t, 6>& sizes,
     call.dq = pointer<void>(addresses[7]);
     call.dk = pointer<void>(addresses[8]);
     call.dv = pointer<void>(addresses[9]);
-    Strides* parts[] = {&call.q_strides, &call.k_strides, &call.v_strides,
-                        &call.dout_strides, &call.dq_strides, &call.dk_strides,
-                        &call.dv_strides};
+    Strides* parts[] = {&call.q_strides,  &call.k_strides,  &call.v_strides, &call.dout_strides,
+                        &call.dq_strides, &call.dk_strides, &call.dv_strides};
     for (int i = 0; i < 7; ++i) {
         *parts[i] = {strides[3 * i], strides[3 * i + 1], strides[3 * i + 2]};
     }
     return call;
 }
 
-void run_forward(const Attention& call, uintptr_t workspace, int threads, Isa isa) {
+inline void run_attention_forward(const Attention& call, uintptr_t workspace, int threads,
+                                  Isa isa) {
     attention_forward(call, pointer<void>(workspace), threads, isa);
 }
 
-void run_backward(const Attention& call, uintptr_t workspace, int threads, Isa isa) {
+inline void run_attention_backward(const Attention& call, uintptr_t workspace, int threads,
+                                   Isa isa) {
     attention_backward(call, pointer<void>(workspace), threads, isa);
 }
 
-}  // namespace
-
-void bind_attention(py::module_& m) {
+inline void bind_attention(py::module_& m) {
     const py::call_guard<py::gil_scoped_release> without_gil;
     py::class_<Attention>(m, "Attention")
         .def(py::init(&attention), py::kw_only(), py::arg("is_bfloat16"), py::arg("sizes"),
@@ -64,8 +62,8 @@ void bind_attention(py::module_& m) {
              py::arg("scale"), py::arg("addresses"), py::arg("strides"));
     m.def("attention_forward_workspace", &attention_forward_workspace);
     m.def("attention_backward_workspace", &attention_backward_workspace);
-    m.def("attention_forward", &run_forward, without_gil);
-    m.def("attention_backward", &run_backward, without_gil);
+    m.def("attention_forward", &run_attention_forward, without_gil);
+    m.def("attention_backward", &run_attention_backward, without_gil);
 }
 
-}  // namespace stellarator
+}  // namespace stellarator::bindings

@@ -1,4 +1,6 @@
 // Blocks of the arena as DLPack capsules, which torch turns into tensors that give them back.
+#pragma once
+
 #include <pybind11/stl.h>
 
 #include <vector>
@@ -6,10 +8,7 @@
 #include "arena.h"
 #include "bind.h"
 
-namespace py = pybind11;
-
-namespace stellarator {
-namespace {
+namespace stellarator::bindings {
 
 // DLPack's structures, version 0.8 (dmlc.github.io/dlpack), for the CPU.
 struct DLTensor {
@@ -34,19 +33,19 @@ struct Block {
     std::vector<int64_t> shape;
 };
 
-void free_block(DLManagedTensor* managed) {
+inline void free_block(DLManagedTensor* managed) {
     Block* block = static_cast<Block*>(managed->context);
     arena_free(managed->tensor.data);
     delete block;
 }
 
-void end_capsule(PyObject* capsule) {
+inline void end_capsule(PyObject* capsule) {
     if (!PyCapsule_IsValid(capsule, kFresh)) return;
     free_block(static_cast<DLManagedTensor*>(PyCapsule_GetPointer(capsule, kFresh)));
 }
 
 // A dense tensor whose values are not set, or None: the arena has no room.
-py::object empty(std::vector<int64_t> shape, int code, int bits) {
+inline py::object empty(std::vector<int64_t> shape, int code, int bits) {
     int64_t count = 1;
     for (const int64_t size : shape) count *= size;
     void* data = arena_allocate(count * bits / 8);
@@ -63,13 +62,10 @@ py::object empty(std::vector<int64_t> shape, int code, int bits) {
     tensor.byte_offset = 0;
     block->managed.context = block;
     block->managed.deleter = &free_block;
-    return py::reinterpret_steal<py::object>(
-        PyCapsule_New(&block->managed, kFresh, &end_capsule));
+    return py::reinterpret_steal<py::object>(PyCapsule_New(&block->managed, kFresh, &end_capsule));
 }
 
-}  // namespace
-
-void bind_memory(py::module_& m) {
+inline void bind_memory(py::module_& m) {
     m.def("arena_empty", &empty, py::arg("shape"), py::arg("code"), py::arg("bits"));
     m.def("arena_state", [] {
         const ArenaState state = arena_state();
@@ -79,4 +75,4 @@ void bind_memory(py::module_& m) {
     m.def("arena_trim", &arena_trim);
 }
 
-}  // namespace stellarator
+}  // namespace stellarator::bindings
