@@ -173,14 +173,14 @@ BUGS = {
 @pytest.mark.parametrize("phase", ["forward", "backward"])
 @pytest.mark.parametrize("name", BUGS)
 def test_the_random_cases_find_planted_bugs(name, phase, monkeypatch):
-    """Each in one pass only, so that the two do not agree on the wrong thing."""
+    """Each in one pass only, so that the two do not agree on the wrong thing; small cases first."""
     function, wrong = BUGS[name]
     module = importlib.import_module(f"stellarator_kernels.attention.{phase}")
     monkeypatch.setattr(module, function, wrong)
-    found = 0
-    for seed in range(100, 110):
+    found, cases = 0, [(random_case(seed, 80), seed) for seed in range(100, 110)]
+    for case, seed in sorted(cases, key=lambda x: x[0].B * x[0].H * x[0].T * x[0].keys):
         try:
-            check(random_case(seed, 80), FP32, "triton", seed)
+            check(case, FP32, "triton", seed)
         except AssertionError:
             found += 1
         if found == 3:
