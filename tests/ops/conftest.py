@@ -1,6 +1,7 @@
 """Puts the tensors of a test where Triton runs, see grid.py; and makes its interpreter faster."""
 
 import contextlib
+import dataclasses
 import functools
 import inspect
 
@@ -22,17 +23,19 @@ def device(request):
 
 
 @pytest.fixture(scope="session", autouse=True)
-def language_is_patched_once_a_launch():
-    """Triton's interpreter does so again, to no effect, for every function that a kernel calls.
+def faster_interpreter():
+    """Triton's interpreter without more than half of its work, which has no effect.
 
-    That is a third of its time. A builtin that has been replaced is not marked as one any more.
+    It patches the language again for every function that a kernel calls; a builtin that is patched
+    is not marked as one any more. It adds integers again in int64 for an assertion that is made
+    only with `debug`, which it has off.
     """
     if NATIVE or _triton.FAILURE is not None:
         yield
         return
     from triton.runtime import interpreter
 
-    tl, patch = _triton.tl, interpreter._patch_lang
+    tl, patch, builder = _triton.tl, interpreter._patch_lang, interpreter.interpreter_builder
 
     @functools.cache
     def languages(function):
@@ -44,6 +47,8 @@ def language_is_patched_once_a_launch():
             return patch(function)
         return interpreter._LangPatchScope()
 
+    options = dataclasses.replace(builder.options, sanitize_overflow=builder.options.debug)
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(interpreter, "_patch_lang", patch_once)
+        patched.setattr(builder, "options", options)
         yield
