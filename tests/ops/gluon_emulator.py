@@ -45,9 +45,11 @@ class _Partition:
         self.products, self.stores = [], []  # under way, oldest first
         self.issued = []  # products that no wait has covered
         self.unfenced = False  # TMA may not see yet what was written
-        self.go, self.stopped, self.error, self.alive = threading.Semaphore(0), False, None, True
+        self.stopped, self.error, self.alive = False, None, True
         self.thread = threading.Thread(target=self._run, args=(function, arguments), daemon=True)
-        self.back = threading.Semaphore(0)
+        # Released for the other thread to go on; a semaphore of Python is slower.
+        self.go, self.back = threading.Lock(), threading.Lock()
+        self.go.acquire(), self.back.acquire()
 
     def _run(self, function, arguments):
         try:
