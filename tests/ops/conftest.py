@@ -1,10 +1,15 @@
-"""Puts the tensors of a test where Triton runs; see grid.py."""
+"""Puts the tensors of a test where Triton runs, see grid.py; and makes its interpreter faster."""
 
 import contextlib
+import dataclasses
+import functools
+import inspect
 
 import pytest
 import torch
 from grid import NATIVE  # before anything imports Triton
+
+from stellarator_kernels import _triton
 
 
 @pytest.fixture(autouse=True)
@@ -14,4 +19,36 @@ def device(request):
     if NATIVE and "interpret" in marks:
         pytest.skip("Triton runs on the GPU in this process, not in its interpreter")
     with torch.device("cuda") if "gpu" in marks else contextlib.nullcontext():
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def faster_interpreter():
+    """Triton's interpreter without more than half of its work, which has no effect.
+
+    It patches the language again for every function that a kernel calls; a builtin that is patched
+    is not marked as one any more. It adds integers again in int64 for an assertion that is made
+    only with `debug`, which it has off.
+    """
+    if NATIVE or _triton.FAILURE is not None:
+        yield
+        return
+    from triton.runtime import interpreter
+
+    tl, patch, builder = _triton.tl, interpreter._patch_lang, interpreter.interpreter_builder
+
+    @functools.cache
+    def languages(function):
+        found = [x for x in function.__globals__.values() if inspect.ismodule(x)]
+        return [x for x in found if x in (tl, tl.core)]
+
+    def patch_once(function):
+        if any(tl.core.is_builtin(language.load) for language in languages(function)):
+            return patch(function)
+        return interpreter._LangPatchScope()
+
+    options = dataclasses.replace(builder.options, sanitize_overflow=builder.options.debug)
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(interpreter, "_patch_lang", patch_once)
+        patched.setattr(builder, "options", options)
         yield

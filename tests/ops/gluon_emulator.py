@@ -18,6 +18,7 @@ one operation after the other, time.
 defines: Emulated, Deadlock
 """
 
+import functools
 import inspect
 import itertools
 import math
@@ -44,9 +45,11 @@ class _Partition:
         self.products, self.stores = [], []  # under way, oldest first
         self.issued = []  # products that no wait has covered
         self.unfenced = False  # TMA may not see yet what was written
-        self.go, self.stopped, self.error, self.alive = threading.Semaphore(0), False, None, True
+        self.stopped, self.error, self.alive = False, None, True
         self.thread = threading.Thread(target=self._run, args=(function, arguments), daemon=True)
-        self.back = threading.Semaphore(0)
+        # Released for the other thread to go on; a semaphore of Python is slower.
+        self.go, self.back = threading.Lock(), threading.Lock()
+        self.go.acquire(), self.back.acquire()
 
     def _run(self, function, arguments):
         try:
@@ -379,6 +382,10 @@ def _asynchronous(machine):
     }
 
 
+_source = functools.cache(inspect.getsource)  # which reads it word by word
+_compiled = functools.cache(compile)
+
+
 def _emulated(function, names, edits, made):
     """A jit function, and those that it calls, from their sources and with `names` for Gluon's.
 
@@ -386,7 +393,7 @@ def _emulated(function, names, edits, made):
     """
     plain = getattr(function, "fn", function)
     if plain not in made:
-        source = inspect.getsource(plain)
+        source = _source(plain)
         for old in [old for old in edits if old in source]:
             if source.count(old) != 1:
                 raise LookupError(f"{source.count(old)} places in {plain.__name__}: {old}")
@@ -394,7 +401,7 @@ def _emulated(function, names, edits, made):
         scope = {**plain.__globals__, **names}
         scope["triton"] = scope["gluon"] = types.SimpleNamespace(jit=lambda function: function)
         lines_above = "\n" * (plain.__code__.co_firstlineno - 1)  # for tracebacks
-        exec(compile(lines_above + source, inspect.getsourcefile(plain), "exec"), scope)
+        exec(_compiled(lines_above + source, inspect.getsourcefile(plain), "exec"), scope)
         made[plain] = scope[plain.__name__]
         for name in plain.__code__.co_names:
             if hasattr(scope.get(name), "fn"):
