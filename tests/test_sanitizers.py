@@ -62,7 +62,7 @@ def run(folder: Path, *arguments: str, **variables: str):
         "PYTHONPATH": os.pathsep.join(str(folder / name) for name in ("engine", "kernels")),
         "LD_PRELOAD": preload(),
         "ASAN_OPTIONS": "detect_leaks=0:abort_on_error=0:exitcode=99",
-        "OMP_NUM_THREADS": "2",
+        "OMP_NUM_THREADS": "1",  # tests that are about more set them; two wait long for a busy core
         "STELLARATOR_ARENA": "0",  # the sanitizer's own allocator sees every result
         **variables,
     }
@@ -77,7 +77,7 @@ def test_the_tests_of_the_ops_pass_under_the_sanitizers(package):
     files = sorted(str(path) for path in (ROOT / "tests" / "ops").glob("test_*.py"))
     done = run(
         *(package, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-p", "no:xdist"),
-        *("-k", "(cpu or cpp) and not triton", *files),
+        *("-k", "(cpu or cpp) and not triton and not test_cuda", *files),
     )
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
 
