@@ -268,8 +268,8 @@ def _measure(
     functions |= {f"peer {name}": peer for name, peer in others.items()}
     memory = {}
     for name, function in list(functions.items()):
-        if name == "triton" and plan.device == "cpu":  # the interpreter's memory is not the kernel's
-            memory[name] = None
+        if name == "triton" and plan.device == "cpu":
+            memory[name] = None  # the interpreter's is not the kernel's
             continue
         try:
             calls.both(function)  # code is loaded and caches are filled

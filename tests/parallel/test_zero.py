@@ -27,7 +27,8 @@ from stellarator.train.loop import Trainer
 from stellarator.train.optimizer import FlatOptimizer
 
 BUCKET_MIB = 0.03  # five buckets of the tiny model in float64
-# name: layout, recompute; more are in benchmarks/parity.py. Each of these groups is run by the same processes, one after the other.
+# name: layout, recompute; more are in benchmarks/parity.py. Each of these groups is run by the same
+# processes, one after the other.
 TWO = {
     "zero 0": ({"zero": 0}, "none"),
     "zero 1": ({"zero": 1}, "none"),
