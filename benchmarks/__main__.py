@@ -22,7 +22,7 @@ VERBS = {
     "collectives": ("bench_collectives", "all-reduce and the others beside bare torch: times"),
     "overlap": ("overlap", "communication that lies under computation: shares, a trace"),
     "parity": ("parity", "layouts over processes beside one process: weights and losses"),
-    "compile": ("bench_compile", "every Triton kernel compiled for GPUs that are not here"),
+    "compile": ("bench_compile", "every kernel for GPUs compiled for some that are not here"),
     "gpu": ("gpu", "every op on a GPU at the shapes of StarCoder2-3B"),
 }
 

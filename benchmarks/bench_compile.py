@@ -1,9 +1,10 @@
-"""`python -m benchmarks compile`: every Triton kernel compiled for GPUs that are not here.
+"""`python -m benchmarks compile`: every kernel for GPUs compiled for some that are not here.
 
 For each kernel at the widths of StarCoder2 and for each architecture: registers of a thread, bytes
 of spilled registers, shared memory of a block beside what the GPU has, and how often the matrix and
 copy instructions stand in the code. What a launch would pass is described by the table below; a
-kernel of stellarator_kernels that is not in it is an error, so that none is forgotten.
+kernel of stellarator_kernels that is not in it is an error, so that none is forgotten. Those of
+csrc/cuda, named `cuda ...`, are in the list where there is an nvcc.
 """
 
 import argparse
@@ -13,8 +14,9 @@ import re
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 
-from benchmarks import results, shapes
+from benchmarks import cuda_builds, results, shapes
 from benchmarks.harness import environment
 from benchmarks.usage import UsageError, one_of
 from stellarator.progress import Progress
@@ -353,9 +355,24 @@ def compile_build(build: Build, arch: str, where: dict) -> dict:
         "spill_bytes": built.spill_bytes,
         "shared_bytes": built.shared_bytes,
         "shared_limit": shared_memory_limit(capability),
-        "instructions": {n: len(re.findall(p, built.ptx)) for n, p in INSTRUCTIONS.items()},
+        "instructions": _instructions(built.ptx),
         "environment": where,
     }
+
+
+def compile_cuda(source: Path, names: list[str], where: dict) -> Iterator[dict]:
+    """The points of a file of csrc/cuda on these architectures."""
+    from stellarator_kernels.testing import shared_memory_limit
+
+    for found in cuda_builds.compile_file(source, tuple(names)):
+        ptx, kernel = found.pop("ptx"), f"cuda {found['kernel']}"
+        limit = shared_memory_limit(ARCHITECTURES[found["arch"]])
+        counts = {"shared_limit": limit, "instructions": _instructions(ptx)}
+        yield found | counts | {"kernel": kernel, "environment": where}
+
+
+def _instructions(ptx: str) -> dict[str, int]:
+    return {name: len(re.findall(pattern, ptx)) for name, pattern in INSTRUCTIONS.items()}
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
@@ -374,18 +391,28 @@ def main(given: argparse.Namespace) -> int:
     todo = [(n, b) for n in names for b in builds(ARCHITECTURES[n])]
     # Some kernels are for one architecture only.
     missing = forgotten([build for arch in ARCHITECTURES.values() for build in builds(arch)])
-    kernels = sorted({build.kernel for _, build in todo})
+    files = cuda_builds.sources() if cuda_builds.NVCC else []
+    files = {file: [f"cuda {name}" for name in cuda_builds.kernels(file)] for file in files}
+    kernels = sorted({build.kernel for _, build in todo}.union(*files.values()))
     todo = [(n, b) for n, b in todo if b.kernel.startswith(given.kernel)]
-    if not todo:
+    files = [f for f, own in files.items() if any(x.startswith(given.kernel) for x in own)]
+    if not todo and not files:
         raise UsageError(
             f"--kernel: expected the beginning of {', '.join(kernels)}, got {given.kernel!r}."
         )
-    where = environment()
+    where, count = environment(), len(todo) + len(files)
     with results.Writer(given.output) as write, Progress("compile") as show:
         for number, (name, build) in enumerate(todo):
-            show(number / len(todo), f"{build.kernel} {name}")
+            show(number / count, f"{build.kernel} {name}")
             write(compile_build(build, name, where))
+        for number, file in enumerate(files, start=len(todo)):
+            show(number / count, file.name)
+            for point in compile_cuda(file, names, where):
+                if point["kernel"].startswith(given.kernel):
+                    write(point)
     print(markdown(write.points))
+    if not cuda_builds.NVCC:
+        print("csrc/cuda: not compiled, as there is no nvcc (NVCC, or on PATH)")
     for name in missing:
         print(f"NOT COMPILED: {name} has no entry in benchmarks/bench_compile.py")
     return 1 if missing else 0

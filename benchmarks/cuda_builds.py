@@ -1,6 +1,6 @@
 """The kernels of csrc/cuda compiled for GPUs that are not here, and what the compiler says of them.
 
-defines: ARCHITECTURES, NVCC, sources, compile_file
+defines: ARCHITECTURES, NVCC, sources, kernels, compile_file
 """
 
 import os
@@ -14,6 +14,7 @@ CUDA = Path(__file__).resolve().parents[1] / "csrc" / "cuda"
 ARCHITECTURES = ("sm_80", "sm_90a", "sm_100")
 NVCC = os.environ.get("NVCC", shutil.which("nvcc") or "")  # empty: none
 _FLAGS = ["-std=c++17", "-O3", "-fmad=false", f"-I{CUDA}"]  # as setup.py's
+_DEFINED = re.compile(r"(\w+)_kernel\(")
 _ENTRY = re.compile(r"Compiling entry function '(\w+)' for '(\w+)'")
 _SPILLS = re.compile(r"(\d+) bytes spill")
 
@@ -21,6 +22,11 @@ _SPILLS = re.compile(r"(\d+) bytes spill")
 def sources() -> list[Path]:
     """The files with kernels."""
     return sorted(CUDA.glob("*.cu"))
+
+
+def kernels(source: Path) -> list[str]:
+    """Names of the kernels of a file, without compiling it."""
+    return _DEFINED.findall(source.read_text())
 
 
 def compile_file(source: Path, architectures: tuple[str, ...] = ARCHITECTURES) -> list[dict]:

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from benchmark_helpers import called, point, run
 
-from benchmarks import results
+from benchmarks import cuda_builds, results
 
 
 def test_training_step_beside_transformers(tmp_path):
@@ -89,6 +89,19 @@ def test_the_compile_verb_and_its_gates(tmp_path):
         ("rope", arch) for arch in ("sm_80", "sm_90a", "sm_100")
     }
     assert all(p["registers"] > 8 and p["instructions"]["ld.global.v4"] for p in points)
+
+
+@pytest.mark.skipif(not cuda_builds.NVCC, reason="no nvcc (NVCC, or on PATH)")
+def test_the_compile_verb_lists_cuda_kernels(tmp_path):
+    output = tmp_path / "compile.json"
+    words = ["--kernel", "cuda squares", "--arch", "sm_90a", "--output", str(output)]
+    done = run("compile", *words)
+    assert done.returncode == 0, done.stdout + done.stderr
+    points = results.read(str(output))
+    assert [(p["kernel"], p["case"], p["arch"]) for p in points] == [
+        ("cuda squares", element, "sm_90a") for element in "ft"
+    ]
+    assert all(p["instructions"]["ld.global.v4"] >= 4 for p in points)
 
 
 @pytest.mark.parametrize(
