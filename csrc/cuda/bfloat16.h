@@ -19,4 +19,15 @@ __device__ inline uint16_t round_to_bfloat16(float value) {
     return static_cast<uint16_t>(value != value ? 0x7fc0u : rounded);
 }
 
+template <typename Element>
+__device__ inline Element narrow(float value);
+template <>
+__device__ inline float narrow<float>(float value) {
+    return value;
+}
+template <>
+__device__ inline uint16_t narrow<uint16_t>(float value) {
+    return round_to_bfloat16(value);
+}
+
 }  // namespace stellarator

@@ -23,11 +23,24 @@ __device__ inline void store(float* address, const Vector<float, 4>& vector) {
     *reinterpret_cast<Vector<float, 4>*>(address) = vector;
 }
 
+__device__ inline void store(uint32_t* address, const Vector<uint32_t, 4>& vector) {
+    *reinterpret_cast<Vector<uint32_t, 4>*>(address) = vector;
+}
+
 // As one number: a structure of several the compiler stores piece by piece (seen, nvcc 13.0).
 __device__ inline void store(uint16_t* address, const Vector<uint16_t, 4>& vector) {
     const uint32_t low = vector.x[0] | static_cast<uint32_t>(vector.x[1]) << 16;
     const uint32_t high = vector.x[2] | static_cast<uint32_t>(vector.x[3]) << 16;
     *reinterpret_cast<uint64_t*>(address) = low | static_cast<uint64_t>(high) << 32;
+}
+
+__device__ inline void store(uint16_t* address, const Vector<uint16_t, 8>& vector) {
+    Vector<uint32_t, 4> pairs;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+        pairs.x[i] = vector.x[2 * i] | static_cast<uint32_t>(vector.x[2 * i + 1]) << 16;
+    }
+    store(reinterpret_cast<uint32_t*>(address), pairs);
 }
 
 }  // namespace stellarator

@@ -29,10 +29,10 @@ IMPLEMENTATIONS = ("triton", "cuda", "cpu", "torch", "reference")
 _OPS = {
     "flash_attention": ("triton", "cpu", "torch", "reference"),
     "decode_attention": ("triton", "torch", "reference"),
-    "embedding": ("triton", "torch", "reference"),
+    "embedding": ("triton", "cuda", "torch", "reference"),
     "rope": ("triton", "cpu", "torch", "reference"),
     "bias_rope": ("triton", "torch", "reference"),
-    "layer_norm": ("triton", "cpu", "torch", "reference"),
+    "layer_norm": ("triton", "cuda", "cpu", "torch", "reference"),
     "rms_norm": ("triton", "reference"),
     "dropout": ("triton", "reference"),
     "bias_gelu": ("triton", "cpu", "torch", "reference"),
@@ -77,7 +77,8 @@ _PAIRS = {
     "projected_attention": ("qkv", ("rope", "flash_attention")),
 }
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32)
-_MAX_WIDTH = 8192  # of the norms, whose backward holds a row in registers
+# Of the norms, whose backward holds a row in registers.
+_MAX_WIDTHS = {"triton": 8192, "cuda": 6144, "cpu": 8192}
 
 
 def _limits_of_attention(q: torch.Tensor, options: dict) -> dict[str, str]:
@@ -96,8 +97,11 @@ def _limits_of_attention(q: torch.Tensor, options: dict) -> dict[str, str]:
 def _limits_of_layer_norm(x: torch.Tensor, options: dict) -> dict[str, str]:
     """Rows that fit the registers of one program."""
     C = x.shape[-1] if x.dim() else 0
-    reason = f"the kernels take rows of at most {_MAX_WIDTH} elements, not {C}"
-    return {"triton": reason, "cpu": reason} if C > _MAX_WIDTH else {}
+    return {
+        impl: f"the kernels take rows of at most {most} elements, not {C}"
+        for impl, most in _MAX_WIDTHS.items()
+        if C > most
+    }
 
 
 def _limits_of_linear(x: torch.Tensor, options: dict) -> dict[str, str]:

@@ -10,8 +10,9 @@ of a CPU share them out by their value), so the result is the same to the bit on
 
 Triton: the ids are sorted (stably). A program adds up to 32 rows of one id in fp32; an id with more
 of them has several programs, whose sums are added in order by a second kernel. No atomics and no
-copy of dy; nothing waits for the device. With `add_embedding_gradient`, or `room`, the sums go into
-an fp32 buffer, so rows of ids that do not occur are not touched at all.
+copy of dy; nothing waits for the device. In CUDA C++ (csrc/cuda/embedding.cu, `impl="cuda"`, whose
+forward is ATen's) a block adds 32 sorted rows, whatever their ids. With `add_embedding_gradient`,
+or `room`, the sums go into an fp32 buffer, so rows of ids that do not occur are not touched at all.
 
 Bytes: forward reads and writes (N, C); backward reads dy (ATen: and an fp32 copy of it), and writes
 (V, C).
@@ -19,7 +20,7 @@ Bytes: forward reads and writes (N, C); backward reads dy (ATen: and an fp32 cop
 
 import torch
 
-from stellarator_kernels import reference
+from stellarator_kernels import extension, reference
 from stellarator_kernels._triton import tl, triton
 from stellarator_kernels.checks import expect, expect_dtype, expect_same_device, expect_shape
 from stellarator_kernels.dispatch import choose
@@ -140,6 +141,25 @@ def _add_triton(sums, dy, ids, add):
         )  # fmt: skip
 
 
+def _add_cuda(sums, dy, ids, add):
+    """The same in CUDA C++."""
+    dy, (N, C) = dense_rows(dy), dy.shape
+    module = extension.load("_cuda")
+    ids, order = ids.sort(stable=True)
+    parts = dy.new_empty((-(-N // module.rows_of_chunk), 2, C), dtype=torch.float32)
+    with torch.cuda.device_of(dy):
+        module.embedding_backward(
+            **{"is_bfloat16": dy.dtype == torch.bfloat16, "add": add, "N": N, "C": C},
+            **{"sums_are_bfloat16": sums.dtype == torch.bfloat16, "dy": extension.rows(dy)},
+            **{"ids": extension.address(ids), "order": extension.address(order)},
+            **{"sums": extension.address(sums), "parts": extension.address(parts)},
+            stream=extension.stream(dy),
+        )
+
+
+_ADD = {"triton": _add_triton, "cuda": _add_cuda}
+
+
 @torch.library.custom_op("stellarator::embedding_forward", mutates_args=())
 def _embedding_forward(
     ids: torch.Tensor,
@@ -171,9 +191,9 @@ def _embedding_backward(
     chosen = choose(_OP, impl, dy)
     if chosen == "reference":
         return reference.embedding_backward_ref(dy, ids, num_rows)
-    if chosen == "triton":
+    if chosen in _ADD:
         sums = dy.new_zeros(num_rows, dy.shape[1])
-        _add_triton(sums, dy, ids, False)
+        _ADD[chosen](sums, dy, ids, False)
         return sums
     wide = dy.to(reference.compute_dtype(dy))
     sums = torch.ops.aten.embedding_dense_backward(wide, ids, num_rows, -1, False)
@@ -198,8 +218,8 @@ def add_embedding_gradient(
     expect_dtype(op, "total", total, (dtype,), f"Accumulate in {dtype}")
     expect_shape(op, "dy", dy, "(N, C)", (len(ids), total.shape[1]), "Flatten the tokens")
     expect(total.is_contiguous(), op, "contiguous total", total.stride(), "Pass the whole buffer")
-    if choose(_OP, impl, dy) == "triton":
-        _add_triton(total, dy, ids, True)
+    if (chosen := choose(_OP, impl, dy)) in _ADD:
+        _ADD[chosen](total, dy, ids, True)
     else:
         total += _embedding_backward(dy.to(dtype), ids, len(total), impl)
 
@@ -257,14 +277,14 @@ def embedding(
 
     Args:
         ids: any shape, int64 in [0, V). A CPU raises IndexError for others, a GPU asserts; "triton"
-            does not look.
+            does not look, nor does the backward of "cuda".
         weight: (V, C) bf16/fp16/fp32/fp64.
         positions: shape of ids, int64 in [0, P); None: no learned positions.
         position_weight: (P, C), dtype of weight; goes with positions.
         room: gives (V, C) fp32 (fp64 for fp64), contiguous, to which the backward adds the gradient
             of the weight without rounding it; autograd then hands on none. `linear_cross_entropy`
             of a tied model can add to the same memory.
-        impl: "auto", "triton", "torch" or "reference".
+        impl: "auto", "triton", "cuda", "torch" or "reference".
     Returns:
         (*ids.shape, C), contiguous, the dtype of weight.
     Raises:

@@ -17,6 +17,9 @@ The mask is made from keys of rows and columns (random.py), in the backward agai
 The Triton kernels are in norm_kernels.py: a program holds a row in registers. Rows wider than 8192
 are refused (registers of the backward, stack of the C++).
 
+In CUDA C++ (csrc/cuda/layer_norm.cu, `impl="cuda"`) a block holds a row in registers, and of 16-bit
+rows the next one is under way while the sums of this one are made.
+
 The C++ kernel reads a row from memory once and keeps it in fp32 in the nearest cache; its partial
 sums are those of blocks of 64 rows or more, whatever the number of threads.
 
@@ -31,7 +34,7 @@ from stellarator_kernels import extension, norm_kernels, reference
 from stellarator_kernels.checks import expect, expect_dtype, expect_same_device, expect_shape
 from stellarator_kernels.dispatch import choose
 from stellarator_kernels.dropout import check_dropout, dropout_factors
-from stellarator_kernels.layout import dense_rows
+from stellarator_kernels.layout import dense_rows, multiprocessors
 from stellarator_kernels.memory import empty_like
 
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -73,6 +76,45 @@ def _backward_cpu(dy, dsummed, summed, weight, mean, rstd, has_bias, need_params
         **{name: extension.address(t) for name, t in plain.items()},
         **{"threads": torch.get_num_threads(), "isa": extension.isa()},
     )
+    return dx, dweight, dbias, None
+
+
+def _forward_cuda(x, residual, weight, bias, eps):
+    """Allocate and launch the kernel in CUDA C++."""
+    x, residual, weight, bias = (dense_rows(t) for t in (x, residual, weight, bias))
+    N, C = x.shape
+    y, summed = x.new_empty(N, C), None if residual is None else x.new_empty(N, C)
+    mean, rstd = (x.new_empty((N, 1), dtype=torch.float32) for _ in range(2))
+    plain = {"weight": weight, "bias": bias, "y": y, "summed": summed, "mean": mean, "rstd": rstd}
+    with torch.cuda.device_of(x):
+        extension.load("_cuda").layer_norm_forward(
+            **{"is_bfloat16": x.dtype == torch.bfloat16, "N": N, "C": C, "eps": eps},
+            **{"x": extension.rows(x), "residual": extension.rows(residual)},
+            **{name: extension.address(t) for name, t in plain.items()},
+            stream=extension.stream(x),
+        )
+    return y, x if residual is None else summed, mean, rstd
+
+
+def _backward_cuda(dy, dsummed, summed, weight, mean, rstd, has_bias, need_params):
+    """Allocate and launch the kernels in CUDA C++."""
+    dy, dsummed, summed, weight = (dense_rows(t) for t in (dy, dsummed, summed, weight))
+    module, (N, C) = extension.load("_cuda"), summed.shape
+    dx, dweight, dbias, partials = summed.new_empty(N, C), None, None, None
+    blocks = module.layer_norm_blocks(N, C, multiprocessors(summed.device))
+    if need_params:  # without rows no kernel runs
+        dweight, dbias = weight.new_zeros(C), weight.new_zeros(C) if has_bias else None
+        partials = mean.new_empty(blocks, 2, C)
+    plain = {"weight": weight, "mean": mean, "rstd": rstd, "dx": dx}
+    plain |= {"dweight": dweight, "dbias": dbias, "partials": partials}
+    with torch.cuda.device_of(summed):
+        module.layer_norm_backward(
+            **{"is_bfloat16": summed.dtype == torch.bfloat16, "N": N, "C": C, "blocks": blocks},
+            **{"dy": extension.rows(dy), "dsummed": extension.rows(dsummed)},
+            **{"summed": extension.rows(summed)},
+            **{name: extension.address(t) for name, t in plain.items()},
+            stream=extension.stream(summed),
+        )
     return dx, dweight, dbias, None
 
 
@@ -147,7 +189,7 @@ def _layer_norm_forward(
         y, summed = y.contiguous(), summed.contiguous()
     else:
         x = x if keys is None else _drop(x, keys, dropout_p)
-        by = {"cpu": _forward_cpu, "torch": _forward_torch}[chosen]
+        by = {"cuda": _forward_cuda, "cpu": _forward_cpu, "torch": _forward_torch}[chosen]
         y, summed, mean, rstd = by(x, residual, weight, bias, eps)
     return y, x.new_empty(0) if residual is None else summed, mean, rstd
 
@@ -191,7 +233,7 @@ def _layer_norm_backward(
         rows = (dy, summed, weight, mean, rstd, dsummed)
         gradients = reference.layer_norm_backward_ref(*rows, dropped)
     else:
-        by = {"cpu": _backward_cpu, "torch": _backward_torch}[chosen]
+        by = {"cuda": _backward_cuda, "cpu": _backward_cpu, "torch": _backward_torch}[chosen]
         gradients = by(*rows, has_bias, need_params)
         if keys is not None:
             gradients = _drop(gradients[0], keys, dropout_p), *gradients[1:3], gradients[0]
@@ -270,7 +312,7 @@ def layer_norm(
         dropout_p: probability in [0, 1) with which an element of x becomes 0 before the residual is
             added; the others are divided by 1 - dropout_p.
         dropout_keys: `random.matrix_keys` of the N rows and C columns, needed for dropout.
-        impl: "auto", "triton", "cpu" (dropout is torch's), "torch" or "reference".
+        impl: "auto", "triton", "cuda", "cpu" (dropout of both is torch's), "torch" or "reference".
     Returns:
         y like x, contiguous; with a residual (y, summed), summed = dropout(x) + residual in the
         dtype of x.

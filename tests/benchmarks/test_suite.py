@@ -68,8 +68,8 @@ def test_cuda_is_raced_where_an_op_has_it():
     """Here it cannot run, which is noted; that an op has none is not, unless it alone is asked."""
     for op, impls, noted in (
         ("grad_norm", ("cuda", "torch"), "grad_norm: impl='cuda' cannot run: "),
-        ("layer_norm", ("cuda", "torch"), None),
-        ("layer_norm", ("cuda",), "there is no cuda implementation of layer_norm"),
+        ("rope", ("cuda", "torch"), None),
+        ("rope", ("cuda",), "there is no cuda implementation of rope"),
     ):
         points, outcome = run(dataclasses.replace(PLAN, ops=(op,), impls=impls))
         assert {p["impl"] for p in points} == set(impls) - {"cuda"}

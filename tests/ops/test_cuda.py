@@ -19,7 +19,9 @@ import cuda_emulated
 import grid
 import pytest
 import test_adamw
+import test_embedding
 import test_grad_norm
+import test_layer_norm
 import torch
 
 from stellarator_kernels import adamw, adamw_, extension, grad_norm
@@ -32,6 +34,8 @@ pytestmark = [
 ]
 BF16, FP32 = torch.bfloat16, torch.float32
 SUMS = sys.modules["stellarator_kernels.grad_norm"]
+NORM = sys.modules["stellarator_kernels.layer_norm"]
+ROWS = sys.modules["stellarator_kernels.embedding"]
 TILE, SQUARES = 2048, 32768  # elements of a block
 # One; around a vector; around a tile; several with a rest. Where the arrays begin behind an
 # aligned place: all alike, or apart (the last).
@@ -59,6 +63,35 @@ PLANTED = {
     "a barrier for some": (
         "grad_norm.cu", "__syncthreads()", "(threadIdx.x > 0 ? __syncthreads() : (void)0)",
     ),
+    "no residual": ("layer_norm.cu", "x[k] + residual[k]", "x[k]"),
+    "variance of what is no element": (
+        "layer_norm.cu", "column<Element>(k) < C ? x[k] - mean : 0.0f", "x[k] - mean",
+    ),
+    "half a warp of a row": ("layer_norm.cu", "kWarp / 2", "kWarp / 4"),
+    "the first warp of a row": (
+        "layer_norm.cu", "lane < static_cast<int>(blockDim.x) / kWarp", "lane < 1",
+    ),
+    "rows behind the last": ("layer_norm.cu", "row + gridDim.x < u.N", "true"),
+    "rows not aligned": ("layer_norm.cu", "stride * bytes % 16 == 0", "true"),
+    "mean left": ("layer_norm.cu", "g - mean_g", "g"),
+    "dbias of the last row": (
+        "layer_norm.cu", "dbias[k] += own.dy[k]", "dbias[k] = own.dy[k]",
+    ),
+    "every other partial sum": ("layer_norm.cu", "i += kGroups", "i += 2 * kGroups"),
+    "partial sums of other blocks": ("layer_norm.cu", "2 * u.C * i + c", "u.C * i + c"),
+    "not added to what is there": ("embedding.cu", "sum + (u.add ? widen(*target) : 0.0f)", "sum"),
+    "a run that came from before": ("embedding.cu", "ids[0] == ids[1]", "false"),
+    "a chunk that is no beginning": (
+        "embedding.cu", "began_before ? parts : parts + C", "parts + C",
+    ),
+    "the parts of the next id, too": ("embedding.cu", "end < u.N && u.ids[end] == id", "end < u.N"),
+    "ids behind the last": ("embedding.cu", "place >= 0 && place < u.N", "place >= 0"),
+    "a last row left": ("embedding.cu", "i + a >= count", "i + a >= count - 1"),
+    "gradients not aligned": (
+        "embedding.cu", "whole(u.dy, u.stride, sizeof(Element))", "true",
+    ),
+    "tiles left": ("embedding.cu", "(u.C + columns - 1) / columns", "1"),
+    "columns left": ("layer_norm.cu", "2 * u.C + kColumns - 1", "2 * u.C"),
 }  # fmt: skip
 
 
@@ -83,7 +116,7 @@ class Emulated:
             extension, "load", lambda name="_cpu": module if name == "_cuda" else load(name)
         )
         self.patch.setattr(extension, "stream", lambda x: 0)
-        for place in (adamw, SUMS):
+        for place in (adamw, SUMS, NORM, ROWS):
             choose = place.choose
             self.patch.setattr(
                 place,
@@ -104,6 +137,8 @@ def emulated(libraries):
         yield module
 
 
+# Of layer_norm. Odd; vectors and a rest of a warp; several warps; those of the models; the widest.
+WIDTHS = ((1, 1), (7, 13), (37, 40), (150, 37), (9, 384), (5, 3072), (3, 4608), (2, 6144))
 CASES = [
     (test_adamw.test_fifty_steps_follow_torch,),
     (test_adamw.test_bfloat16_is_the_rounded_float32_run, FP32),
@@ -121,6 +156,30 @@ CASES = [
     (test_grad_norm.test_squares_do_not_overflow_and_nan_shows,),
     (test_grad_norm.test_weights,),
     (test_grad_norm.test_each_parameter_counts_once,),
+    *((test_layer_norm.compare, t, *x) for t in (FP32, BF16) for x in WIDTHS),
+    (test_layer_norm.test_without_residual_bias_or_one_of_the_gradients, {"residual": False}),
+    (test_layer_norm.test_without_residual_bias_or_one_of_the_gradients, {"bias": False}),
+    (test_layer_norm.test_without_residual_bias_or_one_of_the_gradients, {"with_dy": False}),
+    (test_layer_norm.test_without_residual_bias_or_one_of_the_gradients, {"with_dsummed": False}),
+    (test_layer_norm.test_frozen_parameters_get_no_gradient,),
+    (test_layer_norm.test_statistics_are_those_of_the_rounded_sum,),
+    (test_layer_norm.test_statistics_are_kept_in_fp32,),
+    (test_layer_norm.test_a_large_mean_does_not_cancel_the_variance,),
+    *(
+        (test_layer_norm.test_strided_transposed_and_other_ranks, layout, True)
+        for layout in test_layer_norm.LAYOUTS
+    ),
+    (test_layer_norm.test_no_rows,),
+    (test_layer_norm.test_sums_over_many_rows_keep_their_digits,),
+    *(
+        (test_embedding.check_sums, tuple(counts), C, dtype)
+        for counts in (*test_embedding.COUNTS.values(), [31, 2, 31, 200], [64, 32, 32])
+        for C, dtype in ((5, FP32), (1032, FP32), (12, BF16), (1032, BF16))
+    ),
+    (test_embedding.check_sums, (40, 3), 16, BF16, 1),
+    (test_embedding.test_learned_positions_and_both_gradients, FP32),
+    (test_embedding.test_no_ids_a_frozen_weight_and_the_added_gradient,),
+    (test_embedding.test_many_gradients_of_one_id_are_not_lost,),
 ]
 
 
@@ -241,6 +300,30 @@ def check_pages():
         assert grad_norm([x, narrow], impl="cuda") == 0
 
 
+def check_pages_of_layer_norm(module):
+    """Forward and backward stay inside their tensors, aligned or not."""
+    for C, dtype in ((37, FP32), (264, BF16), (264, FP32)):
+        for at_end in (False, True):
+            N, blocks = 5, 2
+            x, residual, y, summed = (between_pages(N * C, dtype, at_end) for _ in range(4))
+            weight, bias, dweight, dbias = (between_pages(C, dtype, at_end) for _ in range(4))
+            mean, rstd = (between_pages(N, FP32, at_end) for _ in range(2))
+            partials = between_pages(blocks * 2 * C, FP32, at_end)
+            common = {"is_bfloat16": dtype == BF16, "N": N, "C": C, "stream": 0}
+            common |= {"weight": weight.data_ptr()}
+            common |= {"mean": mean.data_ptr(), "rstd": rstd.data_ptr()}
+            rows = [(t.data_ptr(), C) for t in (x, residual, summed)]
+            module.layer_norm_forward(
+                **common, eps=1e-5, x=rows[0], residual=rows[1], bias=bias.data_ptr(),
+                y=y.data_ptr(), summed=summed.data_ptr(),
+            )  # fmt: skip
+            module.layer_norm_backward(
+                **common, blocks=blocks, dy=rows[0], dsummed=rows[1], summed=rows[2],
+                dx=y.data_ptr(), dweight=dweight.data_ptr(), dbias=dbias.data_ptr(),
+                partials=partials.data_ptr(),
+            )  # fmt: skip
+
+
 def survives(library, check, bug=0):
     """Whether a check passes, made in a process of its own, which a bug may end."""
     child = os.fork()
@@ -271,8 +354,57 @@ def check_all_of_grad_norm(module):
     check_grad_norm(module, FP32, (7, SQUARES + 13))
 
 
-def test_nothing_outside_the_tensors_is_touched(libraries):
-    assert survives(libraries[0], lambda module: check_pages())
+def check_all_of_layer_norm(module):
+    check_pages_of_layer_norm(module)
+    for dtype in (FP32, BF16):
+        for N, C in ((7, 13), (60, 40), (9, 384)):  # more rows than blocks, too
+            test_layer_norm.compare("cuda", dtype, N, C)
+    test_layer_norm.test_strided_transposed_and_other_ranks(
+        "cuda", "columns_of_a_wider_tensor", True
+    )
+
+
+def check_pages_of_embedding(module):
+    """Each id takes part of two chunks; aligned or not."""
+    for C, dtype in ((5, FP32), (24, BF16)):
+        for at_end in (False, True):
+            N, V = 2 * module.rows_of_chunk + 3, 2
+            dy, sums = (between_pages(n * C, dtype, at_end) for n in (N, V))
+            ids, order = (between_pages(N, torch.int64, at_end) for _ in range(2))
+            ids[N // 2 :] = 1
+            order.copy_(torch.arange(N).flip(0))
+            parts = between_pages(3 * 2 * C, FP32, at_end)
+            module.embedding_backward(
+                is_bfloat16=dtype == BF16, sums_are_bfloat16=dtype == BF16, add=True, N=N, C=C,
+                dy=(dy.data_ptr(), C), ids=ids.data_ptr(), order=order.data_ptr(),
+                sums=sums.data_ptr(), parts=parts.data_ptr(), stream=0,
+            )  # fmt: skip
+
+
+def check_all_of_embedding(module):
+    check_pages_of_embedding(module)
+    for counts in ([31, 2, 31, 200], [64, 32, 32]):
+        for C, dtype in ((5, FP32), (12, BF16), (1032, BF16)):
+            test_embedding.check_sums("cuda", counts, C, dtype)
+        test_embedding.check_sums("cuda", counts, 16, BF16, gap=1)
+
+
+CHECKS = {
+    "adamw.cu": check_all_of_adamw,
+    "bfloat16.h": check_all_of_adamw,
+    "embedding.cu": check_all_of_embedding,
+    "grad_norm.cu": check_all_of_grad_norm,
+    "layer_norm.cu": check_all_of_layer_norm,
+}
+
+
+@pytest.mark.parametrize(
+    "check",
+    [lambda module: check_pages(), check_pages_of_layer_norm, check_pages_of_embedding],
+    ids=["adamw_ and grad_norm", "layer_norm", "embedding"],
+)
+def test_nothing_outside_the_tensors_is_touched(libraries, check):
+    assert survives(libraries[0], check)
 
 
 def test_pages_that_cannot_be_touched():
@@ -289,9 +421,6 @@ def test_pages_that_cannot_be_touched():
 @grid.EXTENSION
 @pytest.mark.parametrize("bug", range(len(PLANTED) + 1), ids=["none", *PLANTED])
 def test_planted_bugs_are_seen(libraries, bug):
-    is_norm = bug and list(PLANTED.values())[bug - 1][0] == "grad_norm.cu"
-    checks = [check_all_of_grad_norm] if is_norm else [check_all_of_adamw]
-    if bug == 0:
-        checks.append(check_all_of_grad_norm)
+    checks = {CHECKS[list(PLANTED.values())[bug - 1][0]]} if bug else set(CHECKS.values())
     for check in checks:
         assert survives(libraries[1], check, bug) == (bug == 0)

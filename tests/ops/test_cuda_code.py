@@ -13,8 +13,15 @@ from benchmarks import cuda_builds
 
 pytestmark = pytest.mark.skipif(not cuda_builds.NVCC, reason="no nvcc (NVCC, or on PATH)")
 THREADS = {"adamw": 256, "squares": 256, "total": 1024}
+THREADS |= {"layer_norm_forward": 768, "layer_norm_backward": 768, "layer_norm_partials": 256}
+THREADS |= {"embedding_chunks": 128, "embedding_parts": 256}
 CASES = {("adamw", f"{grad}Lb{master}") for grad in "ft" for master in (0, 1)}
 CASES |= {("squares", "f"), ("squares", "t"), ("total", "")}
+ROWS = [f"{element}Lb{aligned}" for element in "ft" for aligned in (0, 1)]
+CASES |= {(f"layer_norm_{phase}", case) for phase in ("forward", "backward") for case in ROWS}
+CASES |= {("layer_norm_partials", "f"), ("layer_norm_partials", "t")}
+CASES |= {("embedding_chunks", f"{t}Lb{aligned}") for t in ("ff", "tf", "tt") for aligned in (0, 1)}
+CASES |= {("embedding_parts", "f"), ("embedding_parts", "t")}
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +39,7 @@ def test_no_spills_and_registers_fit(points):
     for p in points:
         assert p["spill_bytes"] == 0, p
         # Two blocks at least on each multiprocessor, of the total one.
-        blocks = 1 if p["kernel"] == "total" else 4
+        blocks = 1 if THREADS[p["kernel"]] > 256 else 4
         assert 0 < p["registers"] * THREADS[p["kernel"]] * blocks <= 65536, p
 
 
@@ -48,6 +55,13 @@ def test_instructions(points):
             assert "st.global.u32" not in ptx, p
             assert ptx.count("st.global.u16") <= 5 * has_master, p  # of the loop for the ends
             assert "fma.rn.f32" not in ptx and "div.rn.f32" in ptx and "sqrt.rn.f32" in ptx
+        if kernel == "embedding_chunks" and p["case"].endswith("1"):  # four rows under way
+            assert len(re.findall(r"ld\.global\.(?:nc\.)?v4\.", ptx)) >= 4, p
+            assert len(re.findall(r"st\.global\.v4\.", ptx)) >= 3, p
+        if kernel.startswith("layer_norm_") and p["case"].endswith("1"):
+            # Rows go by 16 bytes: what is read, some of it for the row behind too, and written.
+            assert len(re.findall(r"ld\.global\.(?:nc\.)?v4\.", ptx)) >= 4, p
+            assert len(re.findall(r"st\.global\.v4\.", ptx)) >= 1, p
         if kernel == "squares":  # several under way, of 16 bytes or, on sm_100, perhaps 32
             assert len(re.findall(r"ld\.global\.(?:nc\.)?v[48]\.", ptx)) >= 4, p
 

@@ -151,6 +151,19 @@ __attribute__((noinline)) T __shfl_down_sync(unsigned mask, T value, unsigned di
                               __builtin_return_address(0));
 }
 
+template <typename T>
+__attribute__((noinline)) T __shfl_sync(unsigned mask, T value, unsigned lane) {
+    if (mask != 0xffffffffu) emulator::stop("a shuffle of a part of a warp");
+    return emulator::exchange(value, lane, __builtin_return_address(0));
+}
+
+template <typename T>
+__attribute__((noinline)) T __shfl_xor_sync(unsigned mask, T value, unsigned distance) {
+    if (mask != 0xffffffffu) emulator::stop("a shuffle of a part of a warp");
+    const unsigned lane = threadIdx.x % emulator::kWarp;
+    return emulator::exchange(value, lane ^ distance, __builtin_return_address(0));
+}
+
 inline uint32_t __float_as_uint(float value) {
     uint32_t bits;
     std::memcpy(&bits, &value, sizeof bits);
