@@ -7,7 +7,6 @@ strides are no multiples of 16. Triton 3.6 where STELLARATOR_TRITON_3_6 says, as
 test_triton_3_6.py. Not covered: that they run, or how fast.
 """
 
-import importlib
 import json
 import os
 import re
@@ -18,7 +17,7 @@ import pytest
 import torch
 
 from stellarator_kernels import matmul
-from stellarator_kernels.testing import compile_kernel, shared_memory_limit
+from stellarator_kernels.testing import shared_memory_limit
 
 pytest.importorskip("triton")
 
@@ -29,28 +28,24 @@ COPIES = re.compile(r"cp\.async\.c[ag]\S* [^;]*?0x(\w+)")
 BUILDS = [(phase, c, True, False) for phase in matmul.PHASES for c in CAPABILITIES]
 BUILDS += [(phase, c, False, True) for phase in matmul.PHASES for c in CAPABILITIES[1:]]
 BUILDS += [(phase, (9, 0), False, False) for phase in matmul.PHASES]
+# What `stellarator tune` says of tiles (rows, cols, depth, num_warps, num_stages, parts), sm_90.
+REFUSALS = {
+    (128, 256, 64, 8, 4, 1): r"spills \d+ bytes",
+    (128, 128, 64, 4, 8, 4): "takes 262144 bytes of shared memory, of 232448",
+    (96, 128, 64, 4, 3, 4): "does not compile: CompilationError",
+    (128, 256, 64, 8, 4, 8): None,
+}
 
 
 def describe(phase: str, capability: tuple[int, int], rest: bool, descriptors: bool) -> dict:
     """What the compiler makes of one build; for a process without the interpreter."""
-    names = ("mlp", "weight_gradient")
-    mlp, other = (importlib.import_module(f"stellarator_kernels.{name}") for name in names)
-    kernel = {
-        "up": mlp._up_kernel,
-        "down gradient": mlp._down_gradient_kernel,
-        "weight gradient": other._weight_gradient_kernel,
-    }[phase]
+    from stellarator_kernels import tuning_matmul
+
     tiles = matmul.tile_sizes(phase, torch.bfloat16, capability)
     if descriptors:
         tiles = matmul.Tiles(**(vars(tiles) | {"tma": 1, "persistent": 1}))
-    values = matmul.constants(torch.bfloat16, tiles.depth + 8 * rest, tiles)
-    launch = {name: values.pop(name) for name in ("num_warps", "num_stages")}
-    flags = ("HAS_BIAS", "TANH", "STORE_Y", "STORE_PRE")
-    values |= {name: True for name in flags if name in kernel.arg_names}
-    pointers = {n for n in kernel.arg_names if n.endswith("_ptr")}
-    types = {n: "i32" if rest else "i32:16" for n in kernel.arg_names if n not in values}
-    types |= {n: "*fp32" if n in ("dbias_ptr", "total_ptr") else "*bf16" for n in pointers}
-    built = compile_kernel(kernel, types, values, capability, **launch)
+    shape = tuning_matmul.Shape(8192 + 8 * rest, 3072 + 8 * rest, 12288 + 8 * rest)
+    built = tuning_matmul.compiled(phase, tiles, shape, capability)
     return {
         "spills": built.spill_bytes,
         "shared": built.shared_bytes,
@@ -84,7 +79,7 @@ def test_every_build(triton):
         text=True,
     )
     assert done.returncode == 0, done.stderr[-4000:]
-    version, found = json.loads(done.stdout)
+    version, found, refusals = json.loads(done.stdout)
     assert triton is None or version.startswith("3.6."), version
     for build, made in zip(BUILDS, found, strict=True):
         _, capability, _, descriptors = build
@@ -97,10 +92,21 @@ def test_every_build(triton):
             assert made["bulk"] > 0 and not made["copies"], (build, made)
         else:
             assert made["copies"] == [16], (build, made)
+    for expected, said in zip(REFUSALS.values(), refusals, strict=True):
+        assert said == expected or re.fullmatch(expected, said), (expected, said)
+
+
+def refused(tiles: tuple[int, ...]) -> str | None:
+    """Of the down gradient; for a process without the interpreter."""
+    from stellarator_kernels import tuning_matmul
+
+    shape = tuning_matmul.Shape(8192, 3072, 12288)
+    return tuning_matmul.refusal("down gradient", matmul.Tiles(*tiles), shape, (9, 0))
 
 
 if __name__ == "__main__":
     import triton
 
     torch.set_num_threads(1)
-    json.dump([triton.__version__, [describe(*build) for build in BUILDS]], sys.stdout)
+    made = [describe(*build) for build in BUILDS], [refused(tiles) for tiles in REFUSALS]
+    json.dump([triton.__version__, *made], sys.stdout)
