@@ -183,6 +183,20 @@ def test_a_folder_that_is_not_there(monkeypatch, folder):
         tuned.lookup("GPU One", "x")
 
 
+def test_rounding_is_right_and_one_wrong_tile_is_not():
+    """Late rows of attention are small beside the first ones; a wrong tile of them is seen."""
+    size = torch.arange(1, 4097).rsqrt()[None, :, None, None]
+    exact = torch.randn(1, 4096, 8, 64, generator=torch.Generator().manual_seed(1)) * size
+    rounded = exact.bfloat16()
+    assert tuning.rows_right((rounded,), (exact,))
+    wrong = rounded.clone()
+    wrong[:, 4032:4096, 3] = wrong[:, 3968:4032, 3]
+    assert (wrong.float() - exact).norm() < 0.06 * exact.norm()
+    assert not tuning.rows_right((rounded, wrong), (exact, exact))
+    wrong[:, 4032:4096, 3] = torch.nan
+    assert not tuning.rows_right((wrong,), (exact,))
+
+
 @INTERPRETED
 def test_the_race_keeps_the_fastest_that_is_right(monkeypatch, tmp_path):
     """Three candidates; one fails to launch, one is wrong, so the slowest of the rest stays out."""
