@@ -37,6 +37,8 @@ class Tiles:
     group: rows of tiles that are walked together.
     tma: 1 if operands are loaded by the GPU's copy engine, through descriptors (sm_90 and newer).
     persistent: 1 for one program per SM.
+    flatten: 1 to make its loop over tiles and the one over the inner width one loop, so that the
+        loads of the next tile lie under the epilogue; for persistent programs.
     """
 
     rows: int
@@ -48,6 +50,7 @@ class Tiles:
     group: int = 8
     tma: int = 0
     persistent: int = 0
+    flatten: int = 0
 
 
 # (rows, cols, depth, num_warps, num_stages, parts) by phase. Chosen by compiling: no spills, and
@@ -95,6 +98,7 @@ def constants(dtype: torch.dtype, K: int, tiles: Tiles) -> dict:
         "PARTS": tiles.parts,
         "GROUP": tiles.group,
         "TMA": bool(tiles.tma),
+        "FLATTEN": bool(tiles.flatten),
         "UPCAST": _triton.INTERPRETED and dtype != torch.float32,
         "num_warps": tiles.num_warps,
         "num_stages": tiles.num_stages,

@@ -78,14 +78,15 @@ def _up_kernel(
     x_stride_row, weight_stride_row, N, C_units, F_units,
     HAS_BIAS: tl.constexpr, TANH: tl.constexpr, STORE_Y: tl.constexpr, STORE_PRE: tl.constexpr,
     EVEN_K: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, DEPTH: tl.constexpr,
-    PARTS: tl.constexpr, GROUP: tl.constexpr, TMA: tl.constexpr, UPCAST: tl.constexpr,
+    PARTS: tl.constexpr, GROUP: tl.constexpr, TMA: tl.constexpr, FLATTEN: tl.constexpr,
+    UPCAST: tl.constexpr,
 ):  # fmt: skip
     """Tiles of pre = x @ weight^T + bias and of y = gelu(pre), both (N, F)."""
     C, F = C_units * 8, F_units * 8
     x = matrix(x_ptr, N, C, x_stride_row, ROWS, DEPTH, TMA)
     weight = matrix(weight_ptr, F, C, weight_stride_row, COLS, DEPTH, TMA)
     num_tiles = tl.cdiv(N, ROWS) * tl.cdiv(F, COLS)
-    for number in tl.range(tl.program_id(0), num_tiles, tl.num_programs(0)):
+    for number in tl.range(tl.program_id(0), num_tiles, tl.num_programs(0), flatten=FLATTEN):
         row, col = tile_at(number, N, F, ROWS, COLS, GROUP)
         pre = tile_product(
             x, weight, row, col, N, F, C, x_stride_row, weight_stride_row,
@@ -134,7 +135,8 @@ def _down_gradient_kernel(
     dout_stride_row, weight_stride_row, N, C_units, F_units,
     HAS_BIAS: tl.constexpr, TANH: tl.constexpr, STORE_Y: tl.constexpr,
     EVEN_K: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, DEPTH: tl.constexpr,
-    PARTS: tl.constexpr, GROUP: tl.constexpr, TMA: tl.constexpr, UPCAST: tl.constexpr,
+    PARTS: tl.constexpr, GROUP: tl.constexpr, TMA: tl.constexpr, FLATTEN: tl.constexpr,
+    UPCAST: tl.constexpr,
 ):  # fmt: skip
     """Tiles of dpre = (dout @ weight) * gelu'(pre) and of y = gelu(pre), and the sums of dpre.
 
@@ -144,7 +146,7 @@ def _down_gradient_kernel(
     dout = matrix(dout_ptr, N, C, dout_stride_row, ROWS, DEPTH, TMA)
     weight = matrix(weight_ptr, C, F, weight_stride_row, DEPTH, COLS, TMA)
     num_tiles = tl.cdiv(N, ROWS) * tl.cdiv(F, COLS)
-    for number in tl.range(tl.program_id(0), num_tiles, tl.num_programs(0)):
+    for number in tl.range(tl.program_id(0), num_tiles, tl.num_programs(0), flatten=FLATTEN):
         row, col = tile_at(number, N, F, ROWS, COLS, GROUP)
         dy = tile_product(
             dout, weight, row, col, N, F, C, dout_stride_row, weight_stride_row,

@@ -38,7 +38,8 @@ _NARROW = (
     (128, 128, 32, 8, 4), (128, 128, 32, 4, 4), (128, 256, 32, 8, 3), (256, 128, 32, 8, 3),
     (128, 128, 64, 8, 3), (128, 64, 32, 4, 4), (64, 128, 32, 4, 4),
 )  # fmt: skip
-_NAMES = ("rows", "cols", "depth", "num_warps", "num_stages", "parts", "tma", "persistent")
+_NAMES = ("rows", "cols", "depth", "num_warps", "num_stages", "parts")
+_LOADS = ("tma", "persistent", "flatten")
 _ops = torch.ops.stellarator
 
 
@@ -54,9 +55,12 @@ class Shape:
 def candidates(capability: tuple[int, int]) -> list[dict]:
     """Tiles of one kernel on a GPU, most promising first; `refusal` says which of them fit it."""
     wide = capability[0] in (9, 10, 11)
-    loads = [(1, 1), (1, 0), (0, 0)] if capability >= (9, 0) else [(0, 0), (0, 1)]
+    loads = [(0, 0, 0), (0, 1, 0)]
+    if capability >= (9, 0):
+        loads = [(1, 1, 0), (1, 1, 1), (1, 0, 0), (0, 0, 0)]
     grid = itertools.product(loads, _WIDE if wide else _NARROW, (2, 4, 8) if wide else (1, 2, 4))
-    return [dict(zip(_NAMES, (*t, n, *load), strict=True)) for load, t, n in grid]
+    names = _NAMES + _LOADS
+    return [dict(zip(names, (*t, n, *load), strict=True)) for load, t, n in grid]
 
 
 def compiled(

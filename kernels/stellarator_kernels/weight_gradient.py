@@ -44,14 +44,15 @@ def _add(
 def _weight_gradient_kernel(
     dy_ptr, x_ptr, total_ptr, dy_stride_row, x_stride_row, N, M_units, K_units,
     EVEN_K: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, DEPTH: tl.constexpr,
-    PARTS: tl.constexpr, GROUP: tl.constexpr, TMA: tl.constexpr, UPCAST: tl.constexpr,
+    PARTS: tl.constexpr, GROUP: tl.constexpr, TMA: tl.constexpr, FLATTEN: tl.constexpr,
+    UPCAST: tl.constexpr,
 ):  # fmt: skip
     """Tiles of total (M, K) fp32 += dy^T @ x; the inner width is N."""
     M, K = M_units * 8, K_units * 8
     dy = matrix(dy_ptr, N, M, dy_stride_row, DEPTH, ROWS, TMA)
     x = matrix(x_ptr, N, K, x_stride_row, DEPTH, COLS, TMA)
     num_tiles = tl.cdiv(M, ROWS) * tl.cdiv(K, COLS)
-    for number in tl.range(tl.program_id(0), num_tiles, tl.num_programs(0)):
+    for number in tl.range(tl.program_id(0), num_tiles, tl.num_programs(0), flatten=FLATTEN):
         row, col = tile_at(number, M, K, ROWS, COLS, GROUP)
         acc = tile_product(
             dy, x, row, col, M, K, N, dy_stride_row, x_stride_row,

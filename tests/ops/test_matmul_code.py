@@ -24,10 +24,12 @@ pytest.importorskip("triton")
 OLDEST = os.environ.get("STELLARATOR_TRITON_3_6")
 CAPABILITIES = ((8, 0), (9, 0), (10, 0))
 COPIES = re.compile(r"cp\.async\.c[ag]\S* [^;]*?0x(\w+)")
-# phase, capability, the inner width has a rest, descriptors and persistent
-BUILDS = [(phase, c, True, False) for phase in matmul.PHASES for c in CAPABILITIES]
-BUILDS += [(phase, c, False, True) for phase in matmul.PHASES for c in CAPABILITIES[1:]]
-BUILDS += [(phase, (9, 0), False, False) for phase in matmul.PHASES]
+PERSISTENT = {"tma": 1, "persistent": 1}
+# phase, capability, the inner width has a rest, what differs from the tiles without a table
+BUILDS = [(phase, c, True, {}) for phase in matmul.PHASES for c in CAPABILITIES]
+BUILDS += [(phase, c, False, PERSISTENT) for phase in matmul.PHASES for c in CAPABILITIES[1:]]
+BUILDS += [(phase, (9, 0), False, PERSISTENT | {"flatten": 1}) for phase in matmul.PHASES]
+BUILDS += [(phase, (9, 0), False, {}) for phase in matmul.PHASES]
 # What `stellarator tune` says of tiles (rows, cols, depth, num_warps, num_stages, parts), sm_90.
 REFUSALS = {
     (128, 256, 64, 8, 4, 1): r"spills \d+ bytes",
@@ -37,13 +39,12 @@ REFUSALS = {
 }
 
 
-def describe(phase: str, capability: tuple[int, int], rest: bool, descriptors: bool) -> dict:
+def describe(phase: str, capability: tuple[int, int], rest: bool, other: dict) -> dict:
     """What the compiler makes of one build; for a process without the interpreter."""
     from stellarator_kernels import tuning_matmul
 
     tiles = matmul.tile_sizes(phase, torch.bfloat16, capability)
-    if descriptors:
-        tiles = matmul.Tiles(**(vars(tiles) | {"tma": 1, "persistent": 1}))
+    tiles = matmul.Tiles(**(vars(tiles) | other))
     shape = tuning_matmul.Shape(8192 + 8 * rest, 3072 + 8 * rest, 12288 + 8 * rest)
     built = tuning_matmul.compiled(phase, tiles, shape, capability)
     return {
@@ -82,13 +83,13 @@ def test_every_build(triton):
     version, found, refusals = json.loads(done.stdout)
     assert triton is None or version.startswith("3.6."), version
     for build, made in zip(BUILDS, found, strict=True):
-        _, capability, _, descriptors = build
+        _, capability, _, other = build
         assert made["spills"] == 0, (build, made)
         # The tiles of sm_80 serve sm_86 too, which has less.
         limit = shared_memory_limit((8, 6) if capability == (8, 0) else capability)
         assert made["shared"] <= limit, (build, made)
         assert made[{8: "mma", 9: "wgmma", 10: "tcgen05"}[capability[0]]] > 0, (build, made)
-        if descriptors:
+        if other:
             assert made["bulk"] > 0 and not made["copies"], (build, made)
         else:
             assert made["copies"] == [16], (build, made)

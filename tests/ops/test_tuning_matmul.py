@@ -185,8 +185,10 @@ def test_candidates_are_what_the_kernels_take():
         found = [Tiles(**option) for option in tuning_matmul.candidates(capability)]
         assert len(found) == len(set(found)) >= 40
         tma = capability >= (9, 0)
-        loads = {(1, 1), (1, 0), (0, 0)} if tma else {(0, 0), (0, 1)}
-        assert {(t.tma, t.persistent) for t in found} == loads
+        loads = {(0, 0, 0), (0, 1, 0)}
+        if tma:
+            loads = {(1, 1, 0), (1, 1, 1), (1, 0, 0), (0, 0, 0)}
+        assert {(t.tma, t.persistent, t.flatten) for t in found} == loads
         for t in found:
             assert all(n & (n - 1) == 0 for n in (t.rows, t.cols, t.depth, t.num_warps, t.parts))
         # What runs without a table is raced, too.

@@ -32,6 +32,7 @@ DESIGNS = {
     "persistent": Tiles(32, 32, 16, 4, 1, 2, 8, 0, 1),
     "descriptors": Tiles(32, 16, 16, 4, 1, 1, 2, 1, 0),
     "descriptors_persistent": Tiles(16, 32, 16, 4, 1, 8, 2, 1, 1),
+    "flattened": Tiles(32, 16, 16, 4, 1, 1, 2, 1, 1, 1),
 }
 
 
