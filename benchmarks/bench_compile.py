@@ -114,7 +114,7 @@ def builds(capability: tuple[int, int]) -> Iterator[Build]:
     dropout = _module("dropout")
     yield Build("dropout", "", dropout._dropout_kernel, {"BLOCK": dropout._BLOCK}, {})
     yield from _embedding()
-    adamw, norm = _module("adamw"), _module("grad_norm")
+    adamw, norm = _module("adamw_kernels"), _module("grad_norm")
     yield from _adamw(adamw)
     values = {"BLOCK": norm._BLOCK, "BLOCKS": norm._BLOCKS_PER_PROGRAM}
     yield Build("grad_norm squares", "fp32", norm._squares_kernel, values, {})

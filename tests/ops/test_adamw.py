@@ -14,7 +14,7 @@ import grid
 import pytest
 import torch
 
-from stellarator_kernels import adamw, adamw_, cost, extension
+from stellarator_kernels import adamw_, adamw_kernels, cost, extension
 from stellarator_kernels.testing import assert_close_to_reference
 
 BETAS, EPS, LR = (0.9, 0.95), 1e-8, 1e-2
@@ -329,9 +329,9 @@ def test_triton_reads_the_factors_from_memory(lr, step):
     grad = gradients(1500, 1)[0]
     numbers, tensors = State(1500), State(1500)
     for state, arguments in ((numbers, (LR, 3.0)), (tensors, (lr(LR), step(3.0)))):
-        factors = adamw._factors(*arguments, *BETAS, 0.1)
+        factors = adamw_kernels.factors_of_step(*arguments, *BETAS, 0.1)
         assert len({type(x) for x in factors}) == 1
-        adamw._launch_triton(
+        adamw_kernels.launch_triton(
             state.param,
             state.weight,
             grad,
@@ -482,7 +482,7 @@ def test_cost():
 
 COMPILE = """
 import itertools
-from stellarator_kernels.adamw import _adamw_kernel, warps
+from stellarator_kernels.adamw_kernels import _adamw_kernel, warps
 from stellarator_kernels.testing import compile_kernel
 
 names = "weight exp_avg exp_avg_sq exp_avg_scale exp_avg_sq_scale clip factors".split()

@@ -24,7 +24,7 @@ import test_grad_norm
 import test_layer_norm
 import torch
 
-from stellarator_kernels import adamw, adamw_, extension, grad_norm
+from stellarator_kernels import adamw, adamw_, adamw_kernels, extension, grad_norm
 
 pytestmark = [
     pytest.mark.skipif(
@@ -243,9 +243,9 @@ def check_factors():
     grad = test_adamw.gradients(1500, 1)[0]
     numbers, tensors = test_adamw.State(1500), test_adamw.State(1500)
     for state, convert in ((numbers, float), (tensors, test_adamw.on_gpu)):
-        factors = adamw._factors(convert(1e-2), convert(3.0), 0.9, 0.95, 0.1)
+        factors = adamw_kernels.factors_of_step(convert(1e-2), convert(3.0), 0.9, 0.95, 0.1)
         states = (state.weight, grad, state.exp_avg, state.exp_avg_sq)
-        adamw._launch_cuda(state.param, *states, None, factors, 0.9, 0.95, 1e-8)
+        adamw_kernels.launch_cuda(state.param, *states, None, factors, 0.9, 0.95, 1e-8)
     assert same_bits(numbers.param, tensors.param)
     assert not same_bits(numbers.param, test_adamw.State(1500).param)
 
