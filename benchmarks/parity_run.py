@@ -27,7 +27,7 @@ from stellarator.config import RunConfig
 from stellarator.parallel.shard import FlatPart, shards_of
 from stellarator.train.loop import Trainer
 
-TIMEOUT_SECONDS = 120  # without any process being done with anything
+TIMEOUT_SECONDS = 240  # without any process being done with anything
 
 
 def _hash(tensor: torch.Tensor) -> str:
