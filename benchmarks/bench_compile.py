@@ -383,7 +383,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(given: argparse.Namespace) -> int:
-    """Compile, print the table; 1 if a kernel is not in the list above."""
+    """Compile, print the table; 1 if a kernel is not in the list above, or not compiled."""
     names = given.arch.split(",")
     one_of("--arch", names, ARCHITECTURES)
     # Read by Triton when it decorates a kernel, so before the kernels are imported.
@@ -405,17 +405,22 @@ def main(given: argparse.Namespace) -> int:
         for number, (name, build) in enumerate(todo):
             show(number / count, f"{build.kernel} {name}")
             write(compile_build(build, name, where))
+        failures = []
         for number, file in enumerate(files, start=len(todo)):
             show(number / count, file.name)
-            for point in compile_cuda(file, names, where):
-                if point["kernel"].startswith(given.kernel):
-                    write(point)
-    print(markdown(write.points))
+            try:
+                points = list(compile_cuda(file, names, where))
+            except (OSError, RuntimeError) as error:  # an nvcc that is older than a GPU
+                failures.append(f"NOT COMPILED: csrc/cuda/{file.name}: {error}")
+                continue
+            for point in (p for p in points if p["kernel"].startswith(given.kernel)):
+                write(point)
+    print(markdown(write.points), *failures, sep="\n")
     if not cuda_builds.NVCC:
         print("csrc/cuda: not compiled, as there is no nvcc (NVCC, or on PATH)")
     for name in missing:
         print(f"NOT COMPILED: {name} has no entry in benchmarks/bench_compile.py")
-    return 1 if missing else 0
+    return 1 if missing or failures else 0
 
 
 def markdown(points: list[dict]) -> str:

@@ -48,6 +48,7 @@ def _case(shape: Shape, variant: str, recompute: bool) -> Case:
         ),
         reference_bytes=8 * 2 * (6 * N * C + 4 * N * width + 2 * C * width),
         first_op="layer_norm",
+        second_op="mlp",
     )
 
 

@@ -51,5 +51,6 @@ def cases(shape: Shape, device: str) -> list[Case]:
             ),
             reference_bytes=5 * 8 * B * H * T * T,
             first_op="rope",
+            second_op="flash_attention",
         )
     ]

@@ -5,6 +5,7 @@ defines: ARCHITECTURES, NVCC, sources, kernels, compile_file
 
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import tempfile
@@ -12,11 +13,22 @@ from pathlib import Path
 
 CUDA = Path(__file__).resolve().parents[1] / "csrc" / "cuda"
 ARCHITECTURES = ("sm_80", "sm_90a", "sm_100")
-NVCC = os.environ.get("NVCC", shutil.which("nvcc") or "")  # empty: none
 _FLAGS = ["-std=c++17", "-O3", "-fmad=false", f"-I{CUDA}"]  # as setup.py's
 _DEFINED = re.compile(r"(\w+)_kernel\(")
 _ENTRY = re.compile(r"Compiling entry function '(\w+)' for '(\w+)'")
 _SPILLS = re.compile(r"(\d+) bytes spill")
+
+
+def _find_nvcc() -> list[str]:
+    """As setup.py finds it: a command, empty if there is none."""
+    if "NVCC" in os.environ:
+        return shlex.split(os.environ["NVCC"])
+    home = os.environ.get("CUDA_HOME")
+    folders = [str(Path(home, "bin")), None] if home else [None]
+    return [path for f in folders if (path := shutil.which("nvcc", path=f))][:1]
+
+
+NVCC = _find_nvcc()
 
 
 def sources() -> list[Path]:
@@ -33,14 +45,18 @@ def compile_file(source: Path, architectures: tuple[str, ...] = ARCHITECTURES) -
     """[{kernel, case, arch, registers, spill_bytes, shared_bytes, ptx}] of each kernel of a file.
 
     The case holds the arguments of a template, as they are mangled: f is float, t bfloat16.
+
+    Raises:
+        OSError, RuntimeError: nvcc cannot be run, or does not know an architecture.
     """
     targets = [f"-gencode=arch={a.replace('sm', 'compute')},code={a}" for a in architectures]
     with tempfile.TemporaryDirectory() as folder:
         keep = ["--keep", "--keep-dir", folder, "-o", f"{folder}/out.fatbin"]
-        command = [NVCC, *_FLAGS, *targets, "-Xptxas=-v", *keep, "-fatbin", str(source)]
+        command = [*NVCC, *_FLAGS, *targets, "-Xptxas=-v", *keep, "-fatbin", str(source)]
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode:
-            raise RuntimeError(f"{source.name} does not compile: {done.stderr.strip()[:500]}")
+            said = done.stderr.strip()[:500] or f"exit code {done.returncode}"
+            raise RuntimeError(f"{' '.join(NVCC)} does not compile it: {said}")
         texts = {a: _ptx(Path(folder), source.stem, a) for a in architectures}
     # [what precedes, name, architecture, its lines, name, ...]
     pieces = _ENTRY.split(done.stdout + done.stderr)[1:]

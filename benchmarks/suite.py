@@ -219,12 +219,12 @@ def _impls(plan: Plan, case: Case, tensor: torch.Tensor, outcome: Outcome) -> li
 
     Few ops have CUDA kernels: beside other implementations it is not noted that one has none.
     """
-    op, found = case.first_op or case.op, []
+    ops, found = [op for op in (case.first_op or case.op, case.second_op) if op], []
     for asked in plan.impls:
-        if asked == "cuda" and len(plan.impls) > 1 and not dispatch.has(op, asked):
+        if asked == "cuda" and len(plan.impls) > 1 and not all(dispatch.has(o, asked) for o in ops):
             continue
         try:
-            found.append(dispatch.choose(op, asked, tensor))
+            found.append([dispatch.choose(op, asked, tensor) for op in ops][0])
         except RuntimeError as error:
             outcome.notes.append(str(error))
     return list(dict.fromkeys(found))

@@ -1,6 +1,6 @@
-// A block adds the rows of kRowsOfChunk ascending ids, in some columns: whatever the ids, each block
-// reads as many rows. The sum of an id that begins and ends in the chunk is written; one that comes
-// from the chunk before, or goes on in the next, is a part, and a second kernel adds those in order.
+// A block adds the rows of kRowsOfChunk ascending ids, in some columns: each reads as many rows,
+// whatever the ids. The sum of an id that begins and ends in the chunk is written; that of one that
+// comes from the chunk before, or goes on in the next, is a part. A second kernel adds these.
 #include "embedding.h"
 
 #include "bfloat16.h"
@@ -123,18 +123,27 @@ template <typename Sum>
 __global__ void __launch_bounds__(kPartsThreads)
     embedding_parts_kernel(const EmbeddingBackward u, int tiles) {
     const int64_t chunk = blockIdx.x / tiles, begin = chunk * kRowsOfChunk;
-    int64_t end = begin + kRowsOfChunk;
+    const int64_t end = begin + kRowsOfChunk;
     const int c = static_cast<int>(blockIdx.x % tiles) * kPartsThreads + threadIdx.x;
     if (end >= u.N || c >= u.C) return;
     const int64_t id = u.ids[end - 1];
     const bool began_before = begin > 0 && u.ids[begin - 1] == id;
     if (u.ids[end] != id || began_before) return;
     const float* part = u.parts + 2 * chunk * u.C + c;
-    float sum = part[u.C];
-    for (; end < u.N && u.ids[end] == id; end += kRowsOfChunk) {
-        part += 2 * u.C;
-        sum += *part;
+    // How many of the chunks from `end` on begin with the id: ids ascend, so half of them is left
+    // with each look. A whole text may be one id (padding, or those that another rank holds).
+    int64_t more = 0, most = (u.N - end + kRowsOfChunk - 1) / kRowsOfChunk;
+    while (more < most) {
+        const int64_t middle = (more + most) / 2;
+        if (u.ids[end + middle * kRowsOfChunk] == id) {
+            more = middle + 1;
+        } else {
+            most = middle;
+        }
     }
+    float sum = part[u.C];
+#pragma unroll 8
+    for (int64_t i = 1; i <= more; ++i) sum += part[2 * u.C * i];
     Sum* const target = static_cast<Sum*>(u.sums) + id * u.C + c;
     *target = narrow<Sum>(sum + (u.add ? widen(*target) : 0.0f));
 }

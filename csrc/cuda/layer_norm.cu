@@ -41,7 +41,8 @@ struct Piece {
         if (kInWord == 1) {
             word(k) = bits;
         } else {
-            word(k) = k % 2 == 0 ? (word(k) & 0xffff0000u) | bits : (word(k) & 0xffffu) | bits << 16;
+            const uint32_t other = word(k) & (k % 2 == 0 ? 0xffff0000u : 0xffffu);
+            word(k) = other | bits << (k % 2 == 0 ? 0 : 16);
         }
     }
     __device__ void set(int k, float value) {

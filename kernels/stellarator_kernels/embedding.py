@@ -216,6 +216,9 @@ def add_embedding_gradient(
     op = "add_embedding_gradient"
     dtype = reference.compute_dtype(dy)
     expect_dtype(op, "total", total, (dtype,), f"Accumulate in {dtype}")
+    expect_dtype(op, "ids", ids, (torch.int64,), "Pass ids.long()")
+    expect(ids.dim() == 1, op, "ids (N,)", tuple(ids.shape), "Flatten the tokens")
+    expect_same_device(op, total=total, dy=dy, ids=ids)
     expect_shape(op, "dy", dy, "(N, C)", (len(ids), total.shape[1]), "Flatten the tokens")
     expect(total.is_contiguous(), op, "contiguous total", total.stride(), "Pass the whole buffer")
     if (chosen := choose(_OP, impl, dy)) in _ADD:

@@ -17,8 +17,8 @@ The mask is made from keys of rows and columns (random.py), in the backward agai
 The Triton kernels are in norm_kernels.py: a program holds a row in registers. Rows wider than 8192
 are refused (registers of the backward, stack of the C++).
 
-In CUDA C++ (csrc/cuda/layer_norm.cu, `impl="cuda"`) a block holds a row in registers, and of 16-bit
-rows the next one is under way while the sums of this one are made.
+In CUDA C++ (csrc/cuda/layer_norm.cu, `impl="cuda"`) a block holds a row of at most 6144, and of
+16-bit rows the next one is under way while the sums of this one are made.
 
 The C++ kernel reads a row from memory once and keeps it in fp32 in the nearest cache; its partial
 sums are those of blocks of 64 rows or more, whatever the number of threads.

@@ -69,6 +69,7 @@ def test_cuda_is_raced_where_an_op_has_it():
     for op, impls, noted in (
         ("grad_norm", ("cuda", "torch"), "grad_norm: impl='cuda' cannot run: "),
         ("rope", ("cuda", "torch"), None),
+        ("layer_norm_mlp", ("cuda", "torch"), None),  # of its two ops one has it
         ("rope", ("cuda",), "there is no cuda implementation of rope"),
     ):
         points, outcome = run(dataclasses.replace(PLAN, ops=(op,), impls=impls))

@@ -43,7 +43,11 @@ CPU_CASES = [
 BUILT = pytest.mark.skipif(
     extension.failure("_cuda") is not None, reason=f"no nvcc: {extension.failure('_cuda')}"
 )
-CUDA = [pytest.param("cuda", marks=[pytest.mark.gpu, BUILT])] if NATIVE else []
+ON_GPU = [pytest.mark.gpu, BUILT]
+CUDA = [pytest.param("cuda", marks=ON_GPU)] if NATIVE else []
+CUDA_CASES = [
+    pytest.param("cuda", dtype, marks=ON_GPU) for dtype in (torch.bfloat16, torch.float32) if NATIVE
+]
 
 IMPLS = ["torch", "reference", pytest.param("triton", marks=TRITON)]
 KERNELS = [IMPLS[0], IMPLS[2]]  # without the plain formulas

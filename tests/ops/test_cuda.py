@@ -24,7 +24,15 @@ import test_grad_norm
 import test_layer_norm
 import torch
 
-from stellarator_kernels import adamw, adamw_, adamw_kernels, extension, grad_norm
+from stellarator_kernels import (
+    adamw,
+    adamw_,
+    adamw_kernels,
+    dispatch,
+    extension,
+    grad_norm,
+    layer_norm,
+)
 
 pytestmark = [
     pytest.mark.skipif(
@@ -73,6 +81,11 @@ PLANTED = {
     ),
     "rows behind the last": ("layer_norm.cu", "row + gridDim.x < u.N", "true"),
     "rows not aligned": ("layer_norm.cu", "stride * bytes % 16 == 0", "true"),
+    "weights not aligned": ("layer_norm.cu", "aligned(u.weight, u.C, sizeof(Element))", "true"),
+    "sums of one row over those of another": ("layer_norm.cu", "turn ^= 1", "turn = 0"),
+    "second sums over the first": (
+        "layer_norm.cu", "block_sums(sums, warps[1])", "block_sums(sums, warps[0])",
+    ),
     "mean left": ("layer_norm.cu", "g - mean_g", "g"),
     "dbias of the last row": (
         "layer_norm.cu", "dbias[k] += own.dy[k]", "dbias[k] = own.dy[k]",
@@ -84,7 +97,10 @@ PLANTED = {
     "a chunk that is no beginning": (
         "embedding.cu", "began_before ? parts : parts + C", "parts + C",
     ),
-    "the parts of the next id, too": ("embedding.cu", "end < u.N && u.ids[end] == id", "end < u.N"),
+    "the parts of the next id, too": (
+        "embedding.cu", "u.ids[end + middle * kRowsOfChunk] == id", "true",
+    ),
+    "sums not aligned": ("embedding.cu", "whole(u.sums, u.C, sizeof(Sum))", "true"),
     "ids behind the last": ("embedding.cu", "place >= 0 && place < u.N", "place >= 0"),
     "a last row left": ("embedding.cu", "i + a >= count", "i + a >= count - 1"),
     "gradients not aligned": (
@@ -170,6 +186,7 @@ CASES = [
         for layout in test_layer_norm.LAYOUTS
     ),
     (test_layer_norm.test_no_rows,),
+    (test_layer_norm.test_the_same_to_the_bit_on_every_run,),
     (test_layer_norm.test_sums_over_many_rows_keep_their_digits,),
     *(
         (test_embedding.check_sums, tuple(counts), C, dtype)
@@ -177,6 +194,7 @@ CASES = [
         for C, dtype in ((5, FP32), (1032, FP32), (12, BF16), (1032, BF16))
     ),
     (test_embedding.check_sums, (40, 3), 16, BF16, 1),
+    (test_embedding.check_sums, (40, 3), 16, BF16, 8, 1),
     (test_embedding.test_learned_positions_and_both_gradients, FP32),
     (test_embedding.test_no_ids_a_frozen_weight_and_the_added_gradient,),
     (test_embedding.test_many_gradients_of_one_id_are_not_lost,),
@@ -354,10 +372,39 @@ def check_all_of_grad_norm(module):
     check_grad_norm(module, FP32, (7, SQUARES + 13))
 
 
+def check_alignment_of_layer_norm():
+    """Whether parameters and rows are aligned changes no bit."""
+    for N, C, dtype in ((60, 40, BF16), (5, 1024, FP32)):
+        x, residual, dy = (torch.randn(N, C).to(dtype) for _ in range(3))
+        weight, bias = (torch.randn(C).to(dtype) for _ in range(2))
+        found = []
+        for offsets in ((0, 0, 0), (1, 0, 0), (0, 3, 0), (0, 0, 1)):
+            flat = zip((weight, bias, x.flatten()), offsets, strict=True)
+            given = [inside(t, o)[1] for t, o in flat]
+            given[2] = given[2].view(N, C)
+            leaves = [t.detach().requires_grad_() for t in given]
+            y, summed = layer_norm(leaves[2], *leaves[:2], residual=residual, impl="cuda")
+            found.append([y, *torch.autograd.grad((y, summed), leaves, (dy, dy))])
+        assert all(same_bits(a, b) for other in found for a, b in zip(found[0], other, strict=True))
+
+
+def test_alignment_changes_no_bit_of_layer_norm(emulated):
+    check_alignment_of_layer_norm()
+
+
+def test_the_widest_row_is_that_of_the_choice(emulated):
+    widest = emulated.widest_row
+    assert dispatch._MAX_WIDTHS["cuda"] == widest
+    given = dispatch.facts("layer_norm", torch.ones(2, widest + 1))
+    assert dict(given.limits)["cuda"].endswith(f"at most {widest} elements, not {widest + 1}")
+    assert dispatch.facts("layer_norm", torch.ones(2, widest)).limits == ()
+
+
 def check_all_of_layer_norm(module):
     check_pages_of_layer_norm(module)
+    check_alignment_of_layer_norm()
     for dtype in (FP32, BF16):
-        for N, C in ((7, 13), (60, 40), (9, 384)):  # more rows than blocks, too
+        for N, C in ((7, 13), (60, 40), (20, 1024)):  # two have more rows than blocks
             test_layer_norm.compare("cuda", dtype, N, C)
     test_layer_norm.test_strided_transposed_and_other_ranks(
         "cuda", "columns_of_a_wider_tensor", True
@@ -387,6 +434,7 @@ def check_all_of_embedding(module):
         for C, dtype in ((5, FP32), (12, BF16), (1032, BF16)):
             test_embedding.check_sums("cuda", counts, C, dtype)
         test_embedding.check_sums("cuda", counts, 16, BF16, gap=1)
+        test_embedding.check_sums("cuda", counts, 16, FP32, offset=1)
 
 
 CHECKS = {

@@ -38,8 +38,9 @@ def test_every_kernel_is_compiled_for_every_gpu(points):
 def test_no_spills_and_registers_fit(points):
     for p in points:
         assert p["spill_bytes"] == 0, p
-        # Two blocks at least on each multiprocessor, of the total one.
-        blocks = 1 if THREADS[p["kernel"]] > 256 else 4
+        # Several blocks on each multiprocessor, but of the largest.
+        blocks = {768: 2 if p["kernel"] == "layer_norm_forward" else 1, 1024: 1}
+        blocks = blocks.get(THREADS[p["kernel"]], 4)
         assert 0 < p["registers"] * THREADS[p["kernel"]] * blocks <= 65536, p
 
 

@@ -115,7 +115,7 @@ def test_the_interpreter_runs_only_when_asked_for():
         assert "-> rope: triton" in describe("rope", given, impl="triton")
 
 
-@pytest.mark.parametrize("op", ["adamw_", "grad_norm"])
+@pytest.mark.parametrize("op", ["adamw_", "grad_norm", "layer_norm", "embedding"])
 def test_cuda_runs_only_when_asked_for(op):
     """Until it has been measured; even where Triton is missing."""
     for no_triton, chosen in ((None, "triton"), (BROKEN, "torch")):
@@ -130,8 +130,12 @@ def test_cuda_runs_only_when_asked_for(op):
     with pytest.raises(RuntimeError, match="impl='cuda' cannot run: "):
         if op == "adamw_":
             stellarator_kernels.adamw_(flat, flat, flat, flat, **factors, impl="cuda")
-        else:
+        elif op == "grad_norm":
             stellarator_kernels.grad_norm(flat, impl="cuda")
+        elif op == "layer_norm":
+            stellarator_kernels.layer_norm(*flat, *flat, None, impl="cuda")
+        else:
+            stellarator_kernels.embedding(torch.tensor([0]), flat[0][None], impl="cuda")
 
 
 def test_cuda_has_no_narrow_states():

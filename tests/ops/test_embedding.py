@@ -1,5 +1,6 @@
 """embedding against plain indexing and a loop over ids in float64. Where Triton runs: grid.py."""
 
+import grid
 import pytest
 import torch
 from grid import TRITON
@@ -13,7 +14,7 @@ from stellarator_kernels.embedding import (
 from stellarator_kernels.testing import poison_empty
 
 IMPLS = ["torch", "reference"]
-ALL = [*IMPLS, pytest.param("triton", marks=TRITON)]
+ALL = [*IMPLS, pytest.param("triton", marks=TRITON), *grid.CUDA]
 # Rows of one id: more and fewer than a program adds, several long ones side by side, none.
 COUNTS = {
     "one": [1],
@@ -57,8 +58,11 @@ def exact_sums(ids, dy, V):
     return sums
 
 
-def check_sums(impl, counts, C, dtype, gap=8):
-    """Written and added to, the same twice, of rows with so many elements between them."""
+def check_sums(impl, counts, C, dtype, gap=8, offset=0):
+    """Written and added to, the same twice.
+
+    gap: elements between rows of dy. offset: of what is added to, in a flat buffer.
+    """
     g = torch.Generator().manual_seed(3)
     V = len(counts)
     ids = torch.arange(V, device="cpu").repeat_interleave(torch.tensor(counts, device="cpu"))
@@ -68,7 +72,7 @@ def check_sums(impl, counts, C, dtype, gap=8):
     ids, dy = (t.to(torch.get_default_device()) for t in (ids, dy))
     with poison_empty():
         found = [_embedding_backward(dy[:, :C], ids, V, impl) for _ in range(2)]
-        total = torch.ones(V, C)
+        total = torch.ones(V * C + 4)[offset : V * C + offset].view(V, C)
         add_embedding_gradient(total, dy[:, :C], ids, impl=impl)
     assert torch.equal(*found) and found[0].dtype == dtype
     scale = torch.finfo(dtype).eps * exact.abs() + 1e-6 * len(ids) ** 0.5
@@ -85,9 +89,17 @@ def test_triton_sums_of_short_and_long_runs(counts, C, dtype):
     check_sums("triton", COUNTS[counts], C, dtype)
 
 
+@pytest.mark.parametrize(("impl", "dtype"), grid.CUDA_CASES)
+@pytest.mark.parametrize("C", [5, 1032])
+@pytest.mark.parametrize("counts", COUNTS)
+def test_cuda_sums_of_short_and_long_runs(counts, C, impl, dtype):
+    check_sums(impl, COUNTS[counts], C, dtype)
+
+
 @pytest.mark.parametrize("impl", ALL)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
 def test_learned_positions_and_both_gradients(impl, dtype):
+    dtype = torch.bfloat16 if (impl, dtype) == ("cuda", torch.float16) else dtype
     N, V, P, C = 120, 9, 40, 1030
     g = torch.Generator(torch.get_default_device()).manual_seed(5)
     ids, positions = torch.randint(V, (3, 40), generator=g), torch.arange(40).repeat(3, 1)
@@ -119,6 +131,13 @@ def test_no_ids_a_frozen_weight_and_the_added_gradient(impl):
     assert total[:, 0].tolist() == [0.5, 2.5, 0.5, 1.5]
     with pytest.raises(ValueError, match="add_embedding_gradient: expected total with dtype in"):
         add_embedding_gradient(total.double(), torch.ones(3, 6), ids, impl=impl)
+    for wrong, message in (
+        (ids.int(), "expected ids with dtype in"),
+        (ids[None], r"expected ids \(N,\), got \(1, 3\)"),
+        (ids.to("meta"), "expected all tensors on one device"),
+    ):
+        with pytest.raises(ValueError, match=f"^add_embedding_gradient: {message}"):
+            add_embedding_gradient(total, torch.ones(3, 6), wrong, impl=impl)
 
 
 @pytest.mark.parametrize("impl", ["torch", pytest.param("triton", marks=TRITON)])

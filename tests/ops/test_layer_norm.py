@@ -15,7 +15,8 @@ from stellarator_kernels.layer_norm import _layer_norm_backward, _layer_norm_for
 from stellarator_kernels.norm_kernels import num_partials, tiles
 from stellarator_kernels.testing import assert_close_to_reference, poison_empty
 
-IMPLS, KERNELS = [grid.CPU, *grid.IMPLS], [grid.CPU, *grid.KERNELS]
+IMPLS = [grid.CPU, *grid.IMPLS, *grid.CUDA]
+KERNELS = [grid.CPU, *grid.KERNELS, *grid.CUDA]
 SHAPES = {
     "one_value": (1, 1),
     "odd": (7, 13),
@@ -92,7 +93,9 @@ def compare(impl, dtype, N, C, *, residual=True, bias=True, with_dy=True, with_d
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize(("impl", "dtype"), [("torch", torch.float16), *CASES, *CPU_CASES])
+@pytest.mark.parametrize(
+    ("impl", "dtype"), [("torch", torch.float16), *CASES, *CPU_CASES, *grid.CUDA_CASES]
+)
 def test_results_and_every_gradient(impl, dtype, shape):
     compare(impl, dtype, *SHAPES[shape])
 

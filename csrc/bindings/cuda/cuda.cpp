@@ -108,6 +108,7 @@ PYBIND11_MODULE(_cuda, m) {
     m.doc() = "CUDA kernels; addresses, sizes and a stream only.";
     m.attr("squares_per_sum") = stellarator::kSquaresPerSum;
     m.attr("rows_of_chunk") = stellarator::kRowsOfChunk;
+    m.attr("widest_row") = stellarator::kWidestRow;
     const py::call_guard<py::gil_scoped_release> without_gil;
     m.def("adamw", &adamw, without_gil, py::kw_only(), py::arg("weight"), py::arg("rounded"),
           py::arg("grad"), py::arg("grad_is_bfloat16"), py::arg("exp_avg"), py::arg("exp_avg_sq"),
@@ -126,11 +127,12 @@ PYBIND11_MODULE(_cuda, m) {
     m.def("layer_norm_blocks", &stellarator::layer_norm_blocks, py::arg("N"), py::arg("C"),
           py::arg("multiprocessors"));
     m.def("layer_norm_forward", &layer_norm_forward, without_gil, py::kw_only(),
-          py::arg("is_bfloat16"), py::arg("N"), py::arg("C"), py::arg("eps"), py::arg("x"), py::arg("residual"),
-          py::arg("weight"), py::arg("bias"), py::arg("y"), py::arg("summed"), py::arg("mean"),
-          py::arg("rstd"), py::arg("stream"));
+          py::arg("is_bfloat16"), py::arg("N"), py::arg("C"), py::arg("eps"), py::arg("x"),
+          py::arg("residual"), py::arg("weight"), py::arg("bias"), py::arg("y"),
+          py::arg("summed"), py::arg("mean"), py::arg("rstd"), py::arg("stream"));
     m.def("layer_norm_backward", &layer_norm_backward, without_gil, py::kw_only(),
-          py::arg("is_bfloat16"), py::arg("N"), py::arg("C"), py::arg("blocks"), py::arg("dy"), py::arg("dsummed"),
-          py::arg("summed"), py::arg("weight"), py::arg("mean"), py::arg("rstd"), py::arg("dx"),
-          py::arg("dweight"), py::arg("dbias"), py::arg("partials"), py::arg("stream"));
+          py::arg("is_bfloat16"), py::arg("N"), py::arg("C"), py::arg("blocks"), py::arg("dy"),
+          py::arg("dsummed"), py::arg("summed"), py::arg("weight"), py::arg("mean"),
+          py::arg("rstd"), py::arg("dx"), py::arg("dweight"), py::arg("dbias"),
+          py::arg("partials"), py::arg("stream"));
 }

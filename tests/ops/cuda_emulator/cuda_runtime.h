@@ -2,10 +2,11 @@
 // they are, launches included. For tests only.
 //
 // The threads of a block are fibers of one thread of the machine: each runs until it comes to a
-// barrier (__syncthreads, or a shuffle: one of its warp) or ends, then the next. Blocks run one
-// after the other. Threads and blocks go forwards in one launch and backwards in the next, so what
-// depends on an order shows. What is __shared__ is NaN before every block. Barriers that not all
-// threads reach, and warps whose threads shuffle in different places, end the process.
+// barrier (__syncthreads, or a shuffle: one of its warp) or ends, then the next of its warp. A warp
+// runs until it can only wait for the block, then the next. Blocks run one after the other. Threads
+// and blocks go forwards in some launches, backwards in others, so what depends on an order shows.
+// What is __shared__ is NaN before every block. Barriers that not all threads reach, and warps
+// whose threads shuffle in different places, end the process.
 #pragma once
 
 #include <ucontext.h>
@@ -89,9 +90,21 @@ inline bool release(unsigned begin, unsigned end, Wait what) {
     return true;
 }
 
+// Those of fibers [begin, end) that wait for nothing, until they do.
+inline void run_lanes(unsigned begin, unsigned end, bool forwards) {
+    for (unsigned k = begin; k < end; ++k) {
+        const unsigned i = forwards ? k : end - 1 - (k - begin);
+        if (fibers[i].wait != Wait::nothing) continue;
+        current = &fibers[i];
+        threadIdx = dim3(i, 0, 0);
+        swapcontext(&scheduler, &current->context);
+    }
+}
+
 inline void run_block(unsigned threads, bool forwards) {
     if (__start_emulated_shared != nullptr) {
-        std::memset(__start_emulated_shared, 0xff, __stop_emulated_shared - __start_emulated_shared);
+        const size_t bytes = __stop_emulated_shared - __start_emulated_shared;
+        std::memset(__start_emulated_shared, 0xff, bytes);
     }
     if (fibers.size() < threads) fibers = std::vector<Fiber>(threads);
     for (unsigned i = 0; i < threads; ++i) {
@@ -103,23 +116,19 @@ inline void run_block(unsigned threads, bool forwards) {
         fiber.context.uc_link = nullptr;
         makecontext(&fiber.context, run_fiber, 0);
     }
+    const unsigned warps = (threads + kWarp - 1) / kWarp;
     for (;;) {
         unsigned ended = 0;
-        for (unsigned k = 0; k < threads; ++k) {
-            const unsigned i = forwards ? k : threads - 1 - k;
-            if (fibers[i].wait == Wait::nothing) {
-                current = &fibers[i];
-                threadIdx = dim3(i, 0, 0);
-                swapcontext(&scheduler, &current->context);
-            }
-            ended += fibers[i].wait == Wait::end;
+        for (unsigned k = 0; k < warps; ++k) {
+            const unsigned begin = (forwards ? k : warps - 1 - k) * kWarp;
+            const unsigned end = begin + kWarp < threads ? begin + kWarp : threads;
+            do {
+                run_lanes(begin, end, forwards);
+            } while (release(begin, end, Wait::warp));
+            for (unsigned i = begin; i < end; ++i) ended += fibers[i].wait == Wait::end;
         }
         if (ended == threads) return;
-        bool goes_on = release(0, threads, Wait::block);
-        for (unsigned i = 0; i < threads; i += kWarp) {
-            goes_on |= release(i, i + kWarp < threads ? i + kWarp : threads, Wait::warp);
-        }
-        if (!goes_on) stop("a barrier that not all threads reach");
+        if (!release(0, threads, Wait::block)) stop("a barrier that not all threads reach");
     }
 }
 
@@ -190,7 +199,9 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(
     const std::function<void()> call = [&] { kernel(static_cast<Parameters>(arguments)...); };
     emulator::body = &call;
     gridDim = config->gridDim, blockDim = config->blockDim;
-    const bool forwards = emulator::launches++ % 2 == 0;
+    // Two launches after two others go the other way.
+    const int number = emulator::launches++;
+    const bool forwards = ((number ^ number >> 1) & 1) == 0;
     for (unsigned k = 0; k < blocks; ++k) {
         blockIdx = dim3(forwards ? k : blocks - 1 - k, 0, 0);
         emulator::run_block(threads, forwards);
