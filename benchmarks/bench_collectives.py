@@ -174,6 +174,8 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 def main(given: argparse.Namespace) -> int:
     """Check, time, print; 1 if a collective gives something else than it should."""
     device, sizes = given.device, SMALL if given.small else SIZES
+    if device == "cuda" and not torch.cuda.is_available():
+        raise UsageError("--device cuda: expected a GPU, got none.")
     n = given.ranks or (torch.cuda.device_count() if device == "cuda" else 2)
     if n < 2:
         raise UsageError(f"--ranks: expected at least 2, with a GPU each on cuda, got {n}.")

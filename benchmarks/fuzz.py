@@ -325,21 +325,20 @@ def fuzz(
 def main(given: argparse.Namespace) -> int:
     """Fuzz for so long; 1 if something was found."""
     seed = given.seed if given.seed is not None else int(time.time()) % 1_000_000
-    print(f"seed {seed}, at most {given.processes} processes, float64", flush=True)
+    processes = given.processes or 8
+    print(f"seed {seed}, at most {processes} processes, float64", flush=True)
     numbers = itertools.count() if given.trial is None else [given.trial]
     started, wrong, kinds, number = time.monotonic(), 0, Counter(), 0
     with tempfile.TemporaryDirectory() as name, Progress("fuzz") as show:
         corpora(Path(name))
-        for number, result in enumerate(
-            fuzz(Path(name), seed, given.processes, numbers, given.fuzz), 1
-        ):
+        for number, result in enumerate(fuzz(Path(name), seed, processes, numbers, given.fuzz), 1):
             spent = time.monotonic() - started
             kinds[layout_name(result.trial)] += 1
             show(min(1.0, spent / given.fuzz), f"{number} trials, {wrong} wrong")
             if given.trial is None and result.right:
                 continue
             wrong += not result.right
-            print(described(result, seed, given.processes), flush=True)
+            print(described(result, seed, processes), flush=True)
     print(
         f"{number - wrong} of {number} random runs train the same model and as many broken layouts "
         f"are refused, {len(kinds)} layouts, in {time.monotonic() - started:.0f} s, seed {seed}"

@@ -1,6 +1,6 @@
 """Peak memory of a call, and of a process of its own.
 
-defines: peak_of_call, peak_memory_of
+defines: peak_of_call, peak_memory_of, interrupts_held
 
 On a GPU: what torch's allocator held at most during the call, less what it held before.
 
@@ -14,11 +14,13 @@ so that code that is loaded and caches that are filled once are not in it. Where
 /proc/self/clear_refs cannot be written nothing is measured: None.
 """
 
+import contextlib
 import ctypes
 import gc
 import multiprocessing
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from multiprocessing import resource_tracker
 
 import torch
 
@@ -73,6 +75,20 @@ def _measure(make: Callable, arguments: tuple, pipe) -> None:
     pipe.send(_resident_bytes("VmHWM") - before)
 
 
+@contextlib.contextmanager
+def interrupts_held() -> Iterator[None]:
+    """Within this block Ctrl-C waits; what is started there inherits that and never hears of it.
+
+    So Ctrl-C is for this process alone, which has to end what it has started.
+    """
+    resource_tracker.ensure_running()  # or the first start begins it, and lets interrupts through
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+
+
 def peak_memory_of(make: Callable, *arguments) -> int:
     """Peak memory in bytes of building something and calling it twice, in a process of its own.
 
@@ -82,12 +98,8 @@ def peak_memory_of(make: Callable, *arguments) -> int:
     context = multiprocessing.get_context("spawn")
     here, there = context.Pipe(duplex=False)
     process = context.Process(target=_measure, args=(make, arguments, there))
-    # The child inherits the mask: Ctrl-C is for this process, which ends the child.
-    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-    try:
+    with interrupts_held():
         process.start()
-    finally:
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
     there.close()
     try:
         return here.recv()

@@ -247,7 +247,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--fuzz", type=positive, metavar="SECONDS", help=text)
     parser.add_argument("--seed", type=int, help="of --fuzz; it is printed")
     parser.add_argument("--trial", type=int, help="only this one of --fuzz")
-    parser.add_argument("--processes", type=count, default=8, help="of --fuzz, at most")
+    parser.add_argument("--processes", type=count, help="of --fuzz, at most (8)")
 
 
 @dataclass(frozen=True)
@@ -314,8 +314,10 @@ def main(given: argparse.Namespace) -> int:
         from benchmarks import fuzz  # which uses what is here
 
         return fuzz.main(given)
-    if given.trial is not None or given.seed is not None:
-        raise UsageError("--trial, --seed: expected with --fuzz SECONDS, got them alone. Add it.")
+    alone = [name for name in ("trial", "seed", "processes") if getattr(given, name) is not None]
+    if alone:
+        words = ", ".join(f"--{name}" for name in alone)
+        raise UsageError(f"{words}: expected with --fuzz SECONDS, got it without. Add it.")
     precisions = given.precision.split(",")
     one_of("--precision", precisions, LIMITS)
     words = given.layout.split()

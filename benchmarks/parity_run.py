@@ -22,6 +22,7 @@ from pathlib import Path
 
 import torch
 
+from benchmarks.memory import interrupts_held
 from stellarator import settings
 from stellarator.config import RunConfig
 from stellarator.parallel.shard import FlatPart, shards_of
@@ -110,7 +111,8 @@ class Pool:
         for _ in range(processes):
             here, there = context.Pipe()
             process = context.Process(target=_work, args=(there,), daemon=True)
-            process.start()
+            with interrupts_held():
+                process.start()
             there.close()  # so that the end of the process is the end of the pipe
             self._processes.append(process)
             self._pipes.append(here)

@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing
 
+from benchmarks.memory import interrupts_held
 from benchmarks.usage import UsageError
 
 TIMEOUT_SECONDS = 120  # of every collective
@@ -46,7 +47,16 @@ def on_ranks(function: Callable, size: int, device: str, *args) -> list:
         found = torch.cuda.device_count()
         raise UsageError(f"--device cuda: expected a GPU for each of {size} ranks, got {found}.")
     with tempfile.TemporaryDirectory() as folder:
-        torch.multiprocessing.start_processes(
-            _one, (function, size, device, folder, args), size, daemon=True, start_method="spawn"
-        )
+        with interrupts_held():
+            started = torch.multiprocessing.start_processes(
+                _one, (function, size, device, folder, args), size,
+                join=False, daemon=True, start_method="spawn",
+            )  # fmt: skip
+        try:
+            while not started.join():
+                pass
+        except KeyboardInterrupt:
+            for process in started.processes:
+                process.kill()
+            raise
         return [json.loads(Path(folder, f"{rank}.json").read_text()) for rank in range(size)]

@@ -6,6 +6,7 @@ import sys
 
 import pytest
 
+from stellarator import settings
 from stellarator.config import FimConfig, ModelConfig, RunConfig
 from stellarator.settings import ConfigError, check, resolve, to_toml
 
@@ -74,13 +75,30 @@ def test_misspelt_names_do_not_hide_broken_rules():
 
 
 def test_all_problems_are_reported_together():
-    found = problems_of(
-        "model.width=100", "model.num_kv_heads=4", "train.global_batch_size=12", "optim.min_lr=1"
-    )
+    found = problems_of("model.width=100", "model.num_kv_heads=4", "data.seed=-1", "optim.min_lr=1")
     text = "\n".join(found)
-    for part in ("model.width", "model.num_kv_heads", "train.global_batch_size", "optim.min_lr"):
+    for part in ("model.width", "model.num_kv_heads", "data.seed", "optim.min_lr"):
         assert part in text
     assert len(found) == 4
+
+
+def test_layouts_are_among_them():
+    """Values that are wrong in themselves hide no layout, unless no numbers are left to compare."""
+    base = RunConfig()
+    parallel = dataclasses.replace(base.parallel, tp=5, pp=9, zero=7, schedule="foo")
+    train = dataclasses.replace(base.train, global_batch_size=5, micro_batch_size=2)
+    wrong = dataclasses.replace(base, parallel=parallel, train=train)
+    found = settings.check_run(wrong, 45)
+    for part in (
+        "data.train: expected prefixes", "parallel.schedule: expected one of", "parallel.zero: exp",
+        "parallel.tp: expected a divisor of num_heads", "expected at most num_layers",
+        "train.global_batch_size: expected a multiple of micro_batch_size * dp = 2 * 1, got 5",
+    ):  # fmt: skip
+        assert sum(part in problem for problem in found) == 1, (part, found)
+    nothing = dataclasses.replace(wrong, parallel=dataclasses.replace(parallel, tp=0))
+    assert sum("parallel.tp: expected" in x for x in settings.check_run(nothing, 45)) == 1
+    empty = dataclasses.replace(base, model=dataclasses.replace(base.model, num_heads=0))
+    assert not [x for x in settings.check_run(empty, 1) if x.startswith("parallel")]
 
 
 TYPOS = {

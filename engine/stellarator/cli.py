@@ -114,7 +114,8 @@ def _train(arguments) -> int:
 
     try:
         base = recipes.get(arguments.recipe)
-        config = settings.resolve(base, arguments.config, arguments.overrides)
+        size = None if arguments.print_config else int(os.environ.get("WORLD_SIZE", 1))
+        config = settings.resolve(base, arguments.config, arguments.overrides, size)
         if arguments.print_config:
             print(settings.to_toml(config), end="")
             return 0

@@ -1,6 +1,6 @@
 """From a recipe, a TOML file and `section.key=value` overrides to one checked `RunConfig`.
 
-defines: resolve, check, check_inputs, to_toml, ConfigError
+defines: resolve, check, check_inputs, check_layout, check_run, to_toml, ConfigError
 
 All errors of a configuration are collected and reported together, each with where it stands and the
 nearest valid name. Standard library only, so a typo costs milliseconds and not an import of torch.
@@ -30,7 +30,10 @@ class ConfigError(ValueError):
 
 
 def resolve(
-    base: RunConfig, toml_path: str | None = None, overrides: typing.Sequence[str] = ()
+    base: RunConfig,
+    toml_path: str | None = None,
+    overrides: typing.Sequence[str] = (),
+    world_size: int | None = None,
 ) -> RunConfig:
     """`base` with the values of a TOML file, then of the overrides, checked.
 
@@ -39,6 +42,7 @@ def resolve(
         toml_path: TOML with sections named like the fields of RunConfig; later values win.
         overrides: "section.key=value" or "--section.key=value"; the value is read by the field's
             type: `none`, `true`, 3e-4, a comma-separated list, text.
+        world_size: processes that are to train this: what is then needed besides is checked, too.
     Raises:
         ConfigError: unknown names, values of the wrong type, rules broken; all at once.
     """
@@ -50,8 +54,9 @@ def resolve(
     config = base
     for name, value, where in values:
         config = _set(config, name.split("."), value, where, name, problems)
-    problems += check(config)
-    if problems:
+    # A layout is not judged while some of its words are not understood.
+    judged = world_size is not None and not problems
+    if problems := problems + (check_run(config, world_size) if judged else check(config)):
         raise ConfigError(problems)
     return config
 
@@ -393,11 +398,6 @@ def _check_train(config: RunConfig) -> list[str]:
     problems += _one_of("train.kernels", train.kernels, implementations)
     for name in ("steps", "global_batch_size", "micro_batch_size", "eval_interval", "eval_batches"):
         problems += _at_least(f"train.{name}", getattr(train, name), 1)
-    if not problems and train.global_batch_size % train.micro_batch_size:
-        problems.append(
-            "train.global_batch_size: expected a multiple of micro_batch_size = "
-            f"{train.micro_batch_size}, got {train.global_batch_size}"
-        )
     return problems + _seed("train.seed", train.seed)
 
 
@@ -426,17 +426,29 @@ def check_inputs(config: RunConfig) -> list[str]:
     return problems
 
 
+def check_run(config: RunConfig, world_size: int) -> list[str]:
+    """All of these at once: why so many processes cannot train what the configuration says."""
+    problems = check(config) + check_inputs(config)
+    return problems + [x for x in check_layout(config, world_size) if x not in problems]
+
+
 def check_layout(config: RunConfig, world_size: int) -> list[str]:
-    """Why so many processes cannot share the run as `parallel` says."""
-    parallel, problems = config.parallel, []
+    """Why so many processes cannot share the run as `parallel` says.
+
+    Other problems of the configuration hide none of these, unless there are numbers below 1, with
+    which nothing can be compared.
+    """
+    model, train, parallel, problems = config.model, config.train, config.parallel, []
+    of_model = (model.width, model.num_heads, model.num_kv_heads, model.ffn_width, model.num_layers)
+    of_batch = (config.data.seq_length, train.global_batch_size, train.micro_batch_size)
+    if min(*of_model, *of_batch) < 1:
+        return []
     if config.optim.moments == "8bit" and parallel.tp > 1 and not _whole_groups(config):
-        model = config.model
         problems.append(
             "optim.moments: 8bit with parallel.tp > 1 expects key/value heads that begin with a "
             f"group of 256 moments on every rank, got width {model.width}, {model.num_heads} heads "
             f"and parallel.tp = {parallel.tp}. Pass optim.moments=fp32"
         )
-    train = config.train
     sizes = {name: getattr(train, name) for name in ("global_batch_size", "micro_batch_size")}
     return problems + layout.problems(
         config.model, parallel, world_size, seq_length=config.data.seq_length, **sizes

@@ -4,6 +4,9 @@ Not covered: whether the times and bandwidths themselves are right, for which th
 clock.
 """
 
+import contextlib
+import multiprocessing
+import signal
 import subprocess
 import sys
 import time
@@ -16,7 +19,7 @@ import torch
 from benchmarks import machine
 from benchmarks.harness import Quantiles, take_turns
 from benchmarks.machine import Quietness
-from benchmarks.memory import peak_memory_of, peak_of_call
+from benchmarks.memory import interrupts_held, peak_memory_of, peak_of_call
 from stellarator_kernels.memory import arena, empty
 
 # Linux adds up the resident pages of a process in batches per processor, so that VmRSS and VmHWM
@@ -166,3 +169,14 @@ def test_peak_memory_counts_what_lies_in_the_arena():
         if found is None or arena()["reserved"] == 0:
             pytest.skip("no /proc/self/clear_refs, or no arena")
         assert 32 * 2**20 - COUNTED_LATE <= found < 34 * 2**20
+
+
+@pytest.mark.parametrize(("held", "code"), [(contextlib.nullcontext, 1), (interrupts_held, 0)])
+def test_what_is_started_while_interrupts_are_held_never_hears_of_one(held, code):
+    """Not even the first process, before which multiprocessing starts one of its own."""
+    context = multiprocessing.get_context("spawn")
+    process = context.Process(target=signal.raise_signal, args=(signal.SIGINT,))
+    with held():
+        process.start()
+    process.join(60)
+    assert process.exitcode == code

@@ -71,7 +71,7 @@ def test_every_reason_is_given_at_once():
         "parallel.tp: expected a divisor of ffn_width = 10, got 4",
         "expected at most num_layers = 3, got 4",
         "data.seq_length: expected a multiple of 12 for cp = 3 and sp = True, got 64. Pass 72.",
-        "train.global_batch_size: expected a multiple of micro_batch_size * dp = 2 * 1, got 7",
+        "train.global_batch_size: expected a multiple of micro_batch_size * dp = 2 * 2, got 7",
         "parallel.stages_per_rank: expected 1 for schedule 1f1b, got 2. Pass 1, or another",
     ):
         assert words in text

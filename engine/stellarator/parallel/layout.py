@@ -113,7 +113,7 @@ def problems(
 ) -> list[str]:
     """Everything for which a layout cannot work, each with what to do; none: an empty list."""
     p, found = parallel, value_problems(parallel)
-    if found:
+    if min(p.tp, p.pp, p.cp, p.stages_per_rank) < 1:  # with nothing else to compare
         return found
 
     def expect(right: bool, what: str, got, todo: str) -> None:
@@ -150,7 +150,7 @@ def problems(
         "Every stage holds at least one layer",
     )
     expect(
-        stages == 1 or p.zero < 2,
+        stages == 1 or p.zero < 2 or p.zero > 3,
         f"parallel.zero: expected 0 or 1 with {stages} pipeline stages",
         p.zero,
         "A pipeline adds the gradients of its micro-batches in whole buffers: pass zero=1",
@@ -163,7 +163,7 @@ def problems(
         seq_length,
         f"Pass {-(-seq_length // parts) * parts}",
     )
-    dp = max(1, world_size // ways)
+    dp = -(-world_size // ways)  # of as many as are asked for above
     expect(
         global_batch_size % (micro_batch_size * dp) == 0,
         f"train.global_batch_size: expected a multiple of micro_batch_size * dp = "
@@ -172,4 +172,6 @@ def problems(
         f"Pass {-(-global_batch_size // (micro_batch_size * dp)) * micro_batch_size * dp}",
     )
     num_micro_batches = max(1, global_batch_size // (micro_batch_size * dp))
-    return found + schedules.problems(p.schedule, p.pp, num_micro_batches, p.stages_per_rank)
+    if p.schedule in schedules.NAMES:
+        found += schedules.problems(p.schedule, p.pp, num_micro_batches, p.stages_per_rank)
+    return found

@@ -63,10 +63,7 @@ class Trainer:
     """
 
     def __init__(self, config: RunConfig):
-        problems = settings.check(config) + settings.check_inputs(config)
-        # Layouts are compared only for values that are right in themselves.
-        size = int(os.environ.get("WORLD_SIZE", 1))
-        if problems := problems or settings.check_layout(config, size):
+        if problems := settings.check_run(config, int(os.environ.get("WORLD_SIZE", 1))):
             raise settings.ConfigError(problems)
         self.config = config
         self.folder = Path(config.folder)
