@@ -33,7 +33,6 @@ def cases(shape: Shape, device: str) -> list[Case]:
             peers={"eager": eager},
             cost=lambda size: cost.bias_gelu(N, K, size) + cost.linear(N, K, M, size),
             reference_bytes=8 * 2 * (4 * N * K + M * K + N * M),
-            first_op="bias_gelu",
         )
     ]
 

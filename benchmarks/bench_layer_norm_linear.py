@@ -42,7 +42,6 @@ def cases(shape: Shape, device: str) -> list[Case]:
                 cost.layer_norm(N, C, size, residual=True) + cost.linear(N, C, M, size)
             ),
             reference_bytes=8 * 2 * (6 * N * C + M * C + N * M),
-            first_op="layer_norm",
         )
     ]
 

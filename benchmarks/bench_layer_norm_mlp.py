@@ -47,8 +47,6 @@ def _case(shape: Shape, variant: str, recompute: bool) -> Case:
             + cost.mlp(N, C, width, size, recompute=recompute)
         ),
         reference_bytes=8 * 2 * (6 * N * C + 4 * N * width + 2 * C * width),
-        first_op="layer_norm",
-        second_op="mlp",
     )
 
 

@@ -50,7 +50,5 @@ def cases(shape: Shape, device: str) -> list[Case]:
                 + cost.flash_attention(pairs, B * T, B * T, H, G, D, size)
             ),
             reference_bytes=5 * 8 * B * H * T * T,
-            first_op="rope",
-            second_op="flash_attention",
         )
     ]

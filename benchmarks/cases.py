@@ -50,8 +50,6 @@ class Case:
             inputs, whose error against float64 is what ours is measured by.
         cost: from the bytes of an element to the Cost.
         reference_bytes: about what the float64 reference holds at its peak.
-        first_op: of an op that runs two others, the one whose implementations it takes.
-        second_op: the other one, if it runs in the implementation that is asked for, too.
         in_place: the call changes its inputs.
         phases: those whose times mean something. Left out: phases of an op that does work of one
             phase in the other.
@@ -65,8 +63,6 @@ class Case:
     peers: dict[str, Callable]
     cost: Callable[[int], Cost]
     reference_bytes: int
-    first_op: str = ""
-    second_op: str = ""
     in_place: bool = False
     phases: tuple[str, ...] = PHASES
 

@@ -219,7 +219,7 @@ def _impls(plan: Plan, case: Case, tensor: torch.Tensor, outcome: Outcome) -> li
 
     Few ops have CUDA kernels: beside other implementations it is not noted that one has none.
     """
-    ops, found = [op for op in (case.first_op or case.op, case.second_op) if op], []
+    ops, found = dispatch.parts(case.op), []
     for asked in plan.impls:
         if asked == "cuda" and len(plan.impls) > 1 and not all(dispatch.has(o, asked) for o in ops):
             continue

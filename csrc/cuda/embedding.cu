@@ -15,9 +15,6 @@ constexpr int kAhead = 4;  // rows that are loaded before the first of them is a
 constexpr int kPartsThreads = 256;
 constexpr int64_t kNoId = -1;
 
-template <typename Element>
-constexpr int kVector = 16 / sizeof(Element);
-
 // Columns [first, first + n) of a row that has C.
 template <bool kAligned, int n>
 __device__ inline void put(float* row, int first, int C, const float (&sum)[n], bool add) {
@@ -52,9 +49,9 @@ __device__ inline void put(uint16_t* row, int first, int C, const float (&sum)[n
 }
 
 template <bool kAligned, typename Element>
-__device__ inline Vector<Element, kVector<Element>> load_columns(const Element* row, int first,
+__device__ inline Vector<Element, kInVector<Element>> load_columns(const Element* row, int first,
                                                                  int C) {
-    constexpr int n = kVector<Element>;
+    constexpr int n = kInVector<Element>;
     if (kAligned) return load<n>(row + first);
     Vector<Element, n> columns = {};
 #pragma unroll
@@ -67,7 +64,7 @@ __device__ inline Vector<Element, kVector<Element>> load_columns(const Element* 
 template <typename Element, typename Sum, bool kAligned>
 __global__ void __launch_bounds__(kThreads)
     embedding_chunks_kernel(const EmbeddingBackward u, int tiles) {
-    constexpr int n = kVector<Element>;
+    constexpr int n = kInVector<Element>;
     // Of the chunk, with the last one before it and the first one behind.
     __shared__ int64_t ids[kRowsOfChunk + 2];
     __shared__ int64_t order[kRowsOfChunk];
@@ -150,13 +147,11 @@ __global__ void __launch_bounds__(kPartsThreads)
 
 template <typename Element, typename Sum>
 void backward(const EmbeddingBackward& u, void* stream) {
-    const auto whole = [](const void* data, int64_t stride, int bytes) {
-        return reinterpret_cast<uintptr_t>(data) % 16 == 0 && stride * bytes % 16 == 0;
-    };
-    const bool aligned = whole(u.dy, u.stride, sizeof(Element)) && whole(u.parts, u.C, 4) &&
-                         whole(u.sums, u.C, sizeof(Sum)) && u.C % kVector<Element> == 0;
+    const bool aligned = rows_aligned(u.dy, u.stride, sizeof(Element)) &&
+                         rows_aligned(u.parts, u.C, sizeof(float)) &&
+                         rows_aligned(u.sums, u.C, sizeof(Sum)) && u.C % kInVector<Element> == 0;
     const int64_t chunks = (u.N + kRowsOfChunk - 1) / kRowsOfChunk;
-    const int columns = kThreads * kVector<Element>, tiles = (u.C + columns - 1) / columns;
+    const int columns = kThreads * kInVector<Element>, tiles = (u.C + columns - 1) / columns;
     launch("embedding",
            aligned ? embedding_chunks_kernel<Element, Sum, true>
                    : embedding_chunks_kernel<Element, Sum, false>,

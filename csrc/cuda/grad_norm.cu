@@ -33,7 +33,7 @@ __device__ double block_sum(double value) {
 template <typename Element>
 __global__ void __launch_bounds__(kSumThreads)
     squares_kernel(const Element* x, int64_t n, bool aligned, double weight, double* sums) {
-    constexpr int kVector = 16 / sizeof(Element);
+    constexpr int kVector = kInVector<Element>;
     constexpr int64_t kStep = kSumThreads * kVector;
     const int64_t begin = static_cast<int64_t>(blockIdx.x) * kSquaresPerSum;
     const int64_t first = begin + static_cast<int64_t>(threadIdx.x) * kVector;

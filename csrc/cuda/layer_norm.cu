@@ -19,41 +19,36 @@ constexpr unsigned kAllLanes = 0xffffffffu;
 constexpr int kColumns = 32;
 constexpr int kGroups = 8;
 
-template <typename Element>
-constexpr int kVector = 16 / sizeof(Element);
-
 // What a thread holds of a row, zeros behind its end. In words as they are loaded: elements of 16
 // bits the compiler would take apart at once, and so wait for what is read ahead.
 template <typename Element>
 struct Piece {
     static constexpr int kInWord = 4 / sizeof(Element);
-    Vector<uint32_t, 4> parts[kElements / kVector<Element>];
+    Vector<uint32_t, 4> parts[kElements / kInVector<Element>];
 
     __device__ uint32_t& word(int k) {
-        return parts[k / kVector<Element>].x[k % kVector<Element> / kInWord];
+        return parts[k / kInVector<Element>].x[k % kInVector<Element> / kInWord];
     }
     __device__ float operator[](int k) const {
         const uint32_t word = const_cast<Piece*>(this)->word(k);
         if (kInWord == 1) return __uint_as_float(word);
         return __uint_as_float(k % 2 == 0 ? word << 16 : word & 0xffff0000u);
     }
-    __device__ void set_bits(int k, uint32_t bits) {
+    __device__ void set(int k, float value) {
         if (kInWord == 1) {
-            word(k) = bits;
+            word(k) = __float_as_uint(value);
         } else {
+            const uint32_t bits = round_to_bfloat16(value);
             const uint32_t other = word(k) & (k % 2 == 0 ? 0xffff0000u : 0xffffu);
             word(k) = other | bits << (k % 2 == 0 ? 0 : 16);
         }
-    }
-    __device__ void set(int k, float value) {
-        set_bits(k, kInWord == 1 ? __float_as_uint(value) : round_to_bfloat16(value));
     }
 };
 
 // The column of the k-th element that this thread holds.
 template <typename Element>
 __device__ inline int column(int k) {
-    constexpr int n = kVector<Element>;
+    constexpr int n = kInVector<Element>;
     return (k / n * static_cast<int>(blockDim.x) + static_cast<int>(threadIdx.x)) * n + k % n;
 }
 
@@ -61,11 +56,11 @@ template <bool kAligned, typename Element>
 __device__ inline Piece<Element> load_piece(const Element* row, int C) {
     Piece<Element> piece = {};
 #pragma unroll
-    for (int k = 0; k < kElements; k += kAligned ? kVector<Element> : 1) {
+    for (int k = 0; k < kElements; k += kAligned ? kInVector<Element> : 1) {
         const Element* from = row + column<Element>(k);
         if (column<Element>(k) >= C) continue;
         if (kAligned) {
-            piece.parts[k / kVector<Element>] = load<4>(reinterpret_cast<const uint32_t*>(from));
+            piece.parts[k / kInVector<Element>] = load<4>(reinterpret_cast<const uint32_t*>(from));
         } else {
             piece.set(k, widen(*from));
         }
@@ -76,11 +71,11 @@ __device__ inline Piece<Element> load_piece(const Element* row, int C) {
 template <bool kAligned, typename Element>
 __device__ inline void store_piece(Element* row, int C, const Piece<Element>& piece) {
 #pragma unroll
-    for (int k = 0; k < kElements; k += kAligned ? kVector<Element> : 1) {
+    for (int k = 0; k < kElements; k += kAligned ? kInVector<Element> : 1) {
         Element* to = row + column<Element>(k);
         if (column<Element>(k) >= C) continue;
         if (kAligned) {
-            store(reinterpret_cast<uint32_t*>(to), piece.parts[k / kVector<Element>]);
+            store(reinterpret_cast<uint32_t*>(to), piece.parts[k / kInVector<Element>]);
         } else {
             *to = narrow<Element>(piece[k]);
         }
@@ -253,20 +248,15 @@ int threads_of(int C) {
     return (C + kElements * kWarp - 1) / (kElements * kWarp) * kWarp;
 }
 
-// Whether all rows begin where vectors do. Asked of a dense matrix, so that they end there, too.
-bool aligned(const void* data, int64_t stride, int bytes) {
-    return reinterpret_cast<uintptr_t>(data) % 16 == 0 && stride * bytes % 16 == 0;
-}
-
 template <typename Element>
 void forward(const LayerNormForward& u, void* stream) {
-    bool all = true;
+    bool all = true;  // rows; the dense ones, of C elements, end there as well
     for (const LayerNormRows& x : {u.x, u.residual}) {
-        all = all && aligned(x.data, x.stride, sizeof(Element));
+        all = all && rows_aligned(x.data, x.stride, sizeof(Element));
     }
     for (const void* x : {u.weight, u.bias, const_cast<const void*>(u.y),
                           const_cast<const void*>(u.summed)}) {
-        all = all && aligned(x, u.C, sizeof(Element));
+        all = all && rows_aligned(x, u.C, sizeof(Element));
     }
     launch("layer_norm",
            all ? layer_norm_forward_kernel<Element, true>
@@ -276,9 +266,10 @@ void forward(const LayerNormForward& u, void* stream) {
 
 template <typename Element>
 void backward(const LayerNormBackward& u, void* stream) {
-    bool all = aligned(u.weight, u.C, sizeof(Element)) && aligned(u.dx, u.C, sizeof(Element));
+    bool all = rows_aligned(u.weight, u.C, sizeof(Element)) &&
+               rows_aligned(u.dx, u.C, sizeof(Element));
     for (const LayerNormRows& x : {u.dy, u.dsummed, u.summed}) {
-        all = all && aligned(x.data, x.stride, sizeof(Element));
+        all = all && rows_aligned(x.data, x.stride, sizeof(Element));
     }
     launch("layer_norm",
            all ? layer_norm_backward_kernel<Element, true>

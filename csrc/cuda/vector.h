@@ -7,6 +7,15 @@
 
 namespace stellarator {
 
+// Elements of 16 bytes.
+template <typename Element>
+constexpr int kInVector = 16 / sizeof(Element);
+
+// Whether all rows, `stride` elements of so many bytes apart, begin where vectors do.
+inline bool rows_aligned(const void* data, int64_t stride, int bytes) {
+    return reinterpret_cast<uintptr_t>(data) % 16 == 0 && stride * bytes % 16 == 0;
+}
+
 template <typename T, int kCount>
 struct alignas(sizeof(T) * kCount) Vector {
     T x[kCount];

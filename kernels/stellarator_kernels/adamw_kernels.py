@@ -204,20 +204,27 @@ def _is_stochastic(weight, storage) -> bool:
     return weight.dtype == torch.bfloat16 and storage.remainder is None
 
 
+def _tensors(param, weight, grad, exp_avg, exp_avg_sq) -> dict:
+    """What both kernels in C++ take of them."""
+    return {
+        "weight": weight.data_ptr(),
+        "rounded": 0 if param is weight else param.data_ptr(),
+        "grad": grad.data_ptr(),
+        "grad_is_bfloat16": grad.dtype == torch.bfloat16,
+        "exp_avg": exp_avg.data_ptr(),
+        "exp_avg_sq": exp_avg_sq.data_ptr(),
+        "n": param.numel(),
+    }
+
+
 def launch_cuda(param, weight, grad, exp_avg, exp_avg_sq, clip, factors, beta1, beta2, eps):
     """One launch of the CUDA kernel for one flat tensor, on torch's stream."""
     memory, (decay, step_size, root_correction) = _in_memory(factors)
     with torch.cuda.device_of(param):
         extension.load("_cuda").adamw(
-            weight=weight.data_ptr(),
-            rounded=0 if param is weight else param.data_ptr(),
-            grad=grad.data_ptr(),
-            grad_is_bfloat16=grad.dtype == torch.bfloat16,
-            exp_avg=exp_avg.data_ptr(),
-            exp_avg_sq=exp_avg_sq.data_ptr(),
+            **_tensors(param, weight, grad, exp_avg, exp_avg_sq),
             clip=extension.address(clip),
             factors=extension.address(memory),
-            n=param.numel(),
             decay=decay,
             step_size=step_size,
             root_correction=root_correction,
@@ -232,13 +239,7 @@ def _update_cpu(param, weight, grad, exp_avg, exp_avg_sq, clip, factors, beta1, 
     """One call of the C++ kernel for one flat tensor."""
     decay, step_size, root_correction = map(float, factors)
     extension.load().adamw(
-        weight=weight.data_ptr(),
-        rounded=0 if param is weight else param.data_ptr(),
-        grad=grad.data_ptr(),
-        grad_is_bfloat16=grad.dtype == torch.bfloat16,
-        exp_avg=exp_avg.data_ptr(),
-        exp_avg_sq=exp_avg_sq.data_ptr(),
-        n=param.numel(),
+        **_tensors(param, weight, grad, exp_avg, exp_avg_sq),
         clip=1.0 if clip is None else float(clip),
         beta1=beta1,
         beta2=beta2,

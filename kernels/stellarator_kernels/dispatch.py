@@ -1,6 +1,6 @@
 """Which implementation runs: a pure function of (op, impl, facts), and its reasons.
 
-defines: Facts, facts, choose, explain, describe, narrowest, available, ops, has,
+defines: Facts, facts, choose, explain, describe, narrowest, available, ops, parts, has,
 IMPLEMENTATIONS
 
 There is no silent fallback. `impl="auto"` takes the first implementation of the op's list that can
@@ -174,6 +174,13 @@ class Facts:
 def ops() -> tuple[str, ...]:
     """Names of the ops that have several implementations."""
     return tuple(_OPS)
+
+
+def parts(op: str) -> tuple[str, ...]:
+    """The ops whose implementations it takes: itself, or of two; `linear` chooses for itself there."""
+    if op not in _PAIRS:
+        return (op,)
+    return tuple(name for name in _PAIRS[op][1] if name != "linear")
 
 
 def has(op: str, impl: str) -> bool:

@@ -80,8 +80,10 @@ PLANTED = {
         "layer_norm.cu", "lane < static_cast<int>(blockDim.x) / kWarp", "lane < 1",
     ),
     "rows behind the last": ("layer_norm.cu", "row + gridDim.x < u.N", "true"),
-    "rows not aligned": ("layer_norm.cu", "stride * bytes % 16 == 0", "true"),
-    "weights not aligned": ("layer_norm.cu", "aligned(u.weight, u.C, sizeof(Element))", "true"),
+    "rows not aligned": ("vector.h", "stride * bytes % 16 == 0", "true"),
+    "weights not aligned": (
+        "layer_norm.cu", "rows_aligned(u.weight, u.C, sizeof(Element))", "true",
+    ),
     "sums of one row over those of another": ("layer_norm.cu", "turn ^= 1", "turn = 0"),
     "second sums over the first": (
         "layer_norm.cu", "block_sums(sums, warps[1])", "block_sums(sums, warps[0])",
@@ -100,11 +102,11 @@ PLANTED = {
     "the parts of the next id, too": (
         "embedding.cu", "u.ids[end + middle * kRowsOfChunk] == id", "true",
     ),
-    "sums not aligned": ("embedding.cu", "whole(u.sums, u.C, sizeof(Sum))", "true"),
+    "sums not aligned": ("embedding.cu", "rows_aligned(u.sums, u.C, sizeof(Sum))", "true"),
     "ids behind the last": ("embedding.cu", "place >= 0 && place < u.N", "place >= 0"),
     "a last row left": ("embedding.cu", "i + a >= count", "i + a >= count - 1"),
     "gradients not aligned": (
-        "embedding.cu", "whole(u.dy, u.stride, sizeof(Element))", "true",
+        "embedding.cu", "rows_aligned(u.dy, u.stride, sizeof(Element))", "true",
     ),
     "tiles left": ("embedding.cu", "(u.C + columns - 1) / columns", "1"),
     "columns left": ("layer_norm.cu", "2 * u.C + kColumns - 1", "2 * u.C"),
@@ -443,6 +445,7 @@ CHECKS = {
     "embedding.cu": check_all_of_embedding,
     "grad_norm.cu": check_all_of_grad_norm,
     "layer_norm.cu": check_all_of_layer_norm,
+    "vector.h": check_all_of_layer_norm,
 }
 
 
