@@ -177,7 +177,7 @@ def ops() -> tuple[str, ...]:
 
 
 def parts(op: str) -> tuple[str, ...]:
-    """The ops whose implementations it takes: itself, or of two; `linear` chooses for itself there."""
+    """The ops whose implementations it takes: itself, or two. `linear` in a pair has its own."""
     if op not in _PAIRS:
         return (op,)
     return tuple(name for name in _PAIRS[op][1] if name != "linear")

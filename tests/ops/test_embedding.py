@@ -77,7 +77,8 @@ def check_sums(impl, counts, C, dtype, gap=8, offset=0):
     assert torch.equal(*found) and found[0].dtype == dtype
     scale = torch.finfo(dtype).eps * exact.abs() + 1e-6 * len(ids) ** 0.5
     assert ((found[0].double().cpu() - exact).abs() <= scale).all()
-    scale = 1e-6 * (3 + exact.abs() + len(ids) ** 0.5)
+    # CUDA adds one row after the other, Triton eight sums beside each other.
+    scale = 1e-6 * (3 + exact.abs() + (len(ids) ** 0.5 if impl == "cuda" else 0))
     assert ((total.double().cpu() - 1 - exact).abs() <= scale).all()
 
 
