@@ -1,6 +1,6 @@
 """The one place that imports Triton, so that machines without it can still import every op.
 
-defines: triton, tl, FAILURE, INTERPRETED
+defines: triton, tl, FAILURE, INTERPRETED, FUSED, UNFUSED
 
 Kernel files write `from stellarator_kernels._triton import tl, triton`. Without Triton, or with one
 that breaks while it is imported, `triton.jit` leaves a function as it is; `dispatch` never chooses
@@ -30,4 +30,9 @@ except Exception as error:  # a broken or mismatched install raises more than Im
 # Read when Triton decorates a kernel, so fixed from here on.
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
 
-__all__ = ["FAILURE", "INTERPRETED", "tl", "triton"]
+# Options of a launch, told because Triton 3.10 changes the default: a product and the sum behind it
+# become one operation that rounds once; or stay two, where kernels are to round as one another, or
+# as the C++ does.
+FUSED, UNFUSED = {"enable_fp_fusion": True}, {"enable_fp_fusion": False}
+
+__all__ = ["FAILURE", "FUSED", "INTERPRETED", "UNFUSED", "tl", "triton"]

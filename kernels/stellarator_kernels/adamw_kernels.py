@@ -9,7 +9,7 @@ kernel, elsewhere widened before and put back after.
 import torch
 
 from stellarator_kernels import extension, reference
-from stellarator_kernels._triton import tl, triton
+from stellarator_kernels._triton import UNFUSED, tl, triton
 from stellarator_kernels.adamw_states import (
     GROUP,
     Storage,
@@ -191,6 +191,7 @@ def launch_triton(
             GROUP=GROUP,
             BLOCK=_BLOCK,
             num_warps=warps(storage.exp_avg_scale is not None),
+            **UNFUSED,
         )
 
 

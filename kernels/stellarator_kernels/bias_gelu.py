@@ -17,7 +17,7 @@ Source: Hendrycks & Gimpel 2016, arXiv:1606.08415.
 import torch
 
 from stellarator_kernels import extension, reference
-from stellarator_kernels._triton import tl, triton
+from stellarator_kernels._triton import FUSED, tl, triton
 from stellarator_kernels.checks import expect, expect_dtype, expect_same_device, expect_shape
 from stellarator_kernels.dispatch import choose
 from stellarator_kernels.layout import dense_rows
@@ -104,6 +104,7 @@ def _forward_triton(x, bias, approximate):
             _bias_gelu_fwd_kernel[grid](
                 x, x.stride(0), x if bias is None else bias, y, N, C,
                 bias is not None, approximate == "tanh", BLOCK_N, BLOCK_C, num_warps=num_warps,
+                **FUSED,
             )  # fmt: skip
     return y
 
@@ -118,7 +119,7 @@ def _backward_triton(dy, x, bias, approximate):
     with torch.cuda.device_of(x):
         _bias_gelu_bwd_kernel[(programs, triton.cdiv(C, BLOCK_C))](
             dy, dy.stride(0), x, x.stride(0), x if bias is None else bias, dx, partials, N, C,
-            bias is not None, approximate == "tanh", BLOCK_N, BLOCK_C, num_warps=num_warps,
+            bias is not None, approximate == "tanh", BLOCK_N, BLOCK_C, num_warps=num_warps, **FUSED,
         )  # fmt: skip
     return dx, None if bias is None else partials.sum(0).to(bias.dtype)
 

@@ -20,7 +20,7 @@ Source: rotation as in rope.py; partial sums per persistent program as in layer_
 import torch
 
 from stellarator_kernels import reference
-from stellarator_kernels._triton import tl, triton
+from stellarator_kernels._triton import UNFUSED, tl, triton
 from stellarator_kernels.checks import expect, expect_dtype, expect_same_device, expect_shape
 from stellarator_kernels.dispatch import choose
 from stellarator_kernels.layout import dense_rows, multiprocessors
@@ -174,7 +174,7 @@ def _launch(kernel, whole, vector, cos, sin, parts, shape, has_vector):
     with torch.cuda.device_of(whole):
         kernel[grid(N, H, G, D, multiprocessors(whole.device))](
             whole, whole.stride(0), vector, *table, *strided, N, H, G, D,
-            has_vector, cos is not None, BLOCK_T, BLOCK_H, BLOCK_D, num_warps=num_warps,
+            has_vector, cos is not None, BLOCK_T, BLOCK_H, BLOCK_D, num_warps=num_warps, **UNFUSED,
         )  # fmt: skip
 
 

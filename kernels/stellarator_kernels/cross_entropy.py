@@ -16,7 +16,7 @@ Source: online softmax, Milakov & Gimelshein 2018, arXiv:1805.02867; z_loss: PaL
 import torch
 
 from stellarator_kernels import extension, reference
-from stellarator_kernels._triton import tl, triton
+from stellarator_kernels._triton import FUSED, tl, triton
 from stellarator_kernels.checks import expect, expect_dtype, expect_same_device, expect_shape
 from stellarator_kernels.dispatch import choose
 from stellarator_kernels.layout import dense_rows
@@ -128,6 +128,7 @@ def launch_forward(logits, targets, dloss, ignore_index, z_loss):
             _cross_entropy_fwd_kernel[(N,)](
                 logits, logits.stride(0), targets.contiguous(), loss if dloss is None else dloss,
                 loss, lse, V, ignore_index, z_loss, dloss is not None, BLOCK, num_warps=num_warps,
+                **FUSED,
             )  # fmt: skip
     return loss, lse
 
@@ -141,6 +142,7 @@ def launch_backward(dloss, logits, targets, lse, dlogits, ignore_index, z_loss):
             _cross_entropy_bwd_kernel[(N,)](
                 dloss, dloss.stride(0), logits, logits.stride(0), targets.contiguous(), lse,
                 dlogits, dlogits.stride(0), V, ignore_index, z_loss, BLOCK, num_warps=num_warps,
+                **FUSED,
             )  # fmt: skip
 
 

@@ -23,7 +23,7 @@ import math
 import torch
 
 from stellarator_kernels import reference
-from stellarator_kernels._triton import tl, triton
+from stellarator_kernels._triton import FUSED, tl, triton
 from stellarator_kernels.checks import expect, expect_dtype, expect_same_device, expect_shape
 from stellarator_kernels.cross_entropy import (
     blocks_of_rows,
@@ -74,7 +74,7 @@ def _statistics_triton(logits, targets):
         with torch.cuda.device_of(logits):
             _statistics_kernel[(N,)](
                 logits, logits.stride(0), targets.contiguous(), *found, V, IGNORED, NO_CLASS,
-                BLOCK, num_warps=num_warps,
+                BLOCK, num_warps=num_warps, **FUSED,
             )  # fmt: skip
     return found
 

@@ -13,7 +13,7 @@ Source: Srivastava et al. 2014, JMLR 15; keys as in random.py.
 import torch
 
 from stellarator_kernels import random, reference
-from stellarator_kernels._triton import tl, triton
+from stellarator_kernels._triton import FUSED, tl, triton
 from stellarator_kernels.checks import expect, expect_dtype, expect_same_device, expect_shape
 from stellarator_kernels.dispatch import choose
 from stellarator_kernels.layout import dense_rows
@@ -46,7 +46,15 @@ def _run_triton(x, row_keys, column_keys, p):
         keys = row_keys.contiguous(), column_keys.contiguous()
         with torch.cuda.device_of(x):
             _dropout_kernel[(N, triton.cdiv(C, _BLOCK))](
-                x, x.stride(0), *keys, y, C, random.threshold(p), 1.0 / (1.0 - p), _BLOCK
+                x,
+                x.stride(0),
+                *keys,
+                y,
+                C,
+                random.threshold(p),
+                1.0 / (1.0 - p),
+                _BLOCK,
+                **FUSED,
             )
     return y
 

@@ -21,7 +21,7 @@ Bytes: forward reads and writes (N, C); backward reads dy (ATen: and an fp32 cop
 import torch
 
 from stellarator_kernels import extension, reference
-from stellarator_kernels._triton import tl, triton
+from stellarator_kernels._triton import FUSED, tl, triton
 from stellarator_kernels.checks import expect, expect_dtype, expect_same_device, expect_shape
 from stellarator_kernels.dispatch import choose
 from stellarator_kernels.layout import dense_rows
@@ -117,7 +117,7 @@ def _forward_triton(ids, weight, positions, table):
         with torch.cuda.device_of(weight):
             _embedding_fwd_kernel[(N, triton.cdiv(C, _BLOCK))](
                 ids.contiguous(), weight, weight.stride(0), *given, given[1].stride(0), y, C,
-                positions is not None, _BLOCK,
+                positions is not None, _BLOCK, **FUSED,
             )  # fmt: skip
     return y
 
@@ -134,10 +134,10 @@ def _add_triton(sums, dy, ids, add):
     with torch.cuda.device_of(dy):
         _embedding_units_kernel[grid](
             dy, dy.stride(0), ids, order, starts, ends, sums, parts, C,
-            add, _UNIT, _ROWS, _SUM_BLOCK,
+            add, _UNIT, _ROWS, _SUM_BLOCK, **FUSED,
         )  # fmt: skip
         _embedding_parts_kernel[grid](
-            ids, starts, ends, sums, parts, C, add, _UNIT, _SUM_BLOCK
+            ids, starts, ends, sums, parts, C, add, _UNIT, _SUM_BLOCK, **FUSED,
         )  # fmt: skip
 
 

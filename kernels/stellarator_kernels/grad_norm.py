@@ -18,7 +18,7 @@ from collections.abc import Sequence
 import torch
 
 from stellarator_kernels import extension, reference
-from stellarator_kernels._triton import tl, triton
+from stellarator_kernels._triton import FUSED, tl, triton
 from stellarator_kernels.checks import expect, expect_dtype, expect_same_device
 from stellarator_kernels.dispatch import choose, narrowest
 
@@ -61,12 +61,17 @@ def _sum_triton(tensors: list[torch.Tensor], weights: list[float]) -> torch.Tens
         start = 0
         for x, count, weight in zip(tensors, counts, weights, strict=True):
             _squares_kernel[(count,)](
-                x, sums[start:], x.numel(), BLOCK=_BLOCK, BLOCKS=_BLOCKS_PER_PROGRAM
+                x,
+                sums[start:],
+                x.numel(),
+                BLOCK=_BLOCK,
+                BLOCKS=_BLOCKS_PER_PROGRAM,
+                **FUSED,
             )
             if weight != 1.0:
                 sums[start : start + count] *= weight
             start += count
-        _total_kernel[(1,)](sums, total, sums.numel(), BLOCK=_BLOCK)
+        _total_kernel[(1,)](sums, total, sums.numel(), BLOCK=_BLOCK, **FUSED)
     return total
 
 

@@ -27,7 +27,7 @@ from dataclasses import dataclass
 import torch
 
 from stellarator_kernels import matmul, reference, tuned
-from stellarator_kernels._triton import tl, triton
+from stellarator_kernels._triton import FUSED, tl, triton
 from stellarator_kernels.attention.tiles import chip, with_scratch
 from stellarator_kernels.bias_gelu import cdf_and_density
 from stellarator_kernels.checks import expect, expect_dtype, expect_same_device, expect_shape
@@ -182,7 +182,7 @@ def _up_triton(x, weight, bias, approximate, need_y, need_pre):
                 x, weight, x if bias is None else bias, y, pre,
                 x.stride(0) // UNIT, weight.stride(0) // UNIT, **arguments,
                 HAS_BIAS=bias is not None, TANH=approximate == "tanh",
-                STORE_Y=need_y, STORE_PRE=need_pre,
+                STORE_Y=need_y, STORE_PRE=need_pre, **FUSED,
             )  # fmt: skip
     return y, pre
 
@@ -201,7 +201,7 @@ def _down_gradient_triton(dout, weight, pre, approximate, need_y, need_dbias):
             _down_gradient_kernel[grid](
                 dout, weight, pre, dpre, y, partials,
                 dout.stride(0) // UNIT, weight.stride(0) // UNIT, **arguments,
-                HAS_BIAS=need_dbias, TANH=approximate == "tanh", STORE_Y=need_y,
+                HAS_BIAS=need_dbias, TANH=approximate == "tanh", STORE_Y=need_y, **FUSED,
             )  # fmt: skip
     return dpre, partials.sum(0).to(dout.dtype) if need_dbias else partials.to(dout.dtype), y
 

@@ -13,7 +13,7 @@ Source: partial sums per persistent program: QuACK, Fast-LLM.
 import torch
 
 from stellarator_kernels import random
-from stellarator_kernels._triton import tl, triton
+from stellarator_kernels._triton import FUSED, tl, triton
 from stellarator_kernels.layout import dense_rows, multiprocessors
 
 
@@ -186,7 +186,7 @@ def forward(x, residual, weight, bias, eps, *, centred, keys=None, p=0.0):
                 x if bias is None else bias, row_keys, column_keys, y, summed,
                 rstd if mean is None else mean, rstd, eps, least, scale, C, residual is not None,
                 weight is not None, bias is not None, dropout, centred, BLOCK, CHUNKS,
-                num_warps=num_warps,
+                num_warps=num_warps, **FUSED,
             )  # fmt: skip
     return y, summed, mean, rstd
 
@@ -212,7 +212,7 @@ def backward(dy, dsummed, summed, weight, mean, rstd, has_bias, need_params, *, 
             dy if weight is None else weight, row_keys, column_keys, rstd if mean is None else mean,
             rstd, dx, dx if dresidual is None else dresidual, partials[0], partials[-1], N, least,
             scale, C, dsummed is not None, weight is not None, has_bias, need_params, dropout,
-            mean is not None, BLOCK, CHUNKS, num_warps=num_warps,
+            mean is not None, BLOCK, CHUNKS, num_warps=num_warps, **FUSED,
         )  # fmt: skip
     sums = [part.sum(0).to(weight.dtype) for part in partials] if need_params else [None]
     return dx, sums[0], sums[1] if need_params and has_bias else None, dresidual

@@ -14,7 +14,7 @@ Source: Su et al. 2021, arXiv:2104.09864.
 import torch
 
 from stellarator_kernels import extension, reference
-from stellarator_kernels._triton import tl, triton
+from stellarator_kernels._triton import UNFUSED, tl, triton
 from stellarator_kernels.checks import expect, expect_dtype, expect_same_device, expect_shape
 from stellarator_kernels.dispatch import choose
 from stellarator_kernels.memory import empty_like
@@ -91,7 +91,7 @@ def _rotate_triton(q, k, cos, sin, conjugate):
         with torch.cuda.device_of(q):
             _rope_kernel[(M,)](
                 q, q.stride(0), q.stride(1), k, k.stride(0), k.stride(1), q_out, k_out, cos, sin,
-                H, G, D, conjugate, BLOCK_H, BLOCK_D, num_warps=num_warps,
+                H, G, D, conjugate, BLOCK_H, BLOCK_D, num_warps=num_warps, **UNFUSED,
             )  # fmt: skip
     return q_out, k_out
 

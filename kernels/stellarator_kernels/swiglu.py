@@ -16,7 +16,7 @@ Source: Shazeer 2020, arXiv:2002.05202.
 import torch
 
 from stellarator_kernels import reference
-from stellarator_kernels._triton import tl, triton
+from stellarator_kernels._triton import FUSED, tl, triton
 from stellarator_kernels.bias_gelu import cdf_and_density, tiles
 from stellarator_kernels.checks import expect, expect_dtype, expect_same_device, expect_shape
 from stellarator_kernels.dispatch import choose
@@ -80,7 +80,7 @@ def _forward_triton(gate, up, activation):
         with torch.cuda.device_of(gate):
             _swiglu_fwd_kernel[(triton.cdiv(N, BLOCK_N), triton.cdiv(F, BLOCK_F))](
                 gate, gate.stride(0), up, up.stride(0), y, N, F,
-                _ACTIVATIONS.index(activation), BLOCK_N, BLOCK_F, num_warps=num_warps,
+                _ACTIVATIONS.index(activation), BLOCK_N, BLOCK_F, num_warps=num_warps, **FUSED,
             )  # fmt: skip
     return y
 
@@ -95,7 +95,7 @@ def _backward_triton(dy, gate, up, activation, dgate, dup):
             _swiglu_bwd_kernel[(triton.cdiv(N, BLOCK_N), triton.cdiv(F, BLOCK_F))](
                 dy, dy.stride(0), gate, gate.stride(0), up, up.stride(0),
                 dgate, dup, dgate.stride(0), N, F,
-                _ACTIVATIONS.index(activation), BLOCK_N, BLOCK_F, num_warps=num_warps,
+                _ACTIVATIONS.index(activation), BLOCK_N, BLOCK_F, num_warps=num_warps, **FUSED,
             )  # fmt: skip
 
 

@@ -12,7 +12,7 @@ Bytes: dy and x are read once (again from the cache), total is read and written.
 import torch
 
 from stellarator_kernels import matmul, reference, tuned
-from stellarator_kernels._triton import tl, triton
+from stellarator_kernels._triton import FUSED, tl, triton
 from stellarator_kernels.attention.tiles import chip, with_scratch
 from stellarator_kernels.checks import expect, expect_dtype, expect_same_device, expect_shape
 from stellarator_kernels.dispatch import choose
@@ -71,7 +71,7 @@ def _add_triton(total, dy, x):
     with torch.cuda.device_of(x):
         _weight_gradient_kernel[(matmul.num_programs(M, K, tiles, chip(x.device).num_sms),)](
             dy, x, total, dy.stride(0) // UNIT, x.stride(0) // UNIT,
-            N, M // UNIT, K // UNIT, **matmul.constants(x.dtype, N, tiles),
+            N, M // UNIT, K // UNIT, **matmul.constants(x.dtype, N, tiles), **FUSED,
         )  # fmt: skip
 
 

@@ -419,8 +419,8 @@ class Emulated:
         self.kernel, self.seed, self.edits = kernel, seed, edits or {}
 
     def __getitem__(self, grid):
-        def launch(*arguments, num_warps, **constants):
-            assert num_warps == 4, "one warpgroup"
+        def launch(*arguments, num_warps, enable_fp_fusion, **constants):
+            assert num_warps == 4 and enable_fp_fusion, "one warpgroup, as compiled"
             arguments = [self._argument(x) for x in arguments]
             for place in itertools.product(*map(range, grid)):
                 machine = _Machine(self.seed, place, grid)

@@ -31,7 +31,7 @@ FlashAttention-3's deterministic backward with the shortest tiles first (its pul
 import torch
 
 from stellarator_kernels import _triton, tuned
-from stellarator_kernels._triton import tl, triton
+from stellarator_kernels._triton import FUSED, tl, triton
 from stellarator_kernels.attention import tiles as shared
 from stellarator_kernels.attention.tiles import (
     dot,
@@ -326,6 +326,7 @@ def row_deltas(out, dout, dlse):
     _delta_kernel[(triton.cdiv(T, DELTA_ROWS), H, B)](
         out, dout, dlse, delta, *strides_in_units(out), *strides_in_units(dout), T, H,
         HAS_DLSE=has_dlse, D=D, BLOCK_D=max(16, triton.next_power_of_2(D)), ROWS=DELTA_ROWS,
+        **FUSED,
     )  # fmt: skip
     return delta
 
@@ -366,7 +367,7 @@ def backward(
             dq_tiles = tiles_of("dq")
             _dq_kernel[shared.row_grid(q, k, dq_tiles.own)](
                 q, k, v, dout, lse, delta, dq, bounds, *strides, *dout_strides, *sizes,
-                **flags, **shared.constants(D, q.dtype, dq_tiles),
+                **flags, **shared.constants(D, q.dtype, dq_tiles), **FUSED,
             )  # fmt: skip
         else:
             dq = torch.zeros((B, T, H, D), dtype=torch.float32, device=q.device)
@@ -377,6 +378,7 @@ def backward(
             *strides, *dout_strides, *sizes, part_heads=triton.cdiv(H // G, splits),
             **flags, **shared.constants(D, q.dtype, tiles), DESIGN=DESIGNS[design],
             TURNED=shared.turns_dq(tiles.step, capability), INTERPRETED=_triton.INTERPRETED,
+            **FUSED,
         )  # fmt: skip
     dk, dv = (x[0] if splits == 1 else x.sum(0).to(q.dtype) for x in (dk, dv))
     return dq.to(q.dtype), dk, dv

@@ -15,7 +15,7 @@ Source: the split over keys of Flash-Decoding (Dao, Haziza, Massa, Sizov 2023).
 import torch
 
 from stellarator_kernels import _triton
-from stellarator_kernels._triton import tl, triton
+from stellarator_kernels._triton import FUSED, tl, triton
 from stellarator_kernels.attention.tiles import dot, head_of, load_tile, mask_scores
 from stellarator_kernels.layout import aligned_rows, strides_in_units
 
@@ -143,9 +143,10 @@ def decode(q, k_cache, v_cache, lengths, window, scale):
             T, S, H, H // G, window or 0, scale * 1.4426950408889634, splits,
             WINDOW=window is not None, D=D, BLOCK_D=BLOCK_D, ROWS=shared["ROWS"],
             UPCAST=_triton.INTERPRETED and q.dtype != torch.float32, **step(D, shared["ROWS"]),
+            **FUSED,
         )  # fmt: skip
         _merge_kernel[(T * H, B)](
             parts, lse, out, T * H, splits,
-            D=D, BLOCK_D=BLOCK_D, SPLITS=triton.next_power_of_2(splits),
+            D=D, BLOCK_D=BLOCK_D, SPLITS=triton.next_power_of_2(splits), **FUSED,
         )  # fmt: skip
     return out

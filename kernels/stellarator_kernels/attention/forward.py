@@ -17,7 +17,7 @@ arXiv:1805.02867.
 import torch
 
 from stellarator_kernels import tuned
-from stellarator_kernels._triton import tl, triton
+from stellarator_kernels._triton import FUSED, tl, triton
 from stellarator_kernels.attention import tiles as shared
 from stellarator_kernels.attention.tiles import (
     dot,
@@ -140,6 +140,6 @@ def forward(
             T, S, H, H // G, window or 0, scale,
             **shared.extras(softcap, dropout_p, dropout_keys, q),
             CAUSAL=causal, WINDOW=window is not None, PACKED=cu_seqlens is not None,
-            **shared.constants(D, q.dtype, tiles),
+            **shared.constants(D, q.dtype, tiles), **FUSED,
         )  # fmt: skip
     return out, lse

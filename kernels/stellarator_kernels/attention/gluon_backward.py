@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 import torch
 
-from stellarator_kernels._triton import triton
+from stellarator_kernels._triton import FUSED, triton
 from stellarator_kernels.attention import gluon_tiles
 from stellarator_kernels.attention import tiles as shared
 from stellarator_kernels.attention.backward import row_deltas
@@ -91,13 +91,13 @@ def backward(
         dq_kernel[shared.row_grid(q, k, 2 * own)](
             descriptor(q, own), descriptor(k, plan.dq_step), descriptor(v, plan.dq_step),
             descriptor(dout, own), descriptor(dq, own), lse, delta, bounds, *sizes,
-            **flags, **constants("dq", D, plan), num_warps=4,
+            **flags, **constants("dq", D, plan), num_warps=4, **FUSED,
         )  # fmt: skip
         dkdv_kernel[(G * splits, grid_tiles, B)](
             descriptor(q, plan.step), descriptor(k, own), descriptor(v, own),
             descriptor(dout, plan.step), row_descriptor(lse, plan.step),
             row_descriptor(delta, plan.step), dk, dv, bounds, *sizes, triton.cdiv(H // G, splits),
-            **flags, **constants("dkdv", D, plan), num_warps=4,
+            **flags, **constants("dkdv", D, plan), num_warps=4, **FUSED,
         )  # fmt: skip
     dk, dv = (x[0] if splits == 1 else x.sum(0).to(q.dtype) for x in (dk, dv))
     return dq, dk, dv

@@ -37,6 +37,7 @@ from stellarator_kernels._gluon import (
     warpgroup_mma,
     warpgroup_mma_wait,
 )
+from stellarator_kernels._triton import FUSED
 from stellarator_kernels.attention import gluon_tiles
 from stellarator_kernels.attention import tiles as shared
 from stellarator_kernels.attention.gluon_tiles import descriptor, key_interval, mask_scores
@@ -276,6 +277,6 @@ def forward(q, k, v, cu_seqlens, causal, window, scale, plan: Plan | None = None
             descriptor(q, gluon_tiles.OWN), descriptor(k, plan.step), descriptor(v, plan.step),
             descriptor(out, gluon_tiles.OWN), lse, bounds, T, S, H, H // G, window or 0, scale,
             CAUSAL=causal, WINDOW=window is not None, PACKED=cu_seqlens is not None,
-            **constants(D, plan), num_warps=4,
+            **constants(D, plan), num_warps=4, **FUSED,
         )  # fmt: skip
     return out, lse
