@@ -54,7 +54,12 @@ def _forward_kernel(
     tile = tl.num_programs(1) - 1 - tl.program_id(1)
     head, batch = head_and_batch(H)
     kv_head = head // group
-    rows = tile * OWN + tl.arange(0, OWN)
+    start = tile * OWN
+    if SPECIALIZE:
+        # Triton (3.6 and 3.9) gives two groups of warps 64 rows each: the second one's load of q
+        # starts 64 rows on, and so does all else that is made of that number; rows would twice.
+        start = (tile.to(tl.int64) * OWN).to(tl.int32)
+    rows = start + tl.arange(0, OWN)
     cols = tl.arange(0, BLOCK_D)
     k_ptr = head_of(k_ptr, batch, k_stride_batch, kv_head, k_stride_head)
     v_ptr = head_of(v_ptr, batch, v_stride_batch, kv_head, v_stride_head)
