@@ -1,4 +1,5 @@
-# install: .venv with everything; demo: the whole path on real code; test: what CI runs.
+# install: .venv with everything; demo: the whole path on real code; test: what CI runs; emulate: the
+# tests of the ops that would run on a GPU, compiled for two of them and run by tests/ops/ptx_machine.
 # DATA="folder ..." gives `make demo` other sources than this Python's standard library. The shell
 # reads it, so a path with spaces is quoted once more: DATA="'my code' other" OUTPUT="runs/my code".
 
@@ -9,7 +10,7 @@ OUTPUT ?= runs/demo
 INSTALLED := $(VENV)/installed
 TRITON_3_6 := $(VENV)/triton-3.6.0
 
-.PHONY: install demo test lint clean
+.PHONY: install demo test emulate lint clean
 
 install: $(INSTALLED)
 
@@ -36,6 +37,11 @@ $(TRITON_3_6): | $(INSTALLED)
 test: install $(TRITON_3_6)
 	STELLARATOR_TRITON_3_6="$(CURDIR)/$(TRITON_3_6)" \
 		$(VENV)/bin/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder --durations 10
+
+emulate: install
+	for arch in sm_80 sm_90; do \
+		STELLARATOR_EMULATED_GPU=$$arch $(VENV)/bin/python -m pytest -q -n 2 tests/ops || exit 1; \
+	done
 
 lint: install
 	$(VENV)/bin/ruff check . && $(VENV)/bin/ruff format --check .

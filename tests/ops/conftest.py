@@ -4,10 +4,11 @@ import contextlib
 import dataclasses
 import functools
 import inspect
+import os
 
 import pytest
 import torch
-from grid import NATIVE  # before anything imports Triton
+from grid import COMPILED, EMULATED, NATIVE  # before anything imports Triton
 
 from stellarator_kernels import _triton
 
@@ -22,6 +23,23 @@ def device(request):
         yield
 
 
+def pytest_collection_modifyitems(config, items):
+    """On an emulated GPU there is nothing for tests that need none; of the rest, a part may do."""
+    if EMULATED is None:
+        return
+    share = int(os.environ.get("STELLARATOR_EMULATED_SHARE", "1"))
+    chosen = [item for item in items if item.get_closest_marker("emulated")][::share]
+    config.hook.pytest_deselected(items=[item for item in items if item not in set(chosen)])
+    items[:] = chosen
+
+
+def pytest_configure():
+    if EMULATED is not None:
+        from ptx_machine import device
+
+        device.install(EMULATED)
+
+
 @pytest.fixture(scope="session", autouse=True)
 def faster_interpreter():
     """Triton's interpreter without more than half of its work, which has no effect.
@@ -30,7 +48,7 @@ def faster_interpreter():
     is not marked as one any more. It adds integers again in int64 for an assertion that is made
     only with `debug`, which it has off.
     """
-    if NATIVE or _triton.FAILURE is not None:
+    if COMPILED or _triton.FAILURE is not None:
         yield
         return
     from triton.runtime import interpreter

@@ -5,8 +5,11 @@ that are made there. Elsewhere they run in Triton's interpreter; so they do in a
 because Triton reads TRITON_INTERPRET once, when the first of them imports it. With
 CUDA_VISIBLE_DEVICES= (empty) a machine with a GPU is like any other.
 
-defines: NATIVE, TRITON, INTERPRETED, EXTENSION, CPU, CPU_CASES, CUDA, IMPLS, KERNELS, IMPLS_ON_CPU,
-CASES, levels, threads, generator
+`STELLARATOR_EMULATED_GPU=sm_90 pytest tests/ops` (or sm_80) runs what would run on a GPU, compiled
+for that one, in ptx_machine/.
+
+defines: NATIVE, EMULATED, COMPILED, TRITON, INTERPRETED, EXTENSION, CPU, CPU_CASES, CUDA, IMPLS,
+KERNELS, IMPLS_ON_CPU, CASES, levels, threads, generator
 """
 
 import contextlib
@@ -16,19 +19,22 @@ import sys
 import pytest
 import torch
 
-from stellarator_kernels import extension
-
+# Before the kernels, which import Triton.
 NATIVE = (
     "triton" not in sys.modules
     and torch.cuda.is_available()
     and torch.cuda.get_device_capability() >= (8, 0)
 )
-if NATIVE:
+EMULATED = os.environ.get("STELLARATOR_EMULATED_GPU")  # the architecture, or None
+COMPILED = NATIVE or EMULATED is not None
+if COMPILED:
     os.environ["TRITON_INTERPRET"] = "0"
 
-# Marks of a test that runs a Triton kernel: anywhere; on tensors of the CPU only.
+from stellarator_kernels import extension  # noqa: E402
+
+# Marks of a test that runs a Triton kernel: anywhere; in the interpreter only.
 INTERPRETED = pytest.mark.interpret
-TRITON = pytest.mark.gpu if NATIVE else INTERPRETED
+TRITON = pytest.mark.gpu if NATIVE else pytest.mark.emulated if EMULATED else INTERPRETED
 
 # Mark of a test of the C++ kernels, and their parameters.
 EXTENSION = pytest.mark.skipif(
@@ -58,7 +64,7 @@ CASES = [
 CASES += [
     pytest.param("triton", dtype, marks=TRITON)
     for dtype in (torch.float16, torch.float32, torch.bfloat16)
-    if NATIVE or dtype != torch.bfloat16  # the interpreter's casts to bf16 truncate
+    if COMPILED or dtype != torch.bfloat16  # the interpreter's casts to bf16 truncate
 ]
 
 

@@ -19,7 +19,7 @@ import pytest
 import torch
 from attention_cases import BF16, CASES, FP16, FP32, Case, plain, random_case, run
 from gluon_emulator import Deadlock, Emulated
-from grid import NATIVE
+from grid import COMPILED, TRITON
 
 from stellarator_kernels import _gluon
 from stellarator_kernels.attention import gluon_forward, gluon_tiles
@@ -30,7 +30,7 @@ from stellarator_kernels.testing import (
 )
 
 GLUON = pytest.mark.skipif(_gluon.FAILURE is not None, reason=f"no Gluon: {_gluon.FAILURE}")
-HERE = NATIVE and gluon_tiles.refusal(64, BF16, torch.cuda.get_device_capability()) is None
+HERE = COMPILED and gluon_tiles.refusal(64, BF16, torch.cuda.get_device_capability()) is None
 HOPPER = pytest.mark.skipif(not HERE, reason="no GPU of compute capability 9.0")
 SMALL = gluon_forward.Plan(step=16, stages=2, turns=True)
 KERNEL = gluon_forward._gluon_forward_kernel
@@ -279,7 +279,7 @@ def test_nothing_is_imported_before_it_is_needed():
 
 
 @HOPPER
-@pytest.mark.gpu
+@TRITON
 @pytest.mark.parametrize("D", [64, 128])
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 def test_on_a_gpu(case, D):
@@ -287,7 +287,7 @@ def test_on_a_gpu(case, D):
 
 
 @HOPPER
-@pytest.mark.gpu
+@TRITON
 @pytest.mark.parametrize("turns", [True, False])
 @pytest.mark.parametrize("seed", range(400, 420))
 def test_on_a_gpu_random(seed, turns):

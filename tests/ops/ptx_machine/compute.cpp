@@ -1,0 +1,529 @@
+// What the instructions do that look at one lane at a time.
+#include "arithmetic.h"
+
+bool Arithmetic::compute(Warp& w, const Ins& i, u32 m) {
+    const s32* o = operands + i.first;
+    auto R = [&](int k) { return reg(w, o[k]); };
+    switch (i.op) {
+        case o_mov: {
+            const char* s = R(1);
+            switch (size_of(i.type)) {
+                case 8:
+                    lanes<u64>(m, R(0), [=](int l) { return get<u64>(s, l); });
+                    break;
+                case 4:
+                    lanes<u32>(m, R(0), [=](int l) { return get<u32>(s, l); });
+                    break;
+                default:
+                    lanes<u16>(m, R(0), [=](int l) { return get<u16>(s, l); });
+            }
+            return true;
+        }
+        case o_pack: {
+            int n = i.count - 1, bits = 8 * i.m[0];
+            for (int l = 0; l < kLanes; l++) {
+                if (!(m >> l & 1)) continue;
+                u64 x = 0;
+                for (int k = 0; k < n; k++) {
+                    u64 part = bits == 32 ? get<u32>(R(1 + k), l) : get<u16>(R(1 + k), l);
+                    if (bits == 8) part &= 0xff;
+                    x |= part << bits * k;
+                }
+                if (n * bits == 64)
+                    set<u64>(R(0), l, x);
+                else
+                    set<u32>(R(0), l, u32(x));
+            }
+            return true;
+        }
+        case o_unpack: {
+            int n = i.count - 1, bits = 8 * i.m[0];
+            for (int l = 0; l < kLanes; l++) {
+                if (!(m >> l & 1)) continue;
+                u64 x = n * bits == 64 ? get<u64>(R(0), l) : get<u32>(R(0), l);
+                for (int k = 0; k < n; k++)
+                    set<u32>(R(1 + k), l, u32(x >> bits * k & ((1ull << bits) - 1)));
+            }
+            return true;
+        }
+        case o_add:
+            if (is_float(i.type))
+                floats(w, i, m, 2, [](auto a, auto b, auto) { return a + b; });
+            else
+                integers(w, i, m, [](auto a, auto b) { return a + b; });
+            return true;
+        case o_sub:
+            if (is_float(i.type))
+                floats(w, i, m, 2, [](auto a, auto b, auto) { return a - b; });
+            else
+                integers(w, i, m, [](auto a, auto b) { return a - b; });
+            return true;
+        case o_mul:
+            if (is_float(i.type))
+                floats(w, i, m, 2, [](auto a, auto b, auto) { return a * b; });
+            else if (size_of(i.type) == 2)
+                two<u16>(w, i, m, [](u16 a, u16 b) { return u16(u32(a) * b); });
+            else
+                integers(w, i, m, [](auto a, auto b) { return a * b; });
+            return true;
+        case o_mul_hi:
+            switch (i.type) {
+                case t_u32:
+                    two<u32>(w, i, m, [](u32 a, u32 b) { return u32(u64(a) * b >> 32); });
+                    return true;
+                case t_s32:
+                    two<s32>(w, i, m, [](s32 a, s32 b) { return s32(s64(a) * b >> 32); });
+                    return true;
+                case t_u64:
+                    two<u64>(w, i, m,
+                             [](u64 a, u64 b) { return u64((unsigned __int128)a * b >> 64); });
+                    return true;
+                case t_s64:
+                    two<s64>(w, i, m, [](s64 a, s64 b) { return s64((__int128)a * b >> 64); });
+                    return true;
+            }
+            fault("mul.hi");
+        case o_mul_wide:
+        case o_mad_wide: {
+            const char *a = R(1), *b = R(2), *c = i.op == o_mad_wide ? R(3) : nullptr;
+            auto wide_of = [&](auto narrow_zero, auto wide_zero) {
+                using N = decltype(narrow_zero);
+                using D = decltype(wide_zero);
+                lanes<D>(m, R(0), [=](int l) {
+                    return D(D(get<N>(a, l)) * D(get<N>(b, l)) + (c ? get<D>(c, l) : D(0)));
+                });
+            };
+            switch (i.type) {
+                case t_u32:
+                    wide_of(u32(0), u64(0));
+                    return true;
+                case t_s32:
+                    wide_of(s32(0), s64(0));
+                    return true;
+                case t_u16:
+                    wide_of(u16(0), u32(0));
+                    return true;
+                case t_s16:
+                    wide_of(s16(0), s32(0));
+                    return true;
+            }
+            fault("mul.wide");
+        }
+        case o_mad: {
+            const char *a = R(1), *b = R(2), *c = R(3);
+            switch (size_of(i.type)) {
+                case 8:
+                    lanes<u64>(m, R(0), [=](int l) {
+                        return get<u64>(a, l) * get<u64>(b, l) + get<u64>(c, l);
+                    });
+                    break;
+                case 4:
+                    lanes<u32>(m, R(0), [=](int l) {
+                        return get<u32>(a, l) * get<u32>(b, l) + get<u32>(c, l);
+                    });
+                    break;
+                default:
+                    lanes<u16>(m, R(0), [=](int l) {
+                        return u16(u32(get<u16>(a, l)) * get<u16>(b, l) + get<u16>(c, l));
+                    });
+            }
+            return true;
+        }
+        case o_mad_hi: {
+            const char *a = R(1), *b = R(2), *c = R(3);
+            if (i.type == t_u32)
+                lanes<u32>(m, R(0), [=](int l) {
+                    return u32(u64(get<u32>(a, l)) * get<u32>(b, l) >> 32) + get<u32>(c, l);
+                });
+            else if (i.type == t_s32)
+                lanes<s32>(m, R(0), [=](int l) {
+                    return s32(s64(get<s32>(a, l)) * get<s32>(b, l) >> 32) + get<s32>(c, l);
+                });
+            else
+                fault("mad.hi");
+            return true;
+        }
+        case o_fma:
+            floats(w, i, m, 3, [](auto a, auto b, auto c) { return std::fma(a, b, c); });
+            return true;
+        case o_div:
+            if (is_float(i.type))
+                floats(w, i, m, 2, [](auto a, auto b, auto) { return a / b; });
+            else
+                signs(w, i, m, [](auto a, auto b) -> decltype(a) {
+                    using T = decltype(a);
+                    return b == 0 ? T(-1) : std::is_signed_v<T> && b == T(-1) ? T(0 - a) : T(a / b);
+                });
+            return true;
+        case o_rem:
+            signs(w, i, m, [](auto a, auto b) -> decltype(a) {
+                using T = decltype(a);
+                return b == 0 ? a : std::is_signed_v<T> && b == T(-1) ? T(0) : T(a % b);
+            });
+            return true;
+        case o_min:
+            if (!is_float(i.type))
+                signs(w, i, m, [](auto a, auto b) { return a < b ? a : b; });
+            else if (i.m[1])
+                floats(w, i, m, 2, [](auto a, auto b, auto) {
+                    return a != a ? a : b != b ? b : std::fmin(a, b);
+                });
+            else
+                floats(w, i, m, 2, [](auto a, auto b, auto) { return std::fmin(a, b); });
+            return true;
+        case o_max:
+            if (!is_float(i.type))
+                signs(w, i, m, [](auto a, auto b) { return a > b ? a : b; });
+            else if (i.m[1])
+                floats(w, i, m, 2, [](auto a, auto b, auto) {
+                    return a != a ? a : b != b ? b : std::fmax(a, b);
+                });
+            else
+                floats(w, i, m, 2, [](auto a, auto b, auto) { return std::fmax(a, b); });
+            return true;
+        case o_neg:
+            if (is_float(i.type))
+                floats(w, i, m, 1, [](auto a, auto, auto) { return -a; });
+            else if (size_of(i.type) == 8)
+                one<u64>(w, i, m, [](u64 a) { return 0 - a; });
+            else if (size_of(i.type) == 4)
+                one<u32>(w, i, m, [](u32 a) { return 0 - a; });
+            else
+                one<u16>(w, i, m, [](u16 a) { return u16(0 - a); });
+            return true;
+        case o_abs:
+            if (is_float(i.type))
+                floats(w, i, m, 1, [](auto a, auto, auto) { return std::fabs(a); });
+            else if (size_of(i.type) == 8)
+                one<s64>(w, i, m, [](s64 a) { return a < 0 ? -a : a; });
+            else if (size_of(i.type) == 4)
+                one<s32>(w, i, m, [](s32 a) { return a < 0 ? -a : a; });
+            else
+                one<s16>(w, i, m, [](s16 a) { return s16(a < 0 ? -a : a); });
+            return true;
+        case o_copysign:
+            floats(w, i, m, 2, [](auto a, auto b, auto) { return std::copysign(b, a); });
+            return true;
+        case o_ex2:
+            floats(w, i, m, 1, [](auto a, auto, auto) { return std::exp2(a); });
+            return true;
+        case o_lg2:
+            floats(w, i, m, 1, [](auto a, auto, auto) { return std::log2(a); });
+            return true;
+        case o_rcp:
+            floats(w, i, m, 1, [](auto a, auto, auto) { return 1 / a; });
+            return true;
+        case o_sqrt:
+            floats(w, i, m, 1, [](auto a, auto, auto) { return std::sqrt(a); });
+            return true;
+        case o_rsqrt:
+            floats(w, i, m, 1, [](auto a, auto, auto) { return 1 / std::sqrt(a); });
+            return true;
+        case o_sin:
+            floats(w, i, m, 1, [](auto a, auto, auto) { return std::sin(a); });
+            return true;
+        case o_cos:
+            floats(w, i, m, 1, [](auto a, auto, auto) { return std::cos(a); });
+            return true;
+        case o_tanh:
+            floats(w, i, m, 1, [](auto a, auto, auto) { return std::tanh(a); });
+            return true;
+
+        case o_not:
+            if (i.type == t_pred)
+                put_pred(R(0), m, ~pred(w, o[1]));
+            else if (size_of(i.type) == 8)
+                one<u64>(w, i, m, [](u64 a) { return ~a; });
+            else if (size_of(i.type) == 4)
+                one<u32>(w, i, m, [](u32 a) { return ~a; });
+            else
+                one<u16>(w, i, m, [](u16 a) { return u16(~a); });
+            return true;
+        case o_and:
+            if (i.type == t_pred)
+                put_pred(R(0), m, pred(w, o[1]) & pred(w, o[2]));
+            else
+                integers(w, i, m, [](auto a, auto b) { return a & b; });
+            return true;
+        case o_or:
+            if (i.type == t_pred)
+                put_pred(R(0), m, pred(w, o[1]) | pred(w, o[2]));
+            else
+                integers(w, i, m, [](auto a, auto b) { return a | b; });
+            return true;
+        case o_xor:
+            if (i.type == t_pred)
+                put_pred(R(0), m, pred(w, o[1]) ^ pred(w, o[2]));
+            else
+                integers(w, i, m, [](auto a, auto b) { return a ^ b; });
+            return true;
+        case o_shl:
+        case o_shr: {
+            const char *a = R(1), *b = R(2);
+            bool left = i.op == o_shl;
+            auto shift = [&](auto zero) {
+                using T = decltype(zero);
+                using U = std::make_unsigned_t<T>;
+                constexpr u32 bits = 8 * sizeof(T);
+                lanes<T>(m, R(0), [=](int l) {
+                    u32 by = get<u32>(b, l);
+                    T x = get<T>(a, l);
+                    if (left) return by >= bits ? T(0) : T(U(x) << by);
+                    return by >= bits ? T(x < 0 ? -1 : 0) : T(x >> by);
+                });
+            };
+            switch (i.type) {
+                case t_b16:
+                case t_u16:
+                    shift(u16(0));
+                    break;
+                case t_s16:
+                    shift(s16(0));
+                    break;
+                case t_b32:
+                case t_u32:
+                    shift(u32(0));
+                    break;
+                case t_s32:
+                    shift(s32(0));
+                    break;
+                case t_b64:
+                case t_u64:
+                    shift(u64(0));
+                    break;
+                case t_s64:
+                    shift(s64(0));
+                    break;
+            }
+            return true;
+        }
+        case o_bfe: {
+            const char *a = R(1), *b = R(2), *c = R(3);
+            auto extract = [&](auto zero) {
+                using T = decltype(zero);
+                constexpr int bits = 8 * sizeof(T);
+                lanes<T>(m, R(0), [=](int l) {
+                    int at = get<u32>(b, l) & 0xff, n = get<u32>(c, l) & 0xff;
+                    T x = get<T>(a, l);
+                    if (n == 0) return T(0);
+                    int last = std::min(at + n - 1, bits - 1);
+                    T sign = std::is_signed_v<T> && (x >> last & 1) ? T(-1) : T(0);
+                    std::make_unsigned_t<T> y = 0;
+                    for (int k = 0; k < bits; k++)
+                        y |= std::make_unsigned_t<T>(
+                                 (k < n && at + k < bits ? x >> (at + k) : sign) & 1)
+                             << k;
+                    return T(y);
+                });
+            };
+            switch (i.type) {
+                case t_u32:
+                    extract(u32(0));
+                    break;
+                case t_s32:
+                    extract(s32(0));
+                    break;
+                case t_u64:
+                    extract(u64(0));
+                    break;
+                default:
+                    extract(s64(0));
+            }
+            return true;
+        }
+        case o_bfi: {
+            const char *a = R(1), *b = R(2), *c = R(3), *d = R(4);
+            auto insert = [&](auto zero) {
+                using T = decltype(zero);
+                constexpr u32 bits = 8 * sizeof(T);
+                lanes<T>(m, R(0), [=](int l) {
+                    u32 at = get<u32>(c, l) & 0xff, n = get<u32>(d, l) & 0xff;
+                    T x = get<T>(b, l), y = get<T>(a, l);
+                    for (u32 k = 0; k < n && at + k < bits; k++)
+                        x = (x & ~(T(1) << (at + k))) | (y >> k & 1) << (at + k);
+                    return x;
+                });
+            };
+            if (size_of(i.type) == 8)
+                insert(u64(0));
+            else
+                insert(u32(0));
+            return true;
+        }
+        case o_bfind: {
+            const char* a = R(1);
+            bool is_long = size_of(i.type) == 8, is_signed = i.type == t_s32 || i.type == t_s64,
+                 amount = i.m[0];
+            lanes<u32>(m, R(0), [=](int l) {
+                s64 x = is_long     ? get<s64>(a, l)
+                        : is_signed ? s64(get<s32>(a, l))
+                                    : s64(get<u32>(a, l));
+                if (is_signed && x < 0) x = ~x;
+                if (!x) return ~0u;
+                u32 at = 63 - __builtin_clzll(x);
+                return amount ? (is_long ? 63 : 31) - at : at;
+            });
+            return true;
+        }
+        case o_lop3: {
+            const char *a = R(1), *b = R(2), *c = R(3);
+            int table = i.m[0];
+            lanes<u32>(m, R(0), [=](int l) {
+                u32 x = get<u32>(a, l), y = get<u32>(b, l), z = get<u32>(c, l), out = 0;
+                for (int k = 0; k < 8; k++)
+                    if (table >> k & 1)
+                        out |= (k & 4 ? x : ~x) & (k & 2 ? y : ~y) & (k & 1 ? z : ~z);
+                return out;
+            });
+            return true;
+        }
+        case o_shf: {
+            const char *a = R(1), *b = R(2), *c = R(3);
+            bool right = i.m[0], wrap = i.m[1];
+            lanes<u32>(m, R(0), [=](int l) {
+                u64 x = u64(get<u32>(b, l)) << 32 | get<u32>(a, l);
+                u32 by = wrap ? get<u32>(c, l) & 31 : std::min(get<u32>(c, l), 32u);
+                return right ? u32(x >> by) : u32(x << by >> 32);
+            });
+            return true;
+        }
+        case o_prmt: {
+            const char *a = R(1), *b = R(2), *c = R(3);
+            lanes<u32>(m, R(0), [=](int l) {
+                u64 x = u64(get<u32>(b, l)) << 32 | get<u32>(a, l);
+                u32 how = get<u32>(c, l), out = 0;
+                for (int k = 0; k < 4; k++) {
+                    u32 s = how >> 4 * k & 15;
+                    u32 byte = x >> 8 * (s & 7) & 0xff;
+                    if (s & 8) byte = byte & 0x80 ? 0xff : 0;
+                    out |= byte << 8 * k;
+                }
+                return out;
+            });
+            return true;
+        }
+        case o_popc:
+        case o_clz: {
+            const char* a = R(1);
+            bool is_long = size_of(i.type) == 8, count = i.op == o_popc;
+            lanes<u32>(m, R(0), [=](int l) {
+                u64 x = is_long ? get<u64>(a, l) : get<u32>(a, l);
+                if (count) return u32(__builtin_popcountll(x));
+                return u32(x ? __builtin_clzll(x) - (is_long ? 0 : 32) : is_long ? 64 : 32);
+            });
+            return true;
+        }
+        case o_brev:
+            one<u32>(w, i, m, [](u32 a) {
+                u32 y = 0;
+                for (int k = 0; k < 32; k++) y |= (a >> k & 1) << (31 - k);
+                return y;
+            });
+            return true;
+        case o_selp: {
+            const char *a = R(1), *b = R(2);
+            u32 p = pred(w, o[3]);
+            switch (size_of(i.type)) {
+                case 8:
+                    lanes<u64>(m, R(0),
+                               [=](int l) { return p >> l & 1 ? get<u64>(a, l) : get<u64>(b, l); });
+                    break;
+                case 4:
+                    lanes<u32>(m, R(0),
+                               [=](int l) { return p >> l & 1 ? get<u32>(a, l) : get<u32>(b, l); });
+                    break;
+                default:
+                    lanes<u16>(m, R(0),
+                               [=](int l) { return p >> l & 1 ? get<u16>(a, l) : get<u16>(b, l); });
+            }
+            return true;
+        }
+        case o_setp: {
+            int outs = i.m[3];
+            u32 p;
+            switch (i.type) {
+                case t_b16:
+                case t_u16:
+                    p = compared<u16>(w, i, outs);
+                    break;
+                case t_s16:
+                    p = compared<s16>(w, i, outs);
+                    break;
+                case t_b32:
+                case t_u32:
+                    p = compared<u32>(w, i, outs);
+                    break;
+                case t_s32:
+                    p = compared<s32>(w, i, outs);
+                    break;
+                case t_b64:
+                case t_u64:
+                    p = compared<u64>(w, i, outs);
+                    break;
+                case t_s64:
+                    p = compared<s64>(w, i, outs);
+                    break;
+                case t_f32:
+                    p = compared<float>(w, i, outs);
+                    break;
+                case t_f64:
+                    p = compared<double>(w, i, outs);
+                    break;
+                case t_f16:
+                    p = compared<f16, float>(w, i, outs);
+                    break;
+                case t_bf16:
+                    p = compared<bf16>(w, i, outs);
+                    break;
+                default:
+                    fault("setp");
+            }
+            u32 q = ~p;
+            if (i.m[1]) {
+                u32 c = pred(w, o[outs + 2]);
+                if (i.m[2]) c = ~c;
+                p = i.m[1] == 1 ? p & c : i.m[1] == 2 ? p | c : p ^ c;
+                q = i.m[1] == 1 ? q & c : i.m[1] == 2 ? q | c : q ^ c;
+            }
+            put_pred(R(0), m, p);
+            if (outs == 2) put_pred(R(1), m, q);
+            return true;
+        }
+        case o_set_pred:
+            put_pred(R(0), m, pred(w, o[1]));
+            return true;
+        case o_testp: {
+            u32 p = 0;
+            for (int l = 0; l < kLanes; l++) {
+                double x = i.type == t_f64 ? get<double>(R(1), l) : get<float>(R(1), l);
+                bool is[] = {std::isfinite(x), std::isinf(x), !std::isnan(x), std::isnan(x)};
+                p |= u32(is[i.m[0]]) << l;
+            }
+            put_pred(R(0), m, p);
+            return true;
+        }
+        case o_cvt:
+            convert(w, i, m);
+            return true;
+        case o_cvt_pack: {
+            const char *a = R(1), *b = R(2);
+            bool brain = i.type == t_bf16x2, relu = i.m[0];
+            lanes<u32>(m, R(0), [=](int l) {
+                float high = get<float>(a, l), low = get<float>(b, l);
+                if (relu) high = std::fmax(high, 0.f), low = std::fmax(low, 0.f);
+                return u32(narrow(high, brain)) << 16 | narrow(low, brain);
+            });
+            return true;
+        }
+        case o_cvta: {
+            const char* a = R(1);
+            u64 base = i.m[1] == 2 ? kShared : i.m[1] == 3 ? kLocal : 0;
+            if (i.m[1] == 4) base = reinterpret_cast<u64>(params);
+            bool to = i.m[0] && i.m[1] != 4;
+            lanes<u64>(m, R(0),
+                       [=](int l) { return to ? get<u64>(a, l) & ~base : get<u64>(a, l) + base; });
+            return true;
+        }
+    }
+    return false;
+}
