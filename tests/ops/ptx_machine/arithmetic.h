@@ -8,6 +8,7 @@ struct Arithmetic : Registers {
 
     // Whether this was such an instruction; then it is done.
     bool compute(Warp& w, const Ins& i, u32 m);
+    bool bits(Warp& w, const Ins& i, u32 m);
 
     template <class D, class F>
     void lanes(u32 m, char* d, F f) {
