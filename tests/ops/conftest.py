@@ -29,15 +29,17 @@ def pytest_collection_modifyitems(config, items):
         return
     share = int(os.environ.get("STELLARATOR_EMULATED_SHARE", "1"))
     chosen = [item for item in items if item.get_closest_marker("emulated")][::share]
-    config.hook.pytest_deselected(items=[item for item in items if item not in set(chosen)])
+    kept = set(chosen)
+    config.hook.pytest_deselected(items=[item for item in items if item not in kept])
     items[:] = chosen
 
 
 def pytest_configure():
     if EMULATED is not None:
-        from ptx_machine import device
+        from ptx_machine import device, machine
 
-        device.install(EMULATED)
+        seed = int(os.environ.get("STELLARATOR_EMULATED_SEED", "0"))
+        device.install(EMULATED, functools.partial(machine.run, seed=seed))
 
 
 @pytest.fixture(scope="session", autouse=True)

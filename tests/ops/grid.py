@@ -6,7 +6,7 @@ because Triton reads TRITON_INTERPRET once, when the first of them imports it. W
 CUDA_VISIBLE_DEVICES= (empty) a machine with a GPU is like any other.
 
 `STELLARATOR_EMULATED_GPU=sm_90 pytest tests/ops` (or sm_80) runs what would run on a GPU, compiled
-for that one, in ptx_machine/.
+for that one, in ptx_machine/; `STELLARATOR_EMULATED_SEED=1` gives another order of events.
 
 defines: NATIVE, EMULATED, COMPILED, TRITON, INTERPRETED, EXTENSION, CPU, CPU_CASES, CUDA, IMPLS,
 KERNELS, IMPLS_ON_CPU, CASES, levels, threads, generator
@@ -20,12 +20,13 @@ import pytest
 import torch
 
 # Before the kernels, which import Triton.
+EMULATED = os.environ.get("STELLARATOR_EMULATED_GPU") or None  # the architecture
 NATIVE = (
-    "triton" not in sys.modules
+    EMULATED is None
+    and "triton" not in sys.modules
     and torch.cuda.is_available()
     and torch.cuda.get_device_capability() >= (8, 0)
 )
-EMULATED = os.environ.get("STELLARATOR_EMULATED_GPU")  # the architecture, or None
 COMPILED = NATIVE or EMULATED is not None
 if COMPILED:
     os.environ["TRITON_INTERPRET"] = "0"

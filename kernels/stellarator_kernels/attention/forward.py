@@ -56,8 +56,9 @@ def _forward_kernel(
     kv_head = head // group
     start = tile * OWN
     if SPECIALIZE:
-        # Triton (3.6 and 3.9) gives two groups of warps 64 rows each: the second one's load of q
-        # starts 64 rows on, and so does all else that is made of that number; rows would twice.
+        # Triton (3.6 and 3.9) gives 64 rows each to two groups of warps. For the second one it adds
+        # 64 to the start of q's load, and so to all that is made of that value: rows would move by
+        # 128. Through int64 it is another value, which is not merged with that one.
         start = (tile.to(tl.int64) * OWN).to(tl.int32)
     rows = start + tl.arange(0, OWN)
     cols = tl.arange(0, BLOCK_D)

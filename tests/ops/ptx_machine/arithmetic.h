@@ -8,7 +8,6 @@ struct Arithmetic : Registers {
 
     // Whether this was such an instruction; then it is done.
     bool compute(Warp& w, const Ins& i, u32 m);
-    bool bits(Warp& w, const Ins& i, u32 m);
 
     template <class D, class F>
     void lanes(u32 m, char* d, F f) {
@@ -143,45 +142,41 @@ struct Arithmetic : Registers {
     template <class T>
     static bool compare(int how, T a, T b) {
         bool nan = a != a || b != b;
-        switch (how) {
+        switch (how) {  // as _COMPARISONS of instructions.py
             case 0:
                 return a == b;
             case 1:
                 return !nan && a != b;
             case 2:
-            case 6:
                 return a < b;
             case 3:
-            case 7:
                 return a <= b;
             case 4:
-            case 8:
                 return a > b;
             case 5:
-            case 9:
                 return a >= b;
-            case 10:
+            case 6:
                 return nan || a == b;
-            case 11:
+            case 7:
                 return nan || a != b;
-            case 12:
+            case 8:
                 return nan || a < b;
-            case 13:
+            case 9:
                 return nan || a <= b;
-            case 14:
+            case 10:
                 return nan || a > b;
-            case 15:
+            case 11:
                 return nan || a >= b;
-            case 16:
+            case 12:
                 return !nan;
-            case 17:
+            case 13:
                 return nan;
         }
         return false;
     }
     template <class T, class W = T>
-    u32 compared(Warp& w, const Ins& i, int outs) {
-        const char *a = reg(w, operands[i.first + outs]), *b = reg(w, operands[i.first + outs + 1]);
+    u32 compared(Warp& w, const Ins& i) {
+        const char *a = reg(w, operands[i.first + 1]), *b = reg(w, operands[i.first + 2]);
         u32 p = 0;
         for (int l = 0; l < kLanes; l++) {
             if constexpr (std::is_same_v<T, bf16>)
@@ -217,7 +212,7 @@ struct Arithmetic : Registers {
     void convert(Warp& w, const Ins& i, u32 m) {
         char *d = reg(w, operands[i.first]), *s = reg(w, operands[i.first + 1]);
         int of = i.m[0], how = i.m[1];
-        bool sat = i.m[2], integral = i.m[4];
+        bool ftz = i.m[2], integral = i.m[3];
         for (int l = 0; l < kLanes; l++) {
             if (!(m >> l & 1)) continue;
             if (is_float(of)) {
@@ -225,24 +220,14 @@ struct Arithmetic : Registers {
                            : of == t_f64 ? get<double>(s, l)
                            : of == t_f16 ? double(get<f16>(s, l))
                                          : double(wide(get<bf16>(s, l)));
-                if (i.m[3] && of == t_f32) x = flush(float(x));
+                if (ftz && of == t_f32) x = flush(float(x));
                 if (is_float(i.type)) {
                     if (integral) x = rounded(x, how);
-                    if (sat) x = x != x ? 0 : std::min(1.0, std::max(0.0, x));
-                    if (i.type == t_f32) {
-                        float y = float(x);
-                        if (how == 1 && !integral && std::fabs(double(y)) > std::fabs(x))
-                            y = std::nextafter(y, 0.f);
-                        set<float>(d, l, y);
-                    } else if (i.type == t_f64)
+                    if (i.type == t_f32)
+                        set<float>(d, l, float(x));
+                    else if (i.type == t_f64)
                         set<double>(d, l, x);
-                    else if (how == 1 && !integral) {  // towards zero, from fp32
-                        float y = float(x);
-                        u32 bits;
-                        std::memcpy(&bits, &y, 4);
-                        if (i.type != t_bf16) fault("cvt.rz to f16");
-                        set<u16>(d, l, u16(bits >> 16));
-                    } else
+                    else
                         set<u16>(d, l, narrow(x, i.type == t_bf16));
                     continue;
                 }

@@ -129,20 +129,6 @@ bool Arithmetic::compute(Warp& w, const Ins& i, u32 m) {
             }
             return true;
         }
-        case o_mad_hi: {
-            const char *a = R(1), *b = R(2), *c = R(3);
-            if (i.type == t_u32)
-                lanes<u32>(m, R(0), [=](int l) {
-                    return u32(u64(get<u32>(a, l)) * get<u32>(b, l) >> 32) + get<u32>(c, l);
-                });
-            else if (i.type == t_s32)
-                lanes<s32>(m, R(0), [=](int l) {
-                    return s32(s64(get<s32>(a, l)) * get<s32>(b, l) >> 32) + get<s32>(c, l);
-                });
-            else
-                fault("mad.hi");
-            return true;
-        }
         case o_fma:
             floats(w, i, m, 3, [](auto a, auto b, auto c) { return std::fma(a, b, c); });
             return true;
@@ -201,14 +187,8 @@ bool Arithmetic::compute(Warp& w, const Ins& i, u32 m) {
             else
                 one<s16>(w, i, m, [](s16 a) { return s16(a < 0 ? -a : a); });
             return true;
-        case o_copysign:
-            floats(w, i, m, 2, [](auto a, auto b, auto) { return std::copysign(b, a); });
-            return true;
         case o_ex2:
             floats(w, i, m, 1, [](auto a, auto, auto) { return std::exp2(a); });
-            return true;
-        case o_lg2:
-            floats(w, i, m, 1, [](auto a, auto, auto) { return std::log2(a); });
             return true;
         case o_rcp:
             floats(w, i, m, 1, [](auto a, auto, auto) { return 1 / a; });
@@ -216,19 +196,6 @@ bool Arithmetic::compute(Warp& w, const Ins& i, u32 m) {
         case o_sqrt:
             floats(w, i, m, 1, [](auto a, auto, auto) { return std::sqrt(a); });
             return true;
-        case o_rsqrt:
-            floats(w, i, m, 1, [](auto a, auto, auto) { return 1 / std::sqrt(a); });
-            return true;
-        case o_sin:
-            floats(w, i, m, 1, [](auto a, auto, auto) { return std::sin(a); });
-            return true;
-        case o_cos:
-            floats(w, i, m, 1, [](auto a, auto, auto) { return std::cos(a); });
-            return true;
-        case o_tanh:
-            floats(w, i, m, 1, [](auto a, auto, auto) { return std::tanh(a); });
-            return true;
-
         case o_not:
             if (i.type == t_pred)
                 put_pred(R(0), m, ~pred(w, o[1]));
@@ -297,6 +264,55 @@ bool Arithmetic::compute(Warp& w, const Ins& i, u32 m) {
             }
             return true;
         }
+        case o_bfe: {
+            const char *a = R(1), *b = R(2), *c = R(3);
+            auto extract = [&](auto zero) {
+                using T = decltype(zero);
+                constexpr int bits = 8 * sizeof(T);
+                lanes<T>(m, R(0), [=](int l) {
+                    int at = get<u32>(b, l) & 0xff, n = get<u32>(c, l) & 0xff;
+                    T x = get<T>(a, l);
+                    if (n == 0) return T(0);
+                    int last = std::min(at + n - 1, bits - 1);
+                    T sign = std::is_signed_v<T> && (x >> last & 1) ? T(-1) : T(0);
+                    std::make_unsigned_t<T> y = 0;
+                    for (int k = 0; k < bits; k++)
+                        y |= std::make_unsigned_t<T>(
+                                 (k < n && at + k < bits ? x >> (at + k) : sign) & 1)
+                             << k;
+                    return T(y);
+                });
+            };
+            switch (i.type) {
+                case t_u32:
+                    extract(u32(0));
+                    break;
+                case t_s32:
+                    extract(s32(0));
+                    break;
+                case t_u64:
+                    extract(u64(0));
+                    break;
+                default:
+                    extract(s64(0));
+            }
+            return true;
+        }
+        case o_prmt: {
+            const char *a = R(1), *b = R(2), *c = R(3);
+            lanes<u32>(m, R(0), [=](int l) {
+                u64 x = u64(get<u32>(b, l)) << 32 | get<u32>(a, l);
+                u32 how = get<u32>(c, l), out = 0;
+                for (int k = 0; k < 4; k++) {
+                    u32 s = how >> 4 * k & 15;
+                    u32 byte = x >> 8 * (s & 7) & 0xff;
+                    if (s & 8) byte = byte & 0x80 ? 0xff : 0;
+                    out |= byte << 8 * k;
+                }
+                return out;
+            });
+            return true;
+        }
         case o_selp: {
             const char *a = R(1), *b = R(2);
             u32 p = pred(w, o[3]);
@@ -316,78 +332,58 @@ bool Arithmetic::compute(Warp& w, const Ins& i, u32 m) {
             return true;
         }
         case o_setp: {
-            int outs = i.m[3];
             u32 p;
             switch (i.type) {
                 case t_b16:
                 case t_u16:
-                    p = compared<u16>(w, i, outs);
+                    p = compared<u16>(w, i);
                     break;
                 case t_s16:
-                    p = compared<s16>(w, i, outs);
+                    p = compared<s16>(w, i);
                     break;
                 case t_b32:
                 case t_u32:
-                    p = compared<u32>(w, i, outs);
+                    p = compared<u32>(w, i);
                     break;
                 case t_s32:
-                    p = compared<s32>(w, i, outs);
+                    p = compared<s32>(w, i);
                     break;
                 case t_b64:
                 case t_u64:
-                    p = compared<u64>(w, i, outs);
+                    p = compared<u64>(w, i);
                     break;
                 case t_s64:
-                    p = compared<s64>(w, i, outs);
+                    p = compared<s64>(w, i);
                     break;
                 case t_f32:
-                    p = compared<float>(w, i, outs);
+                    p = compared<float>(w, i);
                     break;
                 case t_f64:
-                    p = compared<double>(w, i, outs);
+                    p = compared<double>(w, i);
                     break;
                 case t_f16:
-                    p = compared<f16, float>(w, i, outs);
+                    p = compared<f16, float>(w, i);
                     break;
                 case t_bf16:
-                    p = compared<bf16>(w, i, outs);
+                    p = compared<bf16>(w, i);
                     break;
                 default:
-                    fault("setp");
-            }
-            u32 q = ~p;
-            if (i.m[1]) {
-                u32 c = pred(w, o[outs + 2]);
-                if (i.m[2]) c = ~c;
-                p = i.m[1] == 1 ? p & c : i.m[1] == 2 ? p | c : p ^ c;
-                q = i.m[1] == 1 ? q & c : i.m[1] == 2 ? q | c : q ^ c;
+                    fault("setp of this type");
             }
             put_pred(R(0), m, p);
-            if (outs == 2) put_pred(R(1), m, q);
             return true;
         }
         case o_set_pred:
             put_pred(R(0), m, pred(w, o[1]));
             return true;
-        case o_testp: {
-            u32 p = 0;
-            for (int l = 0; l < kLanes; l++) {
-                double x = i.type == t_f64 ? get<double>(R(1), l) : get<float>(R(1), l);
-                bool is[] = {std::isfinite(x), std::isinf(x), !std::isnan(x), std::isnan(x)};
-                p |= u32(is[i.m[0]]) << l;
-            }
-            put_pred(R(0), m, p);
-            return true;
-        }
         case o_cvt:
             convert(w, i, m);
             return true;
         case o_cvt_pack: {
             const char *a = R(1), *b = R(2);
-            bool brain = i.type == t_bf16x2, relu = i.m[0];
+            bool brain = i.type == t_bf16x2;
             lanes<u32>(m, R(0), [=](int l) {
                 float high = get<float>(a, l), low = get<float>(b, l);
-                if (relu) high = std::fmax(high, 0.f), low = std::fmax(low, 0.f);
                 return u32(narrow(high, brain)) << 16 | narrow(low, brain);
             });
             return true;
@@ -402,5 +398,5 @@ bool Arithmetic::compute(Warp& w, const Ins& i, u32 m) {
             return true;
         }
     }
-    return bits(w, i, m);
+    return false;
 }

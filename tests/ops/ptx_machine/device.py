@@ -4,7 +4,11 @@
 specialised, kernels compiled and cached, and their PTX runs on tensors of the CPU, which the ops
 take for tensors of the GPU meanwhile. Memory outside of the tensors of a launch is out of bounds.
 
-Not covered: streams, what ptxas makes of the PTX, and all that torch itself runs on a GPU.
+Not covered: streams, what ptxas makes of the PTX, and all that torch itself runs on a GPU. Warps
+that race for shared memory are seen by the results only, under the orders of events that the seed
+chooses. wgmma.fence, bar.warp.sync and the fence behind mbarrier.init are taken for granted. A
+fence of one lane counts for its warp. Approximations (ex2, div.full) and the sums of products are
+better than the hardware's. Memory outside of a tensor but inside of its storage is not refused.
 
 defines: CAPABILITIES, install
 """
@@ -22,7 +26,7 @@ import torch
 from ptx_machine import machine, reader
 
 CAPABILITIES = {"sm_80": (8, 0), "sm_90": (9, 0)}
-_MULTIPROCESSORS, _CACHE_BYTES = 132, 50 << 20
+_CHIPS = {(8, 0): (108, 40 << 20), (9, 0): (132, 50 << 20)}  # multiprocessors, bytes of cache
 _ELEMENT_KINDS = {1: 0, 2: 1, 4: 2, 8: 4}  # of a tensor map, by bytes: only these count
 
 
@@ -157,7 +161,7 @@ def _pretend(capability) -> None:
     """Tensors of the CPU are taken for tensors of the GPU, and the GPU's facts told."""
 
     class Properties:
-        multi_processor_count, L2_cache_size = _MULTIPROCESSORS, _CACHE_BYTES
+        multi_processor_count, L2_cache_size = _CHIPS[capability]
 
     torch.cuda.get_device_capability = lambda device=None: capability
     torch.cuda.get_device_properties = lambda device=None: Properties
@@ -180,8 +184,8 @@ def _pretend(capability) -> None:
 
     dispatch.facts = facts
     answers = {
-        "multiprocessors": lambda device: _MULTIPROCESSORS,
-        "chip": lambda device: tiles.Chip(_MULTIPROCESSORS, _CACHE_BYTES),
+        "multiprocessors": lambda device: _CHIPS[capability][0],
+        "chip": lambda device: tiles.Chip(*_CHIPS[capability]),
     }
     for name, module in list(sys.modules.items()):
         if name.startswith("stellarator_kernels"):
@@ -196,8 +200,11 @@ def install(arch: str, run: Callable = machine.run) -> None:
         arch: of CAPABILITIES.
         run: what each launch is given to, as `machine.run` has it.
     Raises:
+        ValueError: there is no such architecture.
         RuntimeError: Triton was imported for its interpreter.
     """
+    if arch not in CAPABILITIES:
+        raise ValueError(f"ptx_machine: expected one of {list(CAPABILITIES)}, got {arch!r}.")
     import triton
 
     from stellarator_kernels import _triton

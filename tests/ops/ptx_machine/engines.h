@@ -4,49 +4,29 @@
 #include "memory.h"
 
 struct Engines : Memory {
-    void multiply(Warp& w, const Ins& i, u32 m) {  // mma.sync
+    void multiply(Warp& w, const Ins& i, u32 m) {  // mma.sync m16n8k16
         if (m != ~0u) fault("mma of a part of a warp");
-        int K = i.m[0], na = i.m[1], nb = i.m[2];
-        float A[16][16], B[16][8];
-        bool words = i.type == t_tf32;
-        const s32* o = operands + i.first;
+        float A[16][16], B[16][8], result[4][kLanes];
+        const bool brain = i.type == t_bf16;
+        const s32 *d = operands + i.first, *a = d + 4, *b = a + 4, *c = b + 2;
         for (int l = 0; l < kLanes; l++) {
-            int g = l / 4, t = l % 4;
-            for (int r = 0; r < na; r++) {
-                u32 x = get<u32>(reg(w, o[4 + r]), l);
-                int row = g + 8 * (r & 1);
-                if (words)
-                    A[row][t + 4 * (r / 2)] = as_float(x);
-                else
-                    for (int h = 0; h < 2; h++)
-                        A[row][2 * t + h + 8 * (r / 2)] = half(x >> 16 * h, i.type == t_bf16);
-            }
-            for (int r = 0; r < nb; r++) {
-                u32 x = get<u32>(reg(w, o[4 + na + r]), l);
-                if (words)
-                    B[t + 4 * r][g] = as_float(x);
-                else
-                    for (int h = 0; h < 2; h++)
-                        B[2 * t + h + 8 * r][g] = half(x >> 16 * h, i.type == t_bf16);
+            int g = l / 4, t = l % 4 * 2;
+            for (int h = 0; h < 2; h++) {
+                for (int r = 0; r < 4; r++)
+                    A[g + 8 * (r & 1)][t + h + 8 * (r / 2)] =
+                        half(get<u32>(reg(w, a[r]), l) >> 16 * h, brain);
+                for (int r = 0; r < 2; r++)
+                    B[t + h + 8 * r][g] = half(get<u32>(reg(w, b[r]), l) >> 16 * h, brain);
             }
         }
-        char* out[4];
-        const char* in[4];
-        for (int r = 0; r < 4; r++) out[r] = reg(w, o[r]), in[r] = reg(w, o[4 + na + nb + r]);
-        float result[4][kLanes];
         for (int l = 0; l < kLanes; l++)
             for (int r = 0; r < 4; r++) {
                 int row = l / 4 + 8 * (r / 2), column = l % 4 * 2 + r % 2;
-                double sum = get<float>(in[r], l);
-                for (int k = 0; k < K; k++) sum += double(A[row][k]) * B[k][column];
+                double sum = get<float>(reg(w, c[r]), l);
+                for (int k = 0; k < 16; k++) sum += double(A[row][k]) * B[k][column];
                 result[r][l] = float(sum);
             }
-        for (int r = 0; r < 4; r++) std::memcpy(out[r], result[r], 128);
-    }
-    static float as_float(u32 x) {
-        float y;
-        std::memcpy(&y, &x, 4);
-        return y;
+        for (int r = 0; r < 4; r++) std::memcpy(reg(w, d[r]), result[r], 128);
     }
     static u64 swizzled(u64 at, int bits) { return at ^ ((at >> 7 & ((1u << bits) - 1)) << 4); }
     // Element (row, k) of a matrix that a descriptor names, 16 bits an element.
@@ -55,6 +35,7 @@ struct Engines : Memory {
             stride = (d >> 32 & 0x3fff) << 4;
         int mode = d >> 62;
         int pitch = mode == 1 ? 128 : mode == 2 ? 64 : 32, bits = mode == 1 ? 3 : mode == 2 ? 2 : 1;
+        if (d >> 49 & 7 || (mode == 0 && trans)) fault("a product with such a descriptor");
         u64 at;
         if (mode == 0)
             at = trans ? start + row / 8 * lead + k / 8 * stride + k % 8 * 16 + row % 8 * 2
@@ -67,7 +48,7 @@ struct Engines : Memory {
             at = swizzled(start + row / 8 * stride + row % 8 * pitch + k * 2, bits);
         u16 x;
         std::memcpy(&x, in_shared(at, 2, "wgmma"), 2);
-        see(at, p.issued, p.fenced);
+        see(at, p.seen);
         return half(x, brain);
     }
     void product_now(Warp& w, const Product& p) {
@@ -171,7 +152,7 @@ struct Engines : Memory {
                 s64 c = s64(x.place[0]) + e;
                 u64 there = swizzled(to + e * size, t.swizzle);
                 u8* p = in_shared(there, size, "TMA");
-                std::fill_n(written.data() + there, size, 0);
+                soil(0, there, size, true);
                 if (inside && c >= 0 && c < t.dim[0])
                     std::memcpy(p, global(at + c * size, size, "TMA"), size);
                 else
@@ -190,7 +171,7 @@ struct Engines : Memory {
                 s64 c = s64(x.place[0]) + e;
                 u64 from = swizzled(of + e * size, t.swizzle);
                 const u8* p = in_shared(from, size, "TMA");
-                see(from, x.issued, x.fenced);
+                see(from, x.seen);
                 if (inside && c >= 0 && c < t.dim[0])
                     std::memcpy(global(at + c * size, size, "TMA"), p, size);
             }
@@ -201,8 +182,7 @@ struct Engines : Memory {
         int l = __builtin_ctz(m);
         const s32* o = operands + i.first;
         Tensor x{&i};
-        x.issued = clock;
-        x.fenced = w.fenced;
+        x.seen = seen_by(w);
         x.shared = address(w, o[0], i.m[1], 4, l);
         if (x.shared % 128)
             fault("a TMA copy at %llu of shared memory, not a multiple of 128",

@@ -16,8 +16,8 @@ Machine::Result Machine::execute(Warp& w, const Ins& i, u32 m) {
         case o_st:
             store(w, i, m);
             return kOn;
-        case o_atom:
-            atomic(w, i, m);
+        case o_add_atomic:
+            add_atomic(w, i, m);
             return kOn;
         case o_cp_async:
             for (int l = 0; l < kLanes; l++) {
@@ -26,11 +26,10 @@ Machine::Result Machine::execute(Warp& w, const Ins& i, u32 m) {
                        int(get<u32>(R(2), l)), w.copy_group};
                 if (c.to % i.m[0] || (c.read && c.of % i.m[0]))
                     fault("a cp.async that is not aligned");
-                soil(w, u32(c.to), c.bytes, true);
-                if (mode & 1)
-                    copy_now(w, c);
-                else
-                    w.copies.push_back(c);
+                in_shared(c.to, c.bytes, "cp.async");
+                if (c.read < 0 || c.read > c.bytes)
+                    fault("a cp.async of %d bytes that reads %d", c.bytes, c.read);
+                w.copies.push_back(c);
             }
             return kOn;
         case o_cp_async_commit:
@@ -47,87 +46,34 @@ Machine::Result Machine::execute(Warp& w, const Ins& i, u32 m) {
             matrices(w, i, m);
             return kOn;
 
-        case o_shfl: {
+        case o_shfl: {  // bfly, idx
             int n = i.m[1];
             const char *a = R(n), *b = R(n + 1), *c = R(n + 2);
             u32 values[kLanes], p = 0;
             for (int l = 0; l < kLanes; l++) {
-                u32 by = get<u32>(b, l), clamp = get<u32>(c, l), segment = clamp >> 8 & 31;
-                int most = (l & segment) | (clamp & 31 & ~segment), least = l & segment, j = 0;
-                by &= 31;
-                bool ok = true;
-                switch (i.m[0]) {
-                    case 0:
-                        j = l - int(by);
-                        ok = j >= most;
-                        break;
-                    case 1:
-                        j = l + by;
-                        ok = j <= most;
-                        break;
-                    case 2:
-                        j = l ^ by;
-                        ok = j <= most;
-                        break;
-                    case 3:
-                        j = least | (by & ~segment);
-                        ok = j <= most;
-                }
-                if (!ok) j = l;
-                if ((m >> l & 1) && !(m >> j & 1))
-                    fault("a shuffle that reads lane %d, which does not take part", j);
-                values[l] = get<u32>(a, j);
+                u32 by = get<u32>(b, l) & 31, clamp = get<u32>(c, l), segment = clamp >> 8 & 31;
+                int most = (l & segment) | (clamp & 31 & ~segment);
+                int from = i.m[0] == 0 ? l ^ by : (l & segment) | (by & ~segment);
+                bool ok = from <= most;
+                if (!ok) from = l;
+                if ((m >> l & 1) && !(m >> from & 1))
+                    fault("a shuffle that reads lane %d, which does not take part", from);
+                values[l] = get<u32>(a, from);
                 p |= u32(ok) << l;
             }
             lanes<u32>(m, R(0), [&](int l) { return values[l]; });
             if (n == 2) put_pred(R(1), m, p);
             return kOn;
         }
-        case o_redux: {
-            const char* a = R(1);
-            bool is_signed = i.type == t_s32;
-            s64 sum = 0;
-            bool first = true;
+        case o_redux: {  // min, max
+            s64 found = i.m[0] == 0 ? INT64_MAX : INT64_MIN;
             for (int l = 0; l < kLanes; l++) {
                 if (!(m >> l & 1)) continue;
-                s64 x = is_signed ? s64(get<s32>(a, l)) : s64(get<u32>(a, l));
-                if (first)
-                    sum = x;
-                else
-                    switch (i.m[0]) {
-                        case 0:
-                            sum += x;
-                            break;
-                        case 1:
-                            sum = std::min(sum, x);
-                            break;
-                        case 2:
-                            sum = std::max(sum, x);
-                            break;
-                        case 3:
-                            sum &= x;
-                            break;
-                        case 4:
-                            sum |= x;
-                            break;
-                        default:
-                            sum ^= x;
-                    }
-                first = false;
+                u32 bits = get<u32>(R(1), l);
+                s64 y = i.type == t_s32 ? s64(s32(bits)) : s64(bits);
+                found = i.m[0] == 0 ? std::min(found, y) : std::max(found, y);
             }
-            lanes<u32>(m, R(0), [=](int) { return u32(sum); });
-            return kOn;
-        }
-        case o_vote: {
-            u32 p = pred(w, o[1]);
-            if (i.m[1]) p = ~p;
-            p &= m;
-            if (i.m[0] >= 3)
-                lanes<u32>(m, R(0), [=](int) { return p; });
-            else {
-                bool yes = i.m[0] == 0 ? p == m : i.m[0] == 1 ? p != 0 : p == m || !p;
-                put_pred(R(0), m, yes ? ~0u : 0);
-            }
+            lanes<u32>(m, R(0), [=](int) { return u32(found); });
             return kOn;
         }
         case o_elect: {
@@ -136,8 +82,7 @@ Machine::Result Machine::execute(Warp& w, const Ins& i, u32 m) {
             put_pred(R(1), m, 1u << leader);
             return kOn;
         }
-        case o_bar:
-        case o_bar_arrive: {
+        case o_bar: {
             if (m != w.live) fault("a barrier that a part of a warp comes to");
             u32 id = get<u32>(R(0), 0), wanted = get<u32>(R(1), 0);
             if (id > 15) fault("barrier %u", id);
@@ -152,7 +97,6 @@ Machine::Result Machine::execute(Warp& w, const Ins& i, u32 m) {
                 generations[id]++;
                 return kOn;
             }
-            if (i.op == o_bar_arrive) return kOn;
             w.barrier = id;
             w.generation = generations[id];
             return kBlocked;
@@ -163,17 +107,8 @@ Machine::Result Machine::execute(Warp& w, const Ins& i, u32 m) {
             return kOn;
         case o_wgmma: {
             if (m != ~0u) fault("wgmma of a part of a warp");
-            Product p{&i,
-                      i.m[2] ? 0 : get<u64>(R(2), 0),
-                      get<u64>(R(1), 0),
-                      pred(w, o[0]) & 1,
-                      w.product_group,
-                      clock,
-                      w.fenced};
-            if (mode & 1)
-                product_now(w, p);
-            else
-                w.products.push_back(p);
+            u64 a = i.m[2] ? 0 : get<u64>(R(2), 0), b = get<u64>(R(1), 0);
+            w.products.push_back({&i, a, b, pred(w, o[0]) & 1, w.product_group, seen_by(w)});
             return kOn;
         }
         case o_wgmma_commit:
@@ -218,14 +153,9 @@ Machine::Result Machine::execute(Warp& w, const Ins& i, u32 m) {
         case o_fence_async:
             w.fenced = clock;
             return kOn;
-        case o_tma_load: {
-            Tensor x = tensor(w, i, m, true);
-            if (mode & 1)
-                load_now(x);
-            else
-                loads.push_back(x);
+        case o_tma_load:
+            loads.push_back(tensor(w, i, m, true));
             return kOn;
-        }
         case o_tma_store:
             w.stores.push_back(tensor(w, i, m, false));
             w.stores_open++;
@@ -253,8 +183,6 @@ Machine::Result Machine::execute(Warp& w, const Ins& i, u32 m) {
                         in_shared(of, 128, "a tensor map"), 128);
             return kOn;
         }
-        case o_trap:
-            fault("trap");
     }
     fault("operation %d", i.op);
 }

@@ -1,44 +1,95 @@
 """What each PTX instruction is for machine.cpp: an operation with a type, numbers and operands.
 
-`encode` looks the instruction up by its first word; what is not known here is refused by name. The
-numbers of an operation (at most five) are those that its case in compute.cpp or execute.cpp reads.
+`encode` looks the instruction up by its first word. What is not known here, a word behind it
+included, is refused by name: it has what the compiled kernels use. The numbers of an operation (at
+most five) are those that its case in compute.cpp or execute.cpp reads.
 
-defines: OPERATIONS, TYPES, COLLECTIVE, NOTHING, width, encode
+defines: OPERATIONS, TYPES, COLLECTIVE, NOTHING, Line, group, width, encode
 """
 
 import re
 from dataclasses import dataclass
 
 OPERATIONS = (
-    "mov pack unpack ld_param ld st atom cp_async cp_async_commit cp_async_wait ldmatrix stmatrix "
-    "add sub mul mul_hi mul_wide mad mad_hi mad_wide fma div rem min max neg abs not and or xor "
-    "shl shr bfe bfi bfind lop3 shf prmt popc clz brev selp setp set_pred cvt cvt_pack cvta ex2 "
-    "lg2 rcp sqrt rsqrt sin cos tanh copysign testp shfl redux vote elect bar bar_arrive bra brx "
-    "ret trap nop converge mma wgmma wgmma_commit wgmma_wait mbarrier_init mbarrier_arrive "
+    "mov pack unpack ld_param ld st add_atomic cp_async cp_async_commit cp_async_wait ldmatrix "
+    "stmatrix add sub mul mul_hi mul_wide mad mad_wide fma div rem min max neg abs not and or xor "
+    "shl shr bfe prmt selp setp set_pred cvt cvt_pack cvta ex2 rcp sqrt shfl redux elect bar bra "
+    "brx ret nop converge mma wgmma wgmma_commit wgmma_wait mbarrier_init mbarrier_arrive "
     "mbarrier_expect mbarrier_wait fence_async tma_load tma_store tma_commit tma_wait map_replace "
     "map_copy"
 ).split()
-TYPES = (
-    "b8 u8 s8 b16 u16 s16 b32 u32 s32 b64 u64 s64 f16 bf16 f32 f64 pred f16x2 bf16x2 tf32"
-).split()
-# All lanes of a warp execute these together, those that come first wait.
-COLLECTIVE = set(
-    "converge shfl redux vote elect bar bar_arrive mma wgmma ldmatrix stmatrix".split()
-)
+TYPES = ("b8 u8 s8 b16 u16 s16 b32 u32 s32 b64 u64 s64 f16 bf16 f32 f64 pred f16x2 bf16x2").split()
+# All lanes of a warp execute these together, those that come first wait. That the four warps of a
+# warpgroup come to a product together is not checked.
+COLLECTIVE = set("converge shfl redux elect bar mma wgmma ldmatrix stmatrix".split())
 NOTHING = 1 << 30  # the operand of a result that nobody wants
 
 _BYTES = {"b8": 1, "u8": 1, "s8": 1, "b16": 2, "u16": 2, "s16": 2, "f16": 2, "bf16": 2}
 _BYTES |= dict.fromkeys(("b64", "u64", "s64", "f64"), 8)
 _FLOATS = ("f16", "bf16", "f32", "f64", "f16x2", "bf16x2")
 _SPACES = {"global": 1, "shared": 2, "local": 3}  # 0: generic
-_ROUNDINGS = {"rz": 1, "rm": 2, "rp": 3, "rzi": 1, "rmi": 2, "rpi": 3}  # 0: to nearest
-_TO_INTEGERS = ("rni", "rzi", "rmi", "rpi")
-_COMPARISONS = "eq ne lt le gt ge lo ls hi hs equ neu ltu leu gtu geu num nan".split()
-_ATOMICS = "add min max and or xor exch cas".split()
+_COMPARISONS = "eq ne lt le gt ge equ neu ltu leu gtu geu num nan".split()
 _FIELDS = (  # of a tensor map
     "global_address rank box_dim global_dim global_stride element_stride elemtype "
     "interleave_layout swizzle_mode fill_mode"
 ).split()
+# The words that may follow the first one.
+_INTEGERS = "b16 b32 b64 u16 u32 u64 s16 s32 s64"
+_SUMS = f"{_INTEGERS} f16 bf16 f32 f64 f16x2 bf16x2 rn ftz"
+_PLACES = "global shared shared_cta v2 v4"
+_MATRICES = "sync aligned m8n8 x1 x2 x4 trans shared shared_cta b16"
+_WORDS = {
+    "mov": f"{_INTEGERS} f32 f64 pred",
+    "ld": f"{_PLACES} local {_INTEGERS} b8 u8 s8 f32 f64 param acquire relaxed gpu cg nc",
+    "st": f"{_PLACES} local {_INTEGERS} b8 u8 f32 f64",
+    "atom": "global gpu relaxed release acquire acq_rel add v2 v4 f32 u32 s32",
+    "add": _SUMS,
+    "sub": _SUMS,
+    "mul": f"{_SUMS} lo hi wide",
+    "mad": f"{_INTEGERS} lo wide",
+    "fma": _SUMS,
+    "div": f"{_SUMS} full approx",
+    "rem": _INTEGERS,
+    "min": _SUMS + " NaN",
+    "max": _SUMS + " NaN",
+    "neg": _SUMS,
+    "abs": _SUMS,
+    "not": f"{_INTEGERS} pred",
+    "and": f"{_INTEGERS} pred",
+    "or": f"{_INTEGERS} pred",
+    "xor": f"{_INTEGERS} pred",
+    "shl": _INTEGERS,
+    "shr": _INTEGERS,
+    "bfe": "u32 s32",
+    "prmt": "b32",
+    "selp": f"{_INTEGERS} f32 f64",
+    "setp": f"{_INTEGERS} f16 bf16 f32 f64 {' '.join(_COMPARISONS)}",
+    "cvt": f"{_SUMS} u8 s8 rni rzi rmi rpi",
+    "cvta": "to global shared local param u64",
+    "ex2": "approx ftz f32",
+    "rcp": "approx ftz rn f32 f64",
+    "sqrt": "approx ftz rn f32 f64",
+    "shfl": "sync bfly idx b32",
+    "redux": "sync min max s32 u32",
+    "elect": "sync",
+    "bar": "sync warp",
+    "barrier": "sync",
+    "bra": "uni",
+    "brx": "idx",
+    "ret": "",
+    "setmaxnreg": "inc dec sync aligned u32",
+    "fence": "proxy async shared_cta tensormap_generic acquire gpu",
+    "cp": "async bulk tensor 1d 2d 3d 4d 5d shared shared_cta shared_cluster global ca cg read "
+    "mbarrier_complete_tx_bytes bulk_group commit_group wait_group",
+    "ldmatrix": _MATRICES,
+    "stmatrix": _MATRICES,
+    "mma": "sync aligned m16n8k16 row col f32 f16 bf16",
+    "wgmma": "fence commit_group wait_group mma_async sync aligned f32 f16 bf16",
+    "mbarrier": "init inval arrive expect_tx try_wait parity shared shared_cta b64",
+    "tensormap": f"replace tile {' '.join(_FIELDS)} shared_cta b1024 b32 b64 global release gpu "
+    "cp_fenceproxy sync aligned tensormap_generic",
+}
+_WORDS["red"] = _WORDS["atom"]
 
 
 def width(kind: str) -> int:
@@ -111,7 +162,8 @@ def _mov(x: Line) -> None:
 def _load(x: Line) -> None:
     """The results may be wider than what is loaded."""
     at, plus, wide = x.of.address(x.args[1])
-    operation, is_wide = ("ld_param" if x.has("param") else "ld"), x.of.wide(group(x.args[0])[0])
+    operation = "ld_param" if x.has("param") else "ld"
+    is_wide = int(x.size == 8 or any(x.of.wide(name) for name in group(x.args[0])))
     x.emit(operation, (x.space(), plus, wide, 0, is_wide), [at, *x.results(0)])
 
 
@@ -123,14 +175,13 @@ def _store(x: Line) -> None:
 
 
 def _atomic(x: Line) -> None:
+    """Sums only; what was there before is the result of atom."""
     first = 0 if x.base == "red" else 1
-    what = next(m for m in x.mods if m in _ATOMICS)
     at, plus, wide = x.of.address(x.args[first])
-    given = [v for i in range(first + 1, len(x.args)) for v in x.values(i)]
     results = x.results(0) if first else []
-    vector = next((int(m[1]) for m in x.mods if re.fullmatch(r"v[248]", m)), 1)
-    numbers = (x.space(), plus, wide, _ATOMICS.index(what), 16 * vector + len(results))
-    x.emit("atom", numbers, [at, *results, *given])
+    given = x.values(first + 1)
+    numbers = (x.space(), plus, wide, len(given), len(results))
+    x.emit("add_atomic", numbers, [at, *results, *given])
 
 
 def _two(x: Line) -> None:
@@ -148,72 +199,47 @@ def _three(x: Line) -> None:
     if x.has("wide"):
         ends = x.value(0, 2 * x.size), x.value(3, 2 * x.size)
         return x.emit("mad_wide", (), [ends[0], x.value(1), x.value(2), ends[1]])
-    name = "mad_hi" if x.has("hi") else "fma" if x.kind in _FLOATS else "mad"
-    x.emit(name, (x.flush,), [x.value(i) for i in range(4)])
+    x.emit("fma" if x.kind in _FLOATS else "mad", (x.flush,), [x.value(i) for i in range(4)])
 
 
 def _one(x: Line) -> None:
     if x.kind == "pred":
         return x.emit("not", (), [x.pred(0), x.pred(1)])
-    narrow = x.base in ("popc", "clz", "bfind")
-    number = int(x.has("shiftamt")) if x.base == "bfind" else x.flush
-    x.emit(x.base, (number,), [x.value(0, 4 if narrow else x.size), x.value(1)])
+    x.emit(x.base, (x.flush,), [x.value(0), x.value(1)])
 
 
-def _bits(x: Line) -> None:
-    """bfe, bfi: the place and the length are 32 bits wide."""
-    own = len(x.args) - 2
-    x.emit(x.base, (), [*(x.value(i) for i in range(own)), x.value(own, 4), x.value(own + 1, 4)])
-
-
-def _words(x: Line) -> None:
-    """lop3, shf, prmt."""
-    numbers = (int(x.args[4], 0),) if x.base == "lop3" else (int(x.has("r")), int(x.has("wrap")))
-    x.emit(x.base, numbers, [x.value(i) for i in range(4)])
+def _extract(x: Line) -> None:
+    """The place and the length are 32 bits wide."""
+    x.emit("bfe", (), [x.value(0), x.value(1), x.value(2, 4), x.value(3, 4)])
 
 
 def _compare(x: Line) -> None:
-    outs = x.args[0].split("|")
-    logic = next((i for i, m in enumerate(("and", "or", "xor"), 1) if m in x.mods), 0)
-    other = [x.of.predicate(x.args[3].lstrip("!"))] if logic else []
-    flip = int(logic and x.args[3].startswith("!"))
     how = next(_COMPARISONS.index(m) for m in x.mods if m in _COMPARISONS)
-    results = [x.of.predicate(out) for out in outs]
-    x.emit("setp", (how, logic, flip, len(outs)), [*results, x.value(1), x.value(2), *other])
+    x.emit("setp", (how,), [x.pred(0), x.value(1), x.value(2)])
 
 
 def _convert(x: Line) -> None:
     to, of = (m for m in x.mods if m in TYPES)
     if to in ("f16x2", "bf16x2"):
-        values = [x.value(i, 4) for i in range(3)]
-        return x.emit("cvt_pack", (int(x.has("relu")),), values, to)
-    rounding = next((_ROUNDINGS[m] for m in x.mods if m in _ROUNDINGS), 0)
-    sat, whole = int(x.has("sat")), int(x.has(*_TO_INTEGERS))
+        return x.emit("cvt_pack", (), [x.value(i, 4) for i in range(3)], to)
+    whole = [m for m in x.mods if m in ("rni", "rzi", "rmi", "rpi")]  # else to nearest
+    rounding = ("rni", "rzi", "rmi", "rpi").index(whole[0]) if whole else 0
     values = [x.value(0, width(to)), x.value(1, width(of))]
-    x.emit("cvt", (TYPES.index(of), rounding, sat, x.flush, whole), values, to)
+    x.emit("cvt", (TYPES.index(of), rounding, x.flush, len(whole)), values, to)
 
 
 def _shuffle(x: Line) -> None:
+    """By all lanes."""
+    if int(x.args[4], 0) not in (-1, 0xFFFFFFFF):
+        raise NotImplementedError("a shuffle by some lanes")
+    mode = ("bfly", "idx").index(x.mods[1])
     outs = x.args[0].split("|")
-    mode = ("up", "down", "bfly", "idx").index(x.mods[1])
     results = [x.of.value(outs[0], 4), *map(x.of.predicate, outs[1:])]
-    all_lanes = int(x.args[4], 0) in (-1, 0xFFFFFFFF)
-    given = [x.value(i, 4) for i in (1, 2, 3)]
-    x.emit("shfl", (mode, len(outs), 0, 0, int(not all_lanes)), [*results, *given], "b32")
-
-
-def _vote(x: Line) -> None:
-    if x.base == "activemask":
-        return x.emit("vote", (4,), [x.value(0, 4), x.of.constant(-1, 4)])
-    mode = ("all", "any", "uni", "ballot").index(x.mods[1])
-    result = x.value(0, 4) if mode == 3 else x.pred(0)
-    given = x.of.predicate(x.args[1].lstrip("!"))
-    x.emit("vote", (mode, int(x.args[1].startswith("!"))), [result, given])
+    x.emit("shfl", (mode, len(outs)), [*results, *(x.value(i, 4) for i in (1, 2, 3))], "b32")
 
 
 def _reduce(x: Line) -> None:
-    how = ("add", "min", "max", "and", "or", "xor").index(x.mods[1])
-    x.emit("redux", (how,), [x.value(0), x.value(1)])
+    x.emit("redux", (("min", "max").index(x.mods[1]),), [x.value(0), x.value(1)])
 
 
 def _elect(x: Line) -> None:
@@ -226,8 +252,7 @@ def _barrier(x: Line) -> None:
     if x.has("warp"):
         return x.emit("converge")
     zero = x.of.constant(0, 4)
-    given = [x.value(i, 4) if len(x.args) > i else zero for i in (0, 1)]
-    x.emit("bar_arrive" if x.has("arrive") else "bar", (), given)
+    x.emit("bar", (), [x.value(i, 4) if len(x.args) > i else zero for i in (0, 1)])
 
 
 def _jump(x: Line) -> None:
@@ -241,8 +266,7 @@ def _cvta(x: Line) -> None:
 
 
 def _fence(x: Line) -> None:
-    of_async = x.has("proxy") and x.mods[1].startswith("async")
-    x.emit("fence_async" if of_async else "nop")
+    x.emit("fence_async" if x.has("async") else "nop")
 
 
 def _copy(x: Line) -> None:
@@ -250,9 +274,8 @@ def _copy(x: Line) -> None:
     bulk = x.has("bulk")
     if x.has("commit_group"):
         return x.emit("tma_commit" if bulk else "cp_async_commit")
-    if x.has("wait_group", "wait_all"):
-        left = int(x.args[0], 0) if x.args else 0
-        return x.emit("tma_wait" if bulk else "cp_async_wait", (left,))
+    if x.has("wait_group"):
+        return x.emit("tma_wait" if bulk else "cp_async_wait", (int(x.args[0], 0),))
     if bulk:
         return _tensor_copy(x)
     (to, to_plus, _), (of, of_plus, _) = (x.of.address(x.args[i]) for i in (0, 1))
@@ -285,12 +308,9 @@ def _matrices(x: Line) -> None:
 
 def _mma(x: Line) -> None:
     kinds = [m for m in x.mods if m in TYPES]
-    depth = next(int(m[6:]) for m in x.mods if m in ("m16n8k8", "m16n8k16"))
-    if kinds[0] != "f32" or kinds[3] != "f32" or (depth == 8) != (kinds[1] == "tf32"):
+    if kinds[0] != "f32" or kinds[3] != "f32":
         raise NotImplementedError("a product of these types")
-    sizes = [len(group(arg)) for arg in x.args]
-    registers = [v for i in range(4) for v in x.values(i, 4)]
-    x.emit("mma", (depth, sizes[1], sizes[2]), registers, kinds[1])
+    x.emit("mma", (), [v for i in range(4) for v in x.values(i, 4)], kinds[1])
 
 
 def _wgmma(x: Line) -> None:
@@ -313,7 +333,7 @@ def _wgmma(x: Line) -> None:
 
 def _mbarrier(x: Line) -> None:
     what = x.mods[0]
-    place = 1 if what in ("arrive", "try_wait", "test_wait") else 0
+    place = 1 if what in ("arrive", "try_wait") else 0
     at, plus, _ = x.of.address(x.args[place])
     given = x.value(place + 1, 4) if len(x.args) > place + 1 else x.of.constant(1, 4)
     if what == "init":
@@ -324,7 +344,7 @@ def _mbarrier(x: Line) -> None:
         x.emit("mbarrier_expect", (plus, int(what == "arrive")), [at, given])
     elif what == "arrive":
         x.emit("mbarrier_arrive", (plus,), [at, given])
-    elif what in ("try_wait", "test_wait") and x.has("parity"):
+    elif what == "try_wait" and x.has("parity"):
         x.emit("mbarrier_wait", (plus,), [x.pred(0), at, given])
     else:
         raise NotImplementedError("an mbarrier used in this way")
@@ -344,20 +364,18 @@ def _tensormap(x: Line) -> None:
 
 _FORMS = {
     _mov: "mov",
-    _load: "ld ldu",
+    _load: "ld",
     _store: "st",
     _atomic: "atom red",
-    _two: "add sub mul min max div rem and or xor shl shr copysign",
+    _two: "add sub mul min max div rem and or xor shl shr",
     _three: "fma mad",
-    _one: "neg abs not ex2 lg2 rcp sqrt rsqrt sin cos tanh popc clz brev bfind",
-    _bits: "bfe bfi",
-    _words: "lop3 shf prmt",
+    _one: "neg abs not ex2 rcp sqrt",
+    _extract: "bfe",
     _compare: "setp",
     _convert: "cvt",
     _cvta: "cvta",
     _shuffle: "shfl",
     _reduce: "redux",
-    _vote: "vote activemask",
     _elect: "elect",
     _barrier: "bar barrier",
     _jump: "bra brx",
@@ -368,16 +386,10 @@ _FORMS = {
     _wgmma: "wgmma",
     _mbarrier: "mbarrier",
     _tensormap: "tensormap",
+    lambda x: x.emit("prmt", (), [x.value(i) for i in range(4)]): "prmt",
     lambda x: x.emit("selp", (), [*(x.value(i) for i in range(3)), x.pred(3)]): "selp",
-    lambda x: x.emit("ret"): "ret exit",
-    lambda x: x.emit("trap"): "trap",
-    lambda x: x.emit("nop"): "membar setmaxnreg griddepcontrol prefetch discard nanosleep",
-    lambda x: x.emit("mov", (), [x.value(0, 8), x.of.constant(0, 8)], "b64"): "createpolicy",
-    lambda x: x.emit(
-        "testp",
-        (("finite", "infinite", "number", "notanumber").index(x.mods[0]),),
-        [x.pred(0), x.value(1)],
-    ): "testp",
+    lambda x: x.emit("ret"): "ret",
+    lambda x: x.emit("nop"): "setmaxnreg",
 }
 _BY_WORD = {word: form for form, words in _FORMS.items() for word in words.split()}
 
@@ -385,6 +397,10 @@ _BY_WORD = {word: form for form, words in _FORMS.items() for word in words.split
 def encode(of, opcode: str, args: list[str], guard: tuple[int, int], text: str) -> None:
     """Emit one instruction to the reader `of`."""
     base, *mods = opcode.replace("::", "_").split(".")
+    known = f" {_WORDS.get(base, '')} "
+    strange = [m for m in mods if f" {m} " not in known and not (base == "wgmma" and m[0] == "m")]
+    if base not in _BY_WORD or strange:
+        raise NotImplementedError(f"PTX {text!r}: {base!r} with {strange} is not known")
     try:
         _BY_WORD[base](Line(of, base, mods, args, guard, text))
     except (KeyError, IndexError, ValueError, StopIteration, TypeError) as error:

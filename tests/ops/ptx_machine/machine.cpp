@@ -1,9 +1,9 @@
-// Runs the instruction table of one kernel (ptx.py) on the CPU, a block after the other.
+// Runs the instruction table of one kernel (reader.py) on the CPU, a block after the other.
 //
 // A warp has 32 lanes in step; where they part, those with the lowest instruction go first, so that
 // they meet again. Warps take turns of a random number of instructions. What the hardware does in
-// its own time happens as late as it may (or, by `mode`, at once): copies by cp.async when they are
-// waited for, products of warpgroups likewise, copies by TMA when every warp waits, or at random.
+// its own time happens as late as it may: copies by cp.async when they are waited for, products of
+// warpgroups likewise, copies by TMA at random, or when every warp waits.
 #include "machine.h"
 
 void Machine::jump(Warp& w, u32 m, u32 taken, int pc, int target) {
@@ -110,12 +110,14 @@ void Machine::block(u32 x, u32 y, u32 z) {
     std::memset(counts, 0, sizeof counts);
     std::memset(generations, 0, sizeof generations);
     loads.clear();
-    int n = int(warps.size()), left = n, idle = 0;
+    const int n = int(warps.size());
+    const int turns[] = {8, 60, 500, 20000}, longest = turns[random() % 4];  // of a block its own
+    int left = n, idle = 0;
     std::vector<int> order(n);
     for (int k = 0; k < n; k++) start(warps[k], k), order[k] = k;
     while (left) {
         bool progress = false;
-        std::shuffle(order.begin(), order.end(), random);
+        if (random() % 2) std::shuffle(order.begin(), order.end(), random);
         for (int k : order) {
             Warp& w = warps[k];
             if (!w.live) continue;
@@ -124,7 +126,7 @@ void Machine::block(u32 x, u32 y, u32 z) {
                 w.barrier = -1;
             }
             s64 before = executed;
-            Result r = run(w, 20 + random() % 500);
+            Result r = run(w, 1 + random() % longest);
             if (r != kYield || executed - before > 8) progress = true;
             if (r == kDone) {
                 if (!w.products.empty())
@@ -134,14 +136,16 @@ void Machine::block(u32 x, u32 y, u32 z) {
                 left--;
             }
         }
-        for (size_t k = 0; k < loads.size();)  // in any order
-            if (!progress || random() % 8 == 0) {
-                load_now(loads[k]);
-                loads.erase(loads.begin() + k);
-                progress = true;
-                if (!idle) break;
-            } else
-                k++;
+        // Copies by TMA come in any order; one comes for sure where nothing else goes on.
+        bool came = false;
+        for (size_t count = loads.size(); count > 0 && (progress || !came); count--) {
+            if (progress && random() % 8) continue;
+            const size_t k = random() % loads.size();
+            load_now(loads[k]);
+            loads.erase(loads.begin() + k);
+            came = true;
+        }
+        progress = progress || came;
         idle = progress ? 0 : idle + 1;
         if (idle > 50) {
             std::string where;
@@ -162,7 +166,7 @@ void Machine::block(u32 x, u32 y, u32 z) {
 extern "C" int emulate(const s32* code, const s32* operands, const char* constants,
                        int register_bytes, int shared_bytes, int local_bytes, int threads,
                        const u32* grid, const u8* params, const u64* ranges, int num_ranges,
-                       u64 seed, int mode, s64 limit, char* message, s64* counts) {
+                       u64 seed, s64 limit, char* message, s64* counts) {
     Machine machine;
     machine.code = reinterpret_cast<const Ins*>(code);
     machine.operands = operands;
@@ -172,7 +176,6 @@ extern "C" int emulate(const s32* code, const s32* operands, const char* constan
     machine.num_ranges = num_ranges;
     machine.threads = threads;
     machine.local_bytes = local_bytes;
-    machine.mode = mode;
     machine.limit = limit;
     machine.random.seed(seed);
     machine.shared.resize(shared_bytes);

@@ -5,7 +5,6 @@
 
 struct Machine : Engines {
     const Ins* code;
-    int mode;  // 1: asynchronous work is done at once
     std::mt19937_64 random;
     u32 counts[16], generations[16];  // of the barriers of a block
     std::vector<Tensor> loads;        // by TMA, under way

@@ -1,6 +1,6 @@
 """Builds the machine of machine.cpp and runs kernels on it.
 
-defines: EmulationError, library, run
+defines: COMPILER, EmulationError, library, run
 """
 
 import ctypes
@@ -38,8 +38,9 @@ def library() -> ctypes.CDLL:
     text = " ".join([COMPILER, *flags, *(path.read_text() for path in sources)])
     name = f"ptx_machine_{hashlib.sha256(text.encode()).hexdigest()[:16]}.so"
     path = Path(tempfile.gettempdir()) / f"stellarator_{os.getuid()}" / name
+    path.parent.mkdir(mode=0o700, exist_ok=True)
+    assert path.parent.stat().st_uid == os.getuid(), f"{path.parent} is somebody else's"
     if not path.exists():
-        path.parent.mkdir(mode=0o700, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=path.parent) as folder:
             made = Path(folder) / name
             words = [COMPILER, *flags, "-shared", "-o", str(made)]
@@ -64,8 +65,7 @@ def run(
     threads: int,
     ranges: list[tuple[int, int]] = (),
     seed: int = 0,
-    at_once: bool = False,
-    limit: int = 2**40,
+    limit: int = 10**9,
 ) -> int:
     """Run every block; returns the number of instructions, each of a whole warp.
 
@@ -74,7 +74,6 @@ def run(
         shared_bytes: of dynamic shared memory; that which the kernel declares comes on its own.
         ranges: begin and end of the memory that the kernel may touch; none: all.
         seed: of the order in which warps and copies take turns.
-        at_once: asynchronous work is done when it is started, not as late as it may be.
         limit: instructions.
     Raises:
         EmulationError: see machine.cpp.
@@ -90,7 +89,7 @@ def run(
         _pointer(kernel.code), _pointer(kernel.operands), _pointer(kernel.constants),
         kernel.register_bytes, max(shared_bytes, kernel.shared_bytes), kernel.local_bytes, threads,
         _pointer(sizes), _pointer(view), _pointer(ends), len(ranges), ctypes.c_uint64(seed),
-        int(at_once), ctypes.c_int64(limit), message, _pointer(counts),
+        ctypes.c_int64(limit), message, _pointer(counts),
     )  # fmt: skip
     if failed:
         raise EmulationError(

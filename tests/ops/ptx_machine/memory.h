@@ -63,18 +63,24 @@ struct Memory : Arithmetic {
         return bytes == 8 ? get<u64>(p, lane) + s64(plus) : u64(u32(get<u32>(p, lane) + plus));
     }
 
-    void soil(Warp& w, u32 at, int bytes, bool copied = false) {
-        std::memset(writer.data() + at, w.id | (copied ? kCopied : 0), bytes);
+    void soil(int warp, u32 at, int bytes, bool copied = false) {
+        std::memset(writer.data() + at, warp | (copied ? kCopied : 0), bytes);
         std::fill_n(written.data() + at, bytes, ++clock);
     }
+    // What an asynchronous operation may read, at the time at which it is issued.
+    Seen seen_by(const Warp& w) {
+        Seen seen{clock, w.id, {}};
+        for (const Warp& other : warps) seen.fenced.push_back(other.fenced);
+        return seen;
+    }
     // An asynchronous operation, issued at one time and with the fences of that time, reads a byte.
-    void see(u64 at, u32 issued, u32 fenced) {
+    void see(u64 at, const Seen& seen) {
         const u32 when = written[at], warp = writer[at] & ~kCopied;
-        if (when > issued)
+        if (when > seen.issued)
             fault(
                 "shared byte %llu was written by warp %u while an asynchronous operation reads it",
                 (unsigned long long)at, warp);
-        if (!(writer[at] & kCopied) && when > fenced && when > warps[warp].fenced)
+        if (!(writer[at] & kCopied) && when > seen.fenced[seen.warp] && when > seen.fenced[warp])
             fault(
                 "an asynchronous operation reads shared byte %llu, which warp %u wrote, without a "
                 "fence.proxy.async",
@@ -111,7 +117,7 @@ struct Memory : Arithmetic {
             u64 at = address(w, operands[i.first], i.m[1], i.m[2], l);
             u8* p = memory(w, l, i.m[0], at, bytes * n, "a store");
             if (p >= shared.data() && p < shared.data() + shared.size())
-                soil(w, u32(p - shared.data()), bytes * n);
+                soil(w.id, u32(p - shared.data()), bytes * n);
             for (int k = 0; k < n; k++, p += bytes) {
                 const char* s = reg(w, operands[i.first + 1 + k]);
                 u64 x = bytes == 8 || i.m[3] >> k & 1 ? get<u64>(s, l) : get<u32>(s, l);
@@ -119,80 +125,28 @@ struct Memory : Arithmetic {
             }
         }
     }
-    void atomic(Warp& w, const Ins& i, u32 m) {
-        int bytes = size_of(i.type), vector = i.m[4] / 16, outs = i.m[4] % 16;
-        int first = i.first + 1 + outs;
+    void add_atomic(Warp& w, const Ins& i, u32 m) {
+        if (i.type != t_f32 && i.type != t_s32 && i.type != t_u32)
+            fault("an atomic sum of this type");
+        int n = i.m[3], results = i.m[4];
         for (int l = 0; l < kLanes; l++) {
             if (!(m >> l & 1)) continue;
             u64 at = address(w, operands[i.first], i.m[1], i.m[2], l);
-            u8* p = memory(w, l, i.m[0], at, bytes * vector, "an atomic operation");
-            for (int k = 0; k < vector; k++, p += bytes) {
-                const char* s = reg(w, operands[first + k]);
-                u64 old = 0, value = bytes == 8 ? get<u64>(s, l) : get<u32>(s, l), fresh;
-                std::memcpy(&old, p, bytes);
+            u8* p = memory(w, l, i.m[0], at, 4 * n, "an atomic sum");
+            for (int k = 0; k < n; k++, p += 4) {
+                const char* s = reg(w, operands[i.first + 1 + results + k]);
+                u32 old;
+                std::memcpy(&old, p, 4);
                 if (i.type == t_f32) {
-                    float a, b;
-                    std::memcpy(&a, &old, 4);
-                    std::memcpy(&b, &value, 4);
-                    if (i.m[3] == 0)
-                        a += b;
-                    else if (i.m[3] == 7)
-                        a = b;
-                    else
-                        fault("an atomic of floats");
-                    fresh = 0;
-                    std::memcpy(&fresh, &a, 4);
-                } else if (i.type == t_f64) {
-                    double a, b;
-                    std::memcpy(&a, &old, 8);
-                    std::memcpy(&b, &value, 8);
-                    a += b;
-                    std::memcpy(&fresh, &a, 8);
+                    float sum;
+                    std::memcpy(&sum, p, 4);
+                    sum += get<float>(s, l);
+                    std::memcpy(p, &sum, 4);
                 } else {
-                    bool is_signed = i.type == t_s32 || i.type == t_s64;
-                    s64 a = bytes == 4 ? s64(s32(old)) : s64(old),
-                        b = bytes == 4 ? s64(s32(value)) : s64(value);
-                    switch (i.m[3]) {
-                        case 0:
-                            fresh = old + value;
-                            break;
-                        case 1:
-                            fresh = is_signed ? u64(std::min(a, b)) : std::min(old, value);
-                            break;
-                        case 2:
-                            fresh = is_signed ? u64(std::max(a, b)) : std::max(old, value);
-                            break;
-                        case 3:
-                            fresh = old & value;
-                            break;
-                        case 4:
-                            fresh = old | value;
-                            break;
-                        case 5:
-                            fresh = old ^ value;
-                            break;
-                        case 6:
-                            fresh = value;
-                            break;
-                        case 7: {
-                            const char* t = reg(w, operands[first + 1]);
-                            u64 other = bytes == 8 ? get<u64>(t, l) : get<u32>(t, l);
-                            fresh = old == value ? other : old;
-                            break;
-                        }
-                        default:
-                            fault("an atomic operation");
-                    }
+                    u32 sum = old + get<u32>(s, l);
+                    std::memcpy(p, &sum, 4);
                 }
-                if (i.type == t_f32 && i.m[3] == 6) fresh = value;
-                std::memcpy(p, &fresh, bytes);
-                if (k < outs) {
-                    char* d = reg(w, operands[i.first + 1 + k]);
-                    if (bytes == 8)
-                        set<u64>(d, l, old);
-                    else
-                        set<u32>(d, l, u32(old));
-                }
+                if (k < results) set<u32>(reg(w, operands[i.first + 1 + k]), l, old);
             }
         }
     }
@@ -200,6 +154,7 @@ struct Memory : Arithmetic {
         u8* to = in_shared(c.to, c.bytes, "cp.async");
         if (c.read) std::memcpy(to, global(c.of, c.read, "cp.async"), c.read);
         std::memset(to + c.read, 0, c.bytes - c.read);
+        soil(w.id, u32(c.to), c.bytes, true);
     }
     void matrices(Warp& w, const Ins& i, u32 m) {  // ldmatrix, stmatrix
         if (m != ~0u) fault("ldmatrix or stmatrix of a part of a warp");
@@ -230,7 +185,7 @@ struct Memory : Arithmetic {
                 }
                 for (int j = 0; j < 8; j++) {
                     std::memcpy(rows[j], tile[j], 16);
-                    soil(w, u32(rows[j] - shared.data()), 16);
+                    soil(w.id, u32(rows[j] - shared.data()), 16);
                 }
             }
         }

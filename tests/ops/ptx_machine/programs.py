@@ -1,6 +1,6 @@
 """What test_ptx_machine.py runs in a process without Triton's interpreter; prints JSON.
 
-defines: planted, training_step
+defines: PLANTED, planted, training_step
 """
 
 import collections
@@ -10,7 +10,7 @@ import re
 import torch
 from ptx_machine import device, machine, reader
 
-# What is replaced in the PTX of two designs of attention's forward.
+# What is replaced in the PTX of two designs of attention's forward, one place at a time.
 PLANTED = {
     "forward": {
         "wait for the copies": (r"cp\.async\.wait_group\s+\d+;", ""),
@@ -24,7 +24,7 @@ PLANTED = {
         "bytes": (r", 16384;", ", 8192;"),
         "fence": (r"fence\.proxy\.async\.shared::cta;", ""),
         "wait for the store": (r"cp\.async\.bulk\.wait_group\.read\s+0;", ""),
-        "turn": (
+        "wait at a barrier": (
             r"mbarrier\.try_wait\.parity\S+ complete, (\S+), (\S+);",
             r"mov.pred complete, -1;",
         ),
@@ -33,7 +33,10 @@ PLANTED = {
 
 
 def planted() -> None:
-    """Runs the kernels of PLANTED with each change, under three orders of events."""
+    """What the first place at which each of PLANTED is seen gives, under two orders of events.
+
+    Not all places are: some barriers stand where others would do.
+    """
     launches = []
     device.install("sm_90", lambda *launch: launches.append(launch) or machine.run(*launch))
     from stellarator_kernels import flash_attention, tuned
@@ -41,26 +44,29 @@ def planted() -> None:
     entries = {"forward": {"design": "triton"}}
     entries["gluon"] = {"design": "gluon", "step": 64, "stages": 2, "turns": 1}
     q, k, v = (torch.randn(1, 300, n, 128).to(torch.bfloat16) for n in (2, 1, 1))
-    exact = flash_attention(*(x.double() for x in (q, k, v)), impl="reference")
     results = {}
     for name, bugs in PLANTED.items():
         with tuned.use({"flash_attention forward design 128": entries[name]}):
             out, lse = flash_attention(q, k, v, return_lse=True, impl="triton")
-        kernel, *launch = launches[-1]
-        results[name] = {}
-        for bug, (old, new) in {"nothing": ("$^", ""), **bugs}.items():
-            text = re.sub(old, new, kernel.ptx)
-            assert (text == kernel.ptx) == (bug == "nothing"), bug
-            results[name][bug] = seen = []
-            for seed in range(3):
+        (kernel, *launch), right = launches[-1], out.clone()
+
+        def seen(text, launch=launch, out=out, right=right):
+            for seed in (1, 2):
                 out.fill_(float("nan"))
                 try:
                     machine.run(reader.parse(text), *launch, seed, limit=10**7)
                 except machine.EmulationError as error:
-                    seen.append(str(error))
-                else:
-                    right = torch.allclose(out.double(), exact, rtol=0, atol=0.05)
-                    seen.append("right" if right else "wrong")
+                    return str(error)
+                if not torch.equal(out, right):
+                    return "wrong"
+            return None
+
+        results[name] = {"nothing": seen(kernel.ptx)}
+        for bug, (old, new) in bugs.items():
+            places = re.finditer(old, kernel.ptx)
+            ptx = kernel.ptx
+            texts = (ptx[: x.start()] + x.expand(new) + ptx[x.end() :] for x in places)
+            results[name][bug] = next(filter(None, map(seen, texts)), None)
     print(json.dumps(results))
 
 

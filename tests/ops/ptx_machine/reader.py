@@ -9,7 +9,6 @@ defines: Kernel, parse
 """
 
 import re
-import struct
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -105,8 +104,6 @@ class _Reader:
             return self.constant(int(text[2:], 16), 4)
         if re.fullmatch(r"0[dD][0-9a-fA-F]{16}", text):
             return self.constant(int(text[2:], 16), 8)
-        if re.fullmatch(r"-?\d+\.\d*", text):
-            return self.constant(struct.unpack("<I", struct.pack("<f", float(text)))[0], size)
         number = re.fullmatch(r"(-?)(0[xX][0-9a-fA-F]+|\d+)U?", text)
         if number is None:
             raise ValueError(f"operand {text!r}")
@@ -133,8 +130,7 @@ class _Reader:
 
     def emit(self, operation, kind, guard, numbers, operands, text) -> None:
         numbers = (*numbers, 0, 0, 0, 0, 0)[:5]
-        # A shuffle may name the lanes that take part.
-        together = operation in COLLECTIVE and not (operation == "shfl" and numbers[4])
+        together = operation in COLLECTIVE
         row = [OPERATIONS.index(operation), TYPES.index(kind), *guard, *numbers]
         row += [len(self.operands), len(operands), int(together)]
         assert len(row) == _NUMBERS

@@ -1,5 +1,5 @@
 // Numbers, instructions, and warps with their registers: 32 lanes of 4 or 8 bytes each, a predicate
-// is one word. Operations and types are numbered as reader.py numbers them (OPS, TYPES).
+// is one word. Operations and types are numbered as in instructions.py (OPS, TYPES).
 #pragma once
 
 #include <algorithm>
@@ -73,19 +73,25 @@ struct Copy {
     u64 to, of;
     int bytes, read, group;
 };
+// The time at which something was issued, by which warp, and every warp's last fence until then.
+struct Seen {
+    u32 issued;
+    int warp;
+    std::vector<u32> fenced;
+};
 struct Product {
     const Ins* ins;
     u64 a, b;
     u32 scale;
     int group;
-    u32 issued, fenced;
+    Seen seen;
 };
 struct Tensor {
     const Ins* ins;
     Map map;
     u64 shared, bar;
     s32 place[5];
-    u32 issued, fenced;
+    Seen seen;
 };
 
 struct Warp {
