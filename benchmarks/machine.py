@@ -4,8 +4,8 @@ defines: Limits, measure_limits, Quietness
 
 Shares of a peak in a result are shares of these two figures: the bandwidth of a copy (read plus
 written bytes, between two arrays that are too large for the cache) and the rate of a large square
-matrix product in the dtype of the run. Both are the best of a few tries, on the same clock and
-threads as the timings.
+matrix product (`linear`) in the dtype of the run. Both are the best of a few tries, on the same
+clock and threads as the timings.
 """
 
 import os
@@ -18,6 +18,7 @@ import numpy
 import torch
 
 from benchmarks.harness import Stopwatch
+from stellarator_kernels import linear
 
 # On a CPU of each thread, up to 16: with less than about 0.75 of the cache a thread, 128 MiB on one
 # machine of ours, the C library no longer writes past the cache, and the copy is 40 % slower.
@@ -78,7 +79,7 @@ def measure_limits(
     for side in _SIDES[device]:
         side //= scale
         a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
-        rates.append(2e-9 * side**3 / _best_ms(lambda a=a, b=b: a @ b, watch, 5))
+        rates.append(2e-9 * side**3 / _best_ms(lambda a=a, b=b: linear(a, b), watch, 5))
     return Limits(2e-6 * source.numel() / copied, max(rates))
 
 

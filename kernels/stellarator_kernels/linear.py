@@ -13,14 +13,15 @@ same the second time, so the gradients are those of the ops one after the other,
 backward: dx = dy @ weight;  dweight = dy^T @ x;  dbias = sum(dy)
 
 Each is made of registered operators: `stellarator::product` (ATen's product into memory that is
-used again, see memory.py), `stellarator::weight_gradient` (the same; in bf16 on AMX the C++ of
-csrc/cpu/weight_gradient.h), and those of layer_norm.py and bias_gelu.py. A pair has no
+used again, see memory.py and widened.py), `stellarator::weight_gradient` (the same; in bf16 on AMX
+the C++ of csrc/cpu/weight_gradient.h), and those of layer_norm.py and bias_gelu.py. A pair has no
 implementations of its own: `explain` answers for the op in front and for `linear`.
 
 Under autocast they do what F.linear does: the product is in autocast's dtype.
 
 Each takes memory to add dweight to, unrounded, with `add_weight_gradient_` where that has a kernel
-(Triton, C++ on AMX). Elsewhere autograd hands the gradient on as ever.
+(Triton, C++ on AMX) or ATen multiplies in fp32 anyway (widened.py). Elsewhere autograd hands the
+gradient on as ever.
 """
 
 import math
@@ -36,6 +37,7 @@ from stellarator_kernels.dropout import check_dropout
 from stellarator_kernels.layer_norm import layer_norm
 from stellarator_kernels.layout import dense_rows
 from stellarator_kernels.memory import aligned_bytes, empty_like
+from stellarator_kernels.widened import multiply, widens
 
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _ops = torch.ops.stellarator
@@ -50,9 +52,7 @@ def _product(
     if choose("linear", impl, left) == "reference":
         return reference.product_ref(left, right, bias)
     out = empty_like(left, left.shape[0], right.shape[1])
-    if bias is None:
-        return torch.mm(left, right, out=out)
-    return torch.addmm(bias, left, right, out=out)
+    return multiply(left, right, bias, out=out)
 
 
 @_product.register_fake
@@ -69,7 +69,7 @@ def _weight_gradient(dy: torch.Tensor, x: torch.Tensor, impl: str = "auto") -> t
         return reference.product_ref(dy.t(), x)
     out = empty_like(dy, dy.shape[1], x.shape[1])
     if chosen != "cpu" or not dy.numel():
-        return torch.mm(dy.t(), x, out=out)
+        return multiply(dy.t(), x, out=out)
     _run_cpu(dy, x, out.data_ptr(), 0)
     return out
 
@@ -112,7 +112,7 @@ def gradient_or_add(
     """dy^T @ x, (N, M) and (N, K); None where a kernel has added it to what `room` gives."""
     if room is not None and impl != "reference":
         chosen = choose("add_weight_gradient_", "torch" if impl == "torch" else "auto", dy, x=x)
-        if chosen in ("triton", "cpu"):
+        if chosen in ("triton", "cpu") or widens(dy.dtype, dy.device):
             total, shape = room(), (dy.shape[1], x.shape[1])
             dtypes = (reference.compute_dtype(dy),)
             expect_dtype("linear", "what room gives", total, dtypes, "Sum gradients in it")

@@ -15,11 +15,12 @@ in the backward alone, which computes the logits of a chunk again (8*N*V*C).
 
 Precision: the logits of a chunk have the dtype of hidden (under autocast that of F.linear), rounded
 once from an fp32 accumulator, and are overwritten in place. (fp32 logits out of a 16-bit product do
-not exist on a CPU, where the fp32 product takes 7 times as long; on a GPU they would triple the
-memory of a chunk.) Softmax and losses are fp32. dweight and dbias are added over the chunks in fp32
-and cast once, or not at all where the caller gives memory to add dweight to; on a CPU the product
-of each chunk is rounded first, but not in bf16 on AMX. With fp16 and "mean" the gradient of many
-tokens can underflow: use "sum".
+not exist on a CPU that has one, where the fp32 product takes 7 times as long; on a GPU they would
+triple the memory of a chunk.) A CPU that has none takes fp32 copies of hidden and weight, and its
+logits are fp32 (widened.py). Softmax and losses are fp32. dweight and dbias are added over the
+chunks in fp32 and cast once, or not at all where the caller gives memory to add dweight to; on a
+CPU the product of each chunk is rounded first if it is one of 16 bits, but not in bf16 on AMX. With
+fp16 and "mean" the gradient of many tokens can underflow: use "sum".
 
 Memory beside the results: one chunk of logits, the product and the fp32 sum of dweight.
 Source: chunking, pytorch issue 124480; gradient in the forward pass, Liger, arXiv:2410.10989.
@@ -27,7 +28,7 @@ Source: chunking, pytorch issue 124480; gradient in the forward pass, Liger, arX
 
 import torch
 
-from stellarator_kernels import reference
+from stellarator_kernels import reference, widened
 from stellarator_kernels.checks import expect, expect_dtype, expect_same_device, expect_shape
 from stellarator_kernels.cross_entropy import (
     check_targets,
@@ -42,6 +43,11 @@ _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _REDUCTIONS = ("mean", "sum", "none")
 _MIN_CHUNK_BYTES = 64 << 20
 _GRANULE = 256
+
+
+def logit_bytes(hidden: torch.Tensor) -> int:
+    """Of one logit of a chunk."""
+    return widened.operands(hidden.new_empty(0))[0].element_size()
 
 
 def chunk_rows(N: int, C: int, V: int, itemsize: int) -> int:
@@ -105,7 +111,8 @@ def put_product(out, index, left, right):
     if isinstance(index, slice):
         torch.mm(left, right, out=out[index])
     else:
-        out[index] = torch.mm(left, right)
+        product = empty_like(left, left.shape[0], right.shape[1])  # autocast would round its own
+        out[index] = torch.mm(left, right, out=product)
 
 
 def logits_in_chunks(hidden, weight, bias, kept, rows):
@@ -191,13 +198,14 @@ def _compute(
         results = _whole(hidden, weight, bias, targets, dloss, ignore_index, z_loss, wide)
     else:
         results = _chunked(
-            hidden, weight, bias, targets, kept, dloss, ignore_index, z_loss, rows, need, wide,
-            chosen,
+            *widened.operands(hidden, weight, bias), targets, kept, dloss, ignore_index, z_loss,
+            rows, need, wide, chosen,
         )  # fmt: skip
     losses, *gradients = results
+    dtypes = (hidden.dtype, reference.compute_dtype(hidden) if wide else weight.dtype, hidden.dtype)
     return losses, *(
-        g.contiguous() if n and g is not None else hidden.new_empty(0)
-        for g, n in zip(gradients, need, strict=True)
+        g.to(dtype).contiguous() if n and g is not None else hidden.new_empty(0)
+        for g, n, dtype in zip(gradients, need, dtypes, strict=True)
     )
 
 
@@ -398,7 +406,7 @@ def linear_cross_entropy(
         expect_dtype(op, "dweight", dweight, allowed, "Pass memory of that dtype")
         expect_same_device(op, hidden=hidden, dweight=dweight)
     (N, C), V = hidden.shape, weight.shape[0]
-    rows = chunk_rows(N, C, V, hidden.element_size()) if chunk_size is None else chunk_size
+    rows = chunk_rows(N, C, V, logit_bytes(hidden)) if chunk_size is None else chunk_size
     wanted = torch.is_grad_enabled() and reduction != "none"
     need = (wanted and x is not None and x.requires_grad for x in (hidden, weight, bias))
     return _linear_cross_entropy_forward(

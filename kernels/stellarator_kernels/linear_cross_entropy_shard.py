@@ -19,7 +19,7 @@ Source: as linear_cross_entropy.py and cross_entropy_shard.py.
 
 import torch
 
-from stellarator_kernels import reference
+from stellarator_kernels import reference, widened
 from stellarator_kernels.checks import expect_dtype, expect_same_device, expect_shape
 from stellarator_kernels.cross_entropy_shard import (
     GRADIENTS,
@@ -35,6 +35,7 @@ from stellarator_kernels.linear_cross_entropy import (
     check_arguments,
     chunk_rows,
     counted,
+    logit_bytes,
     logits_in_chunks,
     put_product,
 )
@@ -60,6 +61,7 @@ def _linear_cross_entropy_statistics(
     chosen = choose(_OP, impl, hidden)
     if chosen == "reference":
         return STATISTICS[chosen](_logits_ref(hidden, weight, bias), local)
+    hidden, weight, bias = widened.operands(hidden, weight, bias)
     found = hidden.new_zeros((3, hidden.shape[0]), dtype=reference.compute_dtype(hidden))
     found[1] = 1.0
     kept = counted(local, IGNORED)
@@ -100,7 +102,8 @@ def _linear_cross_entropy_gradients(
     chosen = choose(_OP, impl, hidden)
     if chosen == "reference":
         return _gradients_ref(dloss, hidden, weight, bias, local, lse, dweight, dbias, z_loss)
-    kept = counted(local, IGNORED)
+    kept, dtype = counted(local, IGNORED), hidden.dtype
+    hidden, weight, bias = widened.operands(hidden, weight, bias)
     dhidden, product = empty_like(hidden), None
     if kept[1] != hidden.shape[0]:
         dhidden.zero_()
@@ -112,7 +115,7 @@ def _linear_cross_entropy_gradients(
         )[1]
         if dbias is not None:
             dbias += logits.sum(0, dtype=dbias.dtype)
-    return dhidden
+    return dhidden.to(dtype)
 
 
 @_linear_cross_entropy_gradients.register_fake
@@ -238,4 +241,4 @@ def _rows(hidden, weight, chunk_size):
     """Tokens of a chunk."""
     if chunk_size is not None:
         return chunk_size
-    return chunk_rows(*hidden.shape, weight.shape[0], hidden.element_size())
+    return chunk_rows(*hidden.shape, weight.shape[0], logit_bytes(hidden))

@@ -11,7 +11,7 @@ Bytes: dy and x are read once (again from the cache), total is read and written.
 
 import torch
 
-from stellarator_kernels import matmul, reference, tuned
+from stellarator_kernels import matmul, reference, tuned, widened
 from stellarator_kernels._triton import FUSED, tl, triton
 from stellarator_kernels.attention.tiles import chip, with_scratch
 from stellarator_kernels.checks import expect, expect_dtype, expect_same_device, expect_shape
@@ -79,10 +79,10 @@ def _add_torch(total, dy, x):
     """The product with a result in the dtype of total, and the addition."""
     if dy.dtype == total.dtype:
         total.addmm_(dy.t(), x)
-    elif dy.is_cuda:
+    elif dy.device.type == "cuda":
         total.add_(torch.mm(dy.t(), x, out_dtype=total.dtype))
     else:  # ATen's 16-bit products round on a CPU
-        total.addmm_(dy.t().to(total.dtype), x.to(total.dtype))
+        widened.add(total, dy.t(), x)
 
 
 @torch.library.custom_op("stellarator::add_weight_gradient_", mutates_args=("total",))

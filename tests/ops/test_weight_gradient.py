@@ -13,7 +13,14 @@ import pytest
 import torch
 from grid import CASES, generator
 
-from stellarator_kernels import add_weight_gradient_, cost, explain, linear_cross_entropy, tuned
+from stellarator_kernels import (
+    add_weight_gradient_,
+    cost,
+    explain,
+    linear_cross_entropy,
+    tuned,
+    widened,
+)
 from stellarator_kernels._triton import tl, triton
 from stellarator_kernels.matmul import Tiles, tile_at, tile_product
 from stellarator_kernels.testing import assert_close_to_reference, poison_empty
@@ -182,6 +189,7 @@ def test_linear_cross_entropy_adds_its_chunks_with_it(monkeypatch):
 
     monkeypatch.setattr(MODULE, "_add_triton", recorded)
     monkeypatch.setattr(losses, "choose", on_a_gpu)
+    monkeypatch.setattr(widened, "widens", lambda *given: False)
     monkeypatch.setattr(losses, "chunk_rows", lambda *sizes: 128)
     g = generator(5)
     hidden = torch.randn(300, 24, generator=g).half().requires_grad_()
