@@ -14,8 +14,7 @@ struct Arithmetic : Registers {
         if (m == ~0u)
             for (int l = 0; l < kLanes; l++) set<D>(d, l, f(l));
         else
-            for (int l = 0; l < kLanes; l++)
-                if (m >> l & 1) set<D>(d, l, f(l));
+            each(m, [&](int l) { set<D>(d, l, f(l)); });
     }
     template <class T, class F>
     void two(Warp& w, const Ins& i, u32 m, F f) {
@@ -100,43 +99,39 @@ struct Arithmetic : Registers {
                t == t_bf16x2;
     }
 
+    // Calls f with a zero of the unsigned integer that is as wide.
     template <class F>
-    void integers(Warp& w, const Ins& i, u32 m, F f) {  // by width, signs do not matter
-        switch (i.type) {
-            case t_b16:
-            case t_u16:
-            case t_s16:
-                return two<u16>(w, i, m, f);
-            case t_b32:
-            case t_u32:
-            case t_s32:
-                return two<u32>(w, i, m, f);
-            case t_b64:
-            case t_u64:
-            case t_s64:
-                return two<u64>(w, i, m, f);
+    static void by_width(int type, F f) {
+        switch (size_of(type)) {
+            case 2:
+                return f(u16(0));
+            case 4:
+                return f(u32(0));
+            case 8:
+                return f(u64(0));
         }
-        fault("type of an integer operation");
+        fault("a width of %d bytes", size_of(type));
+    }
+    // The same, of the integer that the type names; bits have no sign.
+    template <class F>
+    static void by_integer(int type, F f) {
+        switch (type) {
+            case t_s16:
+                return f(s16(0));
+            case t_s32:
+                return f(s32(0));
+            case t_s64:
+                return f(s64(0));
+        }
+        by_width(type, f);
     }
     template <class F>
-    void signs(Warp& w, const Ins& i, u32 m, F f) {  // by width and sign
-        switch (i.type) {
-            case t_u16:
-                return two<u16>(w, i, m, f);
-            case t_s16:
-                return two<s16>(w, i, m, f);
-            case t_u32:
-            case t_b32:
-                return two<u32>(w, i, m, f);
-            case t_s32:
-                return two<s32>(w, i, m, f);
-            case t_u64:
-            case t_b64:
-                return two<u64>(w, i, m, f);
-            case t_s64:
-                return two<s64>(w, i, m, f);
-        }
-        fault("type of an integer operation");
+    void integers(Warp& w, const Ins& i, u32 m, F f) {
+        by_integer(i.type, [&](auto zero) { two<decltype(zero)>(w, i, m, f); });
+    }
+    template <class F>
+    void integer(Warp& w, const Ins& i, u32 m, F f) {
+        by_integer(i.type, [&](auto zero) { one<decltype(zero)>(w, i, m, f); });
     }
 
     template <class T>
@@ -213,8 +208,7 @@ struct Arithmetic : Registers {
         char *d = reg(w, operands[i.first]), *s = reg(w, operands[i.first + 1]);
         int of = i.m[0], how = i.m[1];
         bool ftz = i.m[2], integral = i.m[3];
-        for (int l = 0; l < kLanes; l++) {
-            if (!(m >> l & 1)) continue;
+        each(m, [&](int l) {
             if (is_float(of)) {
                 double x = of == t_f32   ? get<float>(s, l)
                            : of == t_f64 ? get<double>(s, l)
@@ -229,89 +223,23 @@ struct Arithmetic : Registers {
                         set<double>(d, l, x);
                     else
                         set<u16>(d, l, narrow(x, i.type == t_bf16));
-                    continue;
+                    return;
                 }
                 x = x != x ? 0 : rounded(x, how);
-                auto clamp = [&](double low, double high) {
-                    return std::min(high, std::max(low, x));
-                };
-                switch (i.type) {
-                    case t_s32:
-                        set<s32>(d, l, s32(clamp(-2147483648.0, 2147483647.0)));
-                        break;
-                    case t_u32:
-                        set<u32>(d, l, u32(clamp(0, 4294967295.0)));
-                        break;
-                    case t_s16:
-                        set<s16>(d, l, s16(clamp(-32768, 32767)));
-                        break;
-                    case t_u16:
-                        set<u16>(d, l, u16(clamp(0, 65535)));
-                        break;
-                    case t_s64:
-                        set<s64>(d, l,
-                                 x >= 9.2233720368547758e18
-                                     ? INT64_MAX
-                                     : s64(std::max(-9.2233720368547758e18, x)));
-                        break;
-                    case t_u64:
-                        set<u64>(d, l,
-                                 x >= 1.8446744073709552e19 ? UINT64_MAX : u64(std::max(0.0, x)));
-                        break;
-                    default:
-                        fault("cvt from float");
-                }
-                continue;
+                by_integer(i.type, [&](auto zero) {
+                    using T = decltype(zero);
+                    constexpr T least = std::numeric_limits<T>::min();
+                    constexpr T most = std::numeric_limits<T>::max();
+                    set<T>(d, l, x <= double(least) ? least : x >= double(most) ? most : T(x));
+                });
+                return;
             }
-            s64 x;
-            switch (of) {
-                case t_u8:
-                case t_b8:
-                    x = u8(get<u16>(s, l));
-                    break;
-                case t_s8:
-                    x = int8_t(get<u16>(s, l));
-                    break;
-                case t_u16:
-                case t_b16:
-                    x = get<u16>(s, l);
-                    break;
-                case t_s16:
-                    x = get<s16>(s, l);
-                    break;
-                case t_u32:
-                case t_b32:
-                    x = get<u32>(s, l);
-                    break;
-                case t_s32:
-                    x = get<s32>(s, l);
-                    break;
-                default:
-                    x = get<s64>(s, l);
-            }
+            s64 x = 0;
+            if (size_of(of) == 1)
+                x = of == t_s8 ? int8_t(get<u16>(s, l)) : u8(get<u16>(s, l));
+            else
+                by_integer(of, [&](auto zero) { x = s64(get<decltype(zero)>(s, l)); });
             switch (i.type) {
-                case t_u8:
-                case t_b8:
-                    set<u16>(d, l, u8(x));
-                    break;
-                case t_s8:
-                    set<s16>(d, l, int8_t(x));
-                    break;
-                case t_u16:
-                case t_b16:
-                case t_s16:
-                    set<u16>(d, l, u16(x));
-                    break;
-                case t_u32:
-                case t_b32:
-                case t_s32:
-                    set<u32>(d, l, u32(x));
-                    break;
-                case t_u64:
-                case t_b64:
-                case t_s64:
-                    set<u64>(d, l, u64(x));
-                    break;
                 case t_f32:
                     set<float>(d, l, of == t_u64 ? float(u64(x)) : float(x));
                     break;
@@ -322,9 +250,17 @@ struct Arithmetic : Registers {
                 case t_bf16:
                     set<u16>(d, l, narrow(double(x), i.type == t_bf16));
                     break;
+                case t_s8:
+                    set<s16>(d, l, int8_t(x));
+                    break;
+                case t_u8:
+                case t_b8:
+                    set<u16>(d, l, u8(x));
+                    break;
                 default:
-                    fault("cvt of an integer");
+                    by_integer(i.type,
+                               [&](auto zero) { set<decltype(zero)>(d, l, decltype(zero)(x)); });
             }
-        }
+        });
     }
 };

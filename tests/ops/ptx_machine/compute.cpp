@@ -5,24 +5,15 @@ bool Arithmetic::compute(Warp& w, const Ins& i, u32 m) {
     const s32* o = operands + i.first;
     auto R = [&](int k) { return reg(w, o[k]); };
     switch (i.op) {
-        case o_mov: {
-            const char* s = R(1);
-            switch (size_of(i.type)) {
-                case 8:
-                    lanes<u64>(m, R(0), [=](int l) { return get<u64>(s, l); });
-                    break;
-                case 4:
-                    lanes<u32>(m, R(0), [=](int l) { return get<u32>(s, l); });
-                    break;
-                default:
-                    lanes<u16>(m, R(0), [=](int l) { return get<u16>(s, l); });
-            }
+        case o_mov:
+            by_width(i.type, [&](auto zero) {
+                using T = decltype(zero);
+                lanes<T>(m, R(0), [s = R(1)](int l) { return get<T>(s, l); });
+            });
             return true;
-        }
         case o_pack: {
             int n = i.count - 1, bits = 8 * i.m[0];
-            for (int l = 0; l < kLanes; l++) {
-                if (!(m >> l & 1)) continue;
+            each(m, [&](int l) {
                 u64 x = 0;
                 for (int k = 0; k < n; k++) {
                     u64 part = bits == 32 ? get<u32>(R(1 + k), l) : get<u16>(R(1 + k), l);
@@ -33,17 +24,16 @@ bool Arithmetic::compute(Warp& w, const Ins& i, u32 m) {
                     set<u64>(R(0), l, x);
                 else
                     set<u32>(R(0), l, u32(x));
-            }
+            });
             return true;
         }
         case o_unpack: {
             int n = i.count - 1, bits = 8 * i.m[0];
-            for (int l = 0; l < kLanes; l++) {
-                if (!(m >> l & 1)) continue;
+            each(m, [&](int l) {
                 u64 x = n * bits == 64 ? get<u64>(R(0), l) : get<u32>(R(0), l);
                 for (int k = 0; k < n; k++)
                     set<u32>(R(1 + k), l, u32(x >> bits * k & ((1ull << bits) - 1)));
-            }
+            });
             return true;
         }
         case o_add:
@@ -61,74 +51,39 @@ bool Arithmetic::compute(Warp& w, const Ins& i, u32 m) {
         case o_mul:
             if (is_float(i.type))
                 floats(w, i, m, 2, [](auto a, auto b, auto) { return a * b; });
-            else if (size_of(i.type) == 2)
-                two<u16>(w, i, m, [](u16 a, u16 b) { return u16(u32(a) * b); });
             else
                 integers(w, i, m, [](auto a, auto b) { return a * b; });
             return true;
         case o_mul_hi:
-            switch (i.type) {
-                case t_u32:
-                    two<u32>(w, i, m, [](u32 a, u32 b) { return u32(u64(a) * b >> 32); });
-                    return true;
-                case t_s32:
-                    two<s32>(w, i, m, [](s32 a, s32 b) { return s32(s64(a) * b >> 32); });
-                    return true;
-                case t_u64:
-                    two<u64>(w, i, m,
-                             [](u64 a, u64 b) { return u64((unsigned __int128)a * b >> 64); });
-                    return true;
-                case t_s64:
-                    two<s64>(w, i, m, [](s64 a, s64 b) { return s64((__int128)a * b >> 64); });
-                    return true;
-            }
-            fault("mul.hi");
-        case o_mul_wide:
-        case o_mad_wide: {
-            const char *a = R(1), *b = R(2), *c = i.op == o_mad_wide ? R(3) : nullptr;
-            auto wide_of = [&](auto narrow_zero, auto wide_zero) {
-                using N = decltype(narrow_zero);
-                using D = decltype(wide_zero);
-                lanes<D>(m, R(0), [=](int l) {
-                    return D(D(get<N>(a, l)) * D(get<N>(b, l)) + (c ? get<D>(c, l) : D(0)));
-                });
-            };
-            switch (i.type) {
-                case t_u32:
-                    wide_of(u32(0), u64(0));
-                    return true;
-                case t_s32:
-                    wide_of(s32(0), s64(0));
-                    return true;
-                case t_u16:
-                    wide_of(u16(0), u32(0));
-                    return true;
-                case t_s16:
-                    wide_of(s16(0), s32(0));
-                    return true;
-            }
-            fault("mul.wide");
-        }
-        case o_mad: {
-            const char *a = R(1), *b = R(2), *c = R(3);
-            switch (size_of(i.type)) {
-                case 8:
-                    lanes<u64>(m, R(0), [=](int l) {
-                        return get<u64>(a, l) * get<u64>(b, l) + get<u64>(c, l);
-                    });
-                    break;
-                case 4:
-                    lanes<u32>(m, R(0), [=](int l) {
-                        return get<u32>(a, l) * get<u32>(b, l) + get<u32>(c, l);
-                    });
-                    break;
-                default:
-                    lanes<u16>(m, R(0), [=](int l) {
-                        return u16(u32(get<u16>(a, l)) * get<u16>(b, l) + get<u16>(c, l));
-                    });
-            }
+            integers(w, i, m, [](auto a, auto b) {
+                using T = decltype(a);
+                using Twice = std::conditional_t<std::is_signed_v<T>, __int128, unsigned __int128>;
+                return T(Twice(a) * b >> 8 * sizeof(T));
+            });
             return true;
-        }
+        case o_mul_wide:
+        case o_mad_wide:
+            by_integer(i.type, [&](auto zero) {
+                using T = decltype(zero);
+                using Twice = std::conditional_t<std::is_signed_v<T>, s64, u64>;
+                const char *a = R(1), *b = R(2), *c = i.op == o_mad_wide ? R(3) : nullptr;
+                auto product = [=](int l) { return Twice(get<T>(a, l)) * get<T>(b, l); };
+                if (sizeof(T) == 4)
+                    lanes<u64>(m, R(0),
+                               [=](int l) { return product(l) + (c ? get<u64>(c, l) : 0); });
+                else
+                    lanes<u32>(m, R(0),
+                               [=](int l) { return product(l) + (c ? get<u32>(c, l) : 0); });
+            });
+            return true;
+        case o_mad:
+            by_width(i.type, [&](auto zero) {
+                using T = decltype(zero);
+                const char *a = R(1), *b = R(2), *c = R(3);
+                lanes<T>(m, R(0),
+                         [=](int l) { return T(u64(get<T>(a, l)) * get<T>(b, l) + get<T>(c, l)); });
+            });
+            return true;
         case o_fma:
             floats(w, i, m, 3, [](auto a, auto b, auto c) { return std::fma(a, b, c); });
             return true;
@@ -136,20 +91,20 @@ bool Arithmetic::compute(Warp& w, const Ins& i, u32 m) {
             if (is_float(i.type))
                 floats(w, i, m, 2, [](auto a, auto b, auto) { return a / b; });
             else
-                signs(w, i, m, [](auto a, auto b) -> decltype(a) {
+                integers(w, i, m, [](auto a, auto b) -> decltype(a) {
                     using T = decltype(a);
                     return b == 0 ? T(-1) : std::is_signed_v<T> && b == T(-1) ? T(0 - a) : T(a / b);
                 });
             return true;
         case o_rem:
-            signs(w, i, m, [](auto a, auto b) -> decltype(a) {
+            integers(w, i, m, [](auto a, auto b) -> decltype(a) {
                 using T = decltype(a);
                 return b == 0 ? a : std::is_signed_v<T> && b == T(-1) ? T(0) : T(a % b);
             });
             return true;
         case o_min:
             if (!is_float(i.type))
-                signs(w, i, m, [](auto a, auto b) { return a < b ? a : b; });
+                integers(w, i, m, [](auto a, auto b) { return a < b ? a : b; });
             else if (i.m[1])
                 floats(w, i, m, 2, [](auto a, auto b, auto) {
                     return a != a ? a : b != b ? b : std::fmin(a, b);
@@ -159,7 +114,7 @@ bool Arithmetic::compute(Warp& w, const Ins& i, u32 m) {
             return true;
         case o_max:
             if (!is_float(i.type))
-                signs(w, i, m, [](auto a, auto b) { return a > b ? a : b; });
+                integers(w, i, m, [](auto a, auto b) { return a > b ? a : b; });
             else if (i.m[1])
                 floats(w, i, m, 2, [](auto a, auto b, auto) {
                     return a != a ? a : b != b ? b : std::fmax(a, b);
@@ -170,22 +125,14 @@ bool Arithmetic::compute(Warp& w, const Ins& i, u32 m) {
         case o_neg:
             if (is_float(i.type))
                 floats(w, i, m, 1, [](auto a, auto, auto) { return -a; });
-            else if (size_of(i.type) == 8)
-                one<u64>(w, i, m, [](u64 a) { return 0 - a; });
-            else if (size_of(i.type) == 4)
-                one<u32>(w, i, m, [](u32 a) { return 0 - a; });
             else
-                one<u16>(w, i, m, [](u16 a) { return u16(0 - a); });
+                integer(w, i, m, [](auto a) { return 0 - u64(a); });
             return true;
         case o_abs:
             if (is_float(i.type))
                 floats(w, i, m, 1, [](auto a, auto, auto) { return std::fabs(a); });
-            else if (size_of(i.type) == 8)
-                one<s64>(w, i, m, [](s64 a) { return a < 0 ? -a : a; });
-            else if (size_of(i.type) == 4)
-                one<s32>(w, i, m, [](s32 a) { return a < 0 ? -a : a; });
             else
-                one<s16>(w, i, m, [](s16 a) { return s16(a < 0 ? -a : a); });
+                integer(w, i, m, [](auto a) { return a < 0 ? 0 - u64(a) : u64(a); });
             return true;
         case o_ex2:
             floats(w, i, m, 1, [](auto a, auto, auto) { return std::exp2(a); });
@@ -199,12 +146,8 @@ bool Arithmetic::compute(Warp& w, const Ins& i, u32 m) {
         case o_not:
             if (i.type == t_pred)
                 put_pred(R(0), m, ~pred(w, o[1]));
-            else if (size_of(i.type) == 8)
-                one<u64>(w, i, m, [](u64 a) { return ~a; });
-            else if (size_of(i.type) == 4)
-                one<u32>(w, i, m, [](u32 a) { return ~a; });
             else
-                one<u16>(w, i, m, [](u16 a) { return u16(~a); });
+                integer(w, i, m, [](auto a) { return ~a; });
             return true;
         case o_and:
             if (i.type == t_pred)
@@ -239,29 +182,7 @@ bool Arithmetic::compute(Warp& w, const Ins& i, u32 m) {
                     return by >= bits ? T(x < 0 ? -1 : 0) : T(x >> by);
                 });
             };
-            switch (i.type) {
-                case t_b16:
-                case t_u16:
-                    shift(u16(0));
-                    break;
-                case t_s16:
-                    shift(s16(0));
-                    break;
-                case t_b32:
-                case t_u32:
-                    shift(u32(0));
-                    break;
-                case t_s32:
-                    shift(s32(0));
-                    break;
-                case t_b64:
-                case t_u64:
-                    shift(u64(0));
-                    break;
-                case t_s64:
-                    shift(s64(0));
-                    break;
-            }
+            by_integer(i.type, shift);
             return true;
         }
         case o_bfe: {
@@ -283,19 +204,7 @@ bool Arithmetic::compute(Warp& w, const Ins& i, u32 m) {
                     return T(y);
                 });
             };
-            switch (i.type) {
-                case t_u32:
-                    extract(u32(0));
-                    break;
-                case t_s32:
-                    extract(s32(0));
-                    break;
-                case t_u64:
-                    extract(u64(0));
-                    break;
-                default:
-                    extract(s64(0));
-            }
+            by_integer(i.type, extract);
             return true;
         }
         case o_prmt: {
@@ -313,48 +222,17 @@ bool Arithmetic::compute(Warp& w, const Ins& i, u32 m) {
             });
             return true;
         }
-        case o_selp: {
-            const char *a = R(1), *b = R(2);
-            u32 p = pred(w, o[3]);
-            switch (size_of(i.type)) {
-                case 8:
-                    lanes<u64>(m, R(0),
-                               [=](int l) { return p >> l & 1 ? get<u64>(a, l) : get<u64>(b, l); });
-                    break;
-                case 4:
-                    lanes<u32>(m, R(0),
-                               [=](int l) { return p >> l & 1 ? get<u32>(a, l) : get<u32>(b, l); });
-                    break;
-                default:
-                    lanes<u16>(m, R(0),
-                               [=](int l) { return p >> l & 1 ? get<u16>(a, l) : get<u16>(b, l); });
-            }
+        case o_selp:
+            by_width(i.type, [&](auto zero) {
+                using T = decltype(zero);
+                const char *a = R(1), *b = R(2);
+                const u32 p = pred(w, o[3]);
+                lanes<T>(m, R(0), [=](int l) { return get<T>(p >> l & 1 ? a : b, l); });
+            });
             return true;
-        }
         case o_setp: {
-            u32 p;
+            u32 p = 0;
             switch (i.type) {
-                case t_b16:
-                case t_u16:
-                    p = compared<u16>(w, i);
-                    break;
-                case t_s16:
-                    p = compared<s16>(w, i);
-                    break;
-                case t_b32:
-                case t_u32:
-                    p = compared<u32>(w, i);
-                    break;
-                case t_s32:
-                    p = compared<s32>(w, i);
-                    break;
-                case t_b64:
-                case t_u64:
-                    p = compared<u64>(w, i);
-                    break;
-                case t_s64:
-                    p = compared<s64>(w, i);
-                    break;
                 case t_f32:
                     p = compared<float>(w, i);
                     break;
@@ -368,7 +246,7 @@ bool Arithmetic::compute(Warp& w, const Ins& i, u32 m) {
                     p = compared<bf16>(w, i);
                     break;
                 default:
-                    fault("setp of this type");
+                    by_integer(i.type, [&](auto zero) { p = compared<decltype(zero)>(w, i); });
             }
             put_pred(R(0), m, p);
             return true;

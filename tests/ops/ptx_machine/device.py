@@ -41,13 +41,12 @@ def _tensor_map(descriptor, how: dict) -> bytes:
         return [*values, *[0] * (length - len(values))]
 
     return struct.pack(
-        "<Q4Q15I5B",
+        "<Q4Q10I3B",
         descriptor.base.data_ptr(),
         *filled([s * size for s in strides[1:]], 4),
         *filled(shape, 5),
         *filled(box, 5),
-        *[1] * 5,
-        *(rank, _ELEMENT_KINDS[size], 0, how["swizzle"], 0),
+        *(rank, _ELEMENT_KINDS[size], how["swizzle"]),
     ).ljust(128, b"\0")
 
 

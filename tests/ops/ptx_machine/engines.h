@@ -4,21 +4,25 @@
 #include "memory.h"
 
 struct Engines : Memory {
+    // 16 x 16 elements in the registers of a warp: of A, for mma and wgmma.
+    void gather(Warp& w, const s32* a, bool brain, float A[16][16]) {
+        for (int l = 0; l < kLanes; l++)
+            for (int r = 0; r < 4; r++)
+                for (int h = 0; h < 2; h++)
+                    A[l / 4 + 8 * (r & 1)][l % 4 * 2 + h + 8 * (r / 2)] =
+                        half(get<u32>(reg(w, a[r]), l) >> 16 * h, brain);
+    }
     void multiply(Warp& w, const Ins& i, u32 m) {  // mma.sync m16n8k16
         if (m != ~0u) fault("mma of a part of a warp");
         float A[16][16], B[16][8], result[4][kLanes];
         const bool brain = i.type == t_bf16;
         const s32 *d = operands + i.first, *a = d + 4, *b = a + 4, *c = b + 2;
-        for (int l = 0; l < kLanes; l++) {
-            int g = l / 4, t = l % 4 * 2;
-            for (int h = 0; h < 2; h++) {
-                for (int r = 0; r < 4; r++)
-                    A[g + 8 * (r & 1)][t + h + 8 * (r / 2)] =
-                        half(get<u32>(reg(w, a[r]), l) >> 16 * h, brain);
-                for (int r = 0; r < 2; r++)
-                    B[t + h + 8 * r][g] = half(get<u32>(reg(w, b[r]), l) >> 16 * h, brain);
-            }
-        }
+        gather(w, a, brain, A);
+        for (int l = 0; l < kLanes; l++)
+            for (int r = 0; r < 2; r++)
+                for (int h = 0; h < 2; h++)
+                    B[l % 4 * 2 + h + 8 * r][l / 4] =
+                        half(get<u32>(reg(w, b[r]), l) >> 16 * h, brain);
         for (int l = 0; l < kLanes; l++)
             for (int r = 0; r < 4; r++) {
                 int row = l / 4 + 8 * (r / 2), column = l % 4 * 2 + r % 2;
@@ -38,8 +42,7 @@ struct Engines : Memory {
         if (d >> 49 & 7 || (mode == 0 && trans)) fault("a product with such a descriptor");
         u64 at;
         if (mode == 0)
-            at = trans ? start + row / 8 * lead + k / 8 * stride + k % 8 * 16 + row % 8 * 2
-                       : start + row / 8 * stride + row % 8 * 16 + k / 8 * lead + k % 8 * 2;
+            at = start + row / 8 * stride + row % 8 * 16 + k / 8 * lead + k % 8 * 2;
         else if (trans)
             at = swizzled(start + row / (pitch / 2) * lead + k / 8 * stride + k % 8 * pitch +
                               row % (pitch / 2) * 2,
@@ -61,13 +64,7 @@ struct Engines : Memory {
         static thread_local float B[16][256], C[16][256];
         int rows = w.id % 4 * 16;
         if (from_registers) {
-            for (int l = 0; l < kLanes; l++)
-                for (int r = 0; r < 4; r++) {
-                    u32 x = get<u32>(reg(w, a[r]), l);
-                    for (int h = 0; h < 2; h++)
-                        A[l / 4 + 8 * (r & 1)][l % 4 * 2 + h + 8 * (r / 2)] =
-                            half(x >> 16 * h, brain);
-                }
+            gather(w, a, brain, A);
         } else {
             for (int r = 0; r < 16; r++)
                 for (int k = 0; k < K; k++) A[r][k] = element(p, p.a, rows + r, k, i.m[3], brain);
@@ -125,8 +122,9 @@ struct Engines : Memory {
             if (!t.box[k] || t.box[k] > 256 || !t.dim[k])
                 fault("a tensor map with box %u of %u", t.box[k], t.dim[k]);
     }
+    // Calls f(shared offset, global address or 0) for each element of a box; its bytes.
     template <class F>
-    int rows_of_box(const Tensor& x, F f) {  // f(shared offset of a row, global address or 0)
+    int elements_of_box(const Tensor& x, F f) {
         const Map& t = x.map;
         int size = kElement[t.type], inner = t.box[0] * size, n = 1;
         for (int k = 1; k < t.rank; k++) n *= t.box[k];
@@ -140,48 +138,41 @@ struct Engines : Memory {
                 inside = inside && c >= 0 && c < t.dim[k];
                 at += c * t.stride[k - 1];
             }
-            f(x.shared + u64(row) * inner, at, inside);
+            for (u32 e = 0; e < t.box[0]; e++) {
+                s64 c = s64(x.place[0]) + e;
+                u64 here = swizzled(x.shared + u64(row) * inner + e * size, t.swizzle);
+                f(here, inside && c >= 0 && c < t.dim[0] ? at + c * size : 0);
+            }
         }
         return n * inner;
     }
     void load_now(const Tensor& x) {
-        const Map& t = x.map;
-        int size = kElement[t.type];
-        int bytes = rows_of_box(x, [&](u64 to, u64 at, bool inside) {
-            for (u32 e = 0; e < t.box[0]; e++) {
-                s64 c = s64(x.place[0]) + e;
-                u64 there = swizzled(to + e * size, t.swizzle);
-                u8* p = in_shared(there, size, "TMA");
-                soil(0, there, size, true);
-                if (inside && c >= 0 && c < t.dim[0])
-                    std::memcpy(p, global(at + c * size, size, "TMA"), size);
-                else
-                    std::memset(p, 0, size);
-            }
+        int size = kElement[x.map.type];
+        int bytes = elements_of_box(x, [&](u64 to, u64 of) {
+            u8* p = in_shared(to, size, "TMA");
+            soil(0, to, size, true);
+            if (of)
+                std::memcpy(p, global(of, size, "TMA"), size);
+            else
+                std::memset(p, 0, size);
         });
         Barrier& b = barrier(x.bar);
         b.phase_and_bytes -= bytes << 1;
         settle(b);
     }
     void store_now(const Tensor& x) {
-        const Map& t = x.map;
-        int size = kElement[t.type];
-        rows_of_box(x, [&](u64 of, u64 at, bool inside) {
-            for (u32 e = 0; e < t.box[0]; e++) {
-                s64 c = s64(x.place[0]) + e;
-                u64 from = swizzled(of + e * size, t.swizzle);
-                const u8* p = in_shared(from, size, "TMA");
-                see(from, x.seen);
-                if (inside && c >= 0 && c < t.dim[0])
-                    std::memcpy(global(at + c * size, size, "TMA"), p, size);
-            }
+        int size = kElement[x.map.type];
+        elements_of_box(x, [&](u64 of, u64 to) {
+            const u8* p = in_shared(of, size, "TMA");
+            see(of, x.seen);
+            if (to) std::memcpy(global(to, size, "TMA"), p, size);
         });
     }
     Tensor tensor(Warp& w, const Ins& i, u32 m, bool load) {
         if (__builtin_popcount(m) != 1) fault("a TMA copy by %d threads", __builtin_popcount(m));
         int l = __builtin_ctz(m);
         const s32* o = operands + i.first;
-        Tensor x{&i};
+        Tensor x{};
         x.seen = seen_by(w);
         x.shared = address(w, o[0], i.m[1], 4, l);
         if (x.shared % 128)
@@ -198,14 +189,13 @@ struct Engines : Memory {
         return x;
     }
     void replace(Warp& w, const Ins& i, u32 m) {
-        if (!m) return;
         int l = __builtin_ctz(m);
         u64 at = address(w, operands[i.first], i.m[2], 8, l) & ~kShared;
         Map& t = *reinterpret_cast<Map*>(in_shared(at, 128, "tensormap.replace"));
         const char* p = reg(w, operands[i.first + 1]);
         u64 x = i.m[3] == 8 ? get<u64>(p, l) : get<u32>(p, l);
         int k = i.m[1];
-        switch (i.m[0]) {
+        switch (i.m[0]) {  // as _FIELDS of instructions.py
             case 0:
                 t.address = x;
                 break;
@@ -221,21 +211,14 @@ struct Engines : Memory {
             case 4:
                 t.stride[k] = x;
                 break;
-            case 5:
-                t.step[k] = u32(x);
-                break;
             case 6:
                 t.type = u8(x);
-                break;
-            case 7:
-                t.interleave = u8(x);
                 break;
             case 8:
                 t.swizzle = u8(x);
                 break;
-            case 9:
-                t.fill = u8(x);
-                break;
+            default:  // steps between elements, interleaving, what stands for missing elements
+                if (x != (i.m[0] == 5)) fault("a tensor map that is not plain");
         }
     }
 };

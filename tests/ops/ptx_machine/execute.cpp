@@ -20,8 +20,7 @@ Machine::Result Machine::execute(Warp& w, const Ins& i, u32 m) {
             add_atomic(w, i, m);
             return kOn;
         case o_cp_async:
-            for (int l = 0; l < kLanes; l++) {
-                if (!(m >> l & 1)) continue;
+            each(m, [&](int l) {
                 Copy c{address(w, o[0], i.m[1], 4, l), address(w, o[1], i.m[2], 8, l), i.m[0],
                        int(get<u32>(R(2), l)), w.copy_group};
                 if (c.to % i.m[0] || (c.read && c.of % i.m[0]))
@@ -30,7 +29,7 @@ Machine::Result Machine::execute(Warp& w, const Ins& i, u32 m) {
                 if (c.read < 0 || c.read > c.bytes)
                     fault("a cp.async of %d bytes that reads %d", c.bytes, c.read);
                 w.copies.push_back(c);
-            }
+            });
             return kOn;
         case o_cp_async_commit:
             w.copy_group++;
@@ -67,12 +66,11 @@ Machine::Result Machine::execute(Warp& w, const Ins& i, u32 m) {
         }
         case o_redux: {  // min, max
             s64 found = i.m[0] == 0 ? INT64_MAX : INT64_MIN;
-            for (int l = 0; l < kLanes; l++) {
-                if (!(m >> l & 1)) continue;
+            each(m, [&](int l) {
                 u32 bits = get<u32>(R(1), l);
                 s64 y = i.type == t_s32 ? s64(s32(bits)) : s64(bits);
                 found = i.m[0] == 0 ? std::min(found, y) : std::max(found, y);
-            }
+            });
             lanes<u32>(m, R(0), [=](int) { return u32(found); });
             return kOn;
         }
@@ -121,32 +119,30 @@ Machine::Result Machine::execute(Warp& w, const Ins& i, u32 m) {
             }
             return kOn;
         case o_mbarrier_init:
-            for (int l = 0; l < kLanes; l++) {
-                if (!(m >> l & 1)) continue;
+            each(m, [&](int l) {
                 Barrier& b = barrier(address(w, o[0], i.m[0], 4, l));
                 b.pending = b.expected = u16(get<u32>(R(1), l));
                 b.phase_and_bytes = 0;
-            }
+            });
             return kOn;
         case o_mbarrier_arrive:
-            for (int l = 0; l < kLanes; l++)
-                if (m >> l & 1) arrive(barrier(address(w, o[0], i.m[0], 4, l)), get<u32>(R(1), l));
+            each(m, [&](int l) {
+                arrive(barrier(address(w, o[0], i.m[0], 4, l)), get<u32>(R(1), l));
+            });
             return kOn;
         case o_mbarrier_expect:
-            for (int l = 0; l < kLanes; l++) {
-                if (!(m >> l & 1)) continue;
+            each(m, [&](int l) {
                 Barrier& b = barrier(address(w, o[0], i.m[0], 4, l));
                 b.phase_and_bytes += get<u32>(R(1), l) << 1;
                 if (i.m[1]) arrive(b, 1);
-            }
+            });
             return kOn;
         case o_mbarrier_wait: {
             u32 p = 0;
-            for (int l = 0; l < kLanes; l++) {
-                if (!(m >> l & 1)) continue;
+            each(m, [&](int l) {
                 Barrier& b = barrier(address(w, o[1], i.m[0], 4, l));
                 p |= u32((b.phase_and_bytes & 1) != s32(get<u32>(R(2), l) & 1)) << l;
-            }
+            });
             put_pred(R(0), m, p);
             return p == m ? kOn : kYield;
         }

@@ -92,14 +92,12 @@ void Machine::start(Warp& w, int id) {
     w.store_groups.clear();
     w.fenced = w.parked = 0;
     w.copy_group = w.product_group = w.stores_open = 0;
-    u32 same[] = {0,        0,         0,         u32(threads), 1, 1,       ctaid[0], ctaid[1],
-                  ctaid[2], nctaid[0], nctaid[1], nctaid[2],    0, u32(id), 0,        0,
-                  0,        0};
-    for (int k = 0; k < 18; k++)
-        for (int l = 0; l < kLanes; l++) {
-            u32 x = k == 0 ? id * kLanes + l : k == 12 ? l : k == 17 ? (1u << l) - 1 : same[k];
-            set<u32>(w.regs + 128 * k, l, x);
-        }
+    for (u32 l = 0; l < kLanes; l++) {  // as _SPECIAL of reader.py
+        const u32 special[] = {
+            id * kLanes + l, 0,        0,         threads,   1,         1, ctaid[0],
+            ctaid[1],        ctaid[2], nctaid[0], nctaid[1], nctaid[2], l, u32(id)};
+        for (size_t k = 0; k < std::size(special); k++) set<u32>(w.regs + 128 * k, l, special[k]);
+    }
 }
 
 void Machine::block(u32 x, u32 y, u32 z) {

@@ -18,8 +18,8 @@ from ptx_machine import instructions, reader
 
 FOLDER = Path(__file__).resolve().parent
 COMPILER = shutil.which(shlex.split(os.environ.get("CXX", "c++"))[0])
-FLAGS = ["-std=c++20", "-O2", "-march=native", "-ffp-contract=off", "-fPIC", "-Wall"]
-FLAGS += ["-Wno-unused-variable", "-Wno-sign-compare"]
+FLAGS = ["-std=c++20", "-O2", "-march=native", "-ffp-contract=off", "-fwrapv", "-fPIC"]
+FLAGS += ["-Wall", "-Wno-sign-compare"]
 
 
 class EmulationError(RuntimeError):

@@ -89,8 +89,7 @@ struct Memory : Arithmetic {
 
     void load(Warp& w, const Ins& i, u32 m) {
         int bytes = size_of(i.type), n = i.count - 1;
-        for (int l = 0; l < kLanes; l++) {
-            if (!(m >> l & 1)) continue;
+        each(m, [&](int l) {
             u64 at = address(w, operands[i.first], i.m[1], i.m[2], l);
             const u8* p;
             if (i.op == o_ld_param)
@@ -108,12 +107,11 @@ struct Memory : Arithmetic {
                 else
                     set<u32>(d, l, u32(x));
             }
-        }
+        });
     }
     void store(Warp& w, const Ins& i, u32 m) {
         int bytes = size_of(i.type), n = i.count - 1;
-        for (int l = 0; l < kLanes; l++) {
-            if (!(m >> l & 1)) continue;
+        each(m, [&](int l) {
             u64 at = address(w, operands[i.first], i.m[1], i.m[2], l);
             u8* p = memory(w, l, i.m[0], at, bytes * n, "a store");
             if (p >= shared.data() && p < shared.data() + shared.size())
@@ -123,14 +121,13 @@ struct Memory : Arithmetic {
                 u64 x = bytes == 8 || i.m[3] >> k & 1 ? get<u64>(s, l) : get<u32>(s, l);
                 std::memcpy(p, &x, bytes);
             }
-        }
+        });
     }
     void add_atomic(Warp& w, const Ins& i, u32 m) {
         if (i.type != t_f32 && i.type != t_s32 && i.type != t_u32)
             fault("an atomic sum of this type");
         int n = i.m[3], results = i.m[4];
-        for (int l = 0; l < kLanes; l++) {
-            if (!(m >> l & 1)) continue;
+        each(m, [&](int l) {
             u64 at = address(w, operands[i.first], i.m[1], i.m[2], l);
             u8* p = memory(w, l, i.m[0], at, 4 * n, "an atomic sum");
             for (int k = 0; k < n; k++, p += 4) {
@@ -148,7 +145,7 @@ struct Memory : Arithmetic {
                 }
                 if (k < results) set<u32>(reg(w, operands[i.first + 1 + k]), l, old);
             }
-        }
+        });
     }
     void copy_now(Warp& w, const Copy& c) {
         u8* to = in_shared(c.to, c.bytes, "cp.async");

@@ -17,7 +17,7 @@ from ptx_machine.instructions import COLLECTIVE, OPERATIONS, TYPES, encode, widt
 # Each lane has them from the start, in this order: machine.cpp writes them.
 _SPECIAL = (
     "%tid.x %tid.y %tid.z %ntid.x %ntid.y %ntid.z %ctaid.x %ctaid.y %ctaid.z %nctaid.x %nctaid.y "
-    "%nctaid.z %laneid %warpid %clock %globaltimer_lo %cluster_ctarank %lanemask_lt"
+    "%nctaid.z %laneid %warpid"
 ).split()
 _NUMBERS = len("operation type guard negated 1 2 3 4 5 first count together".split())
 

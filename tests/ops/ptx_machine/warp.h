@@ -8,6 +8,8 @@
 #include <cstdio>
 #include <cstring>
 #include <deque>
+#include <iterator>
+#include <limits>
 #include <random>
 #include <stdexcept>
 #include <string>
@@ -63,8 +65,8 @@ constexpr int kLanes = 32, kSink = 1 << 30;
 
 struct Map {  // what stands in the 128 bytes of a tensor map
     u64 address, stride[4];
-    u32 dim[5], box[5], step[5];
-    u8 rank, type, interleave, swizzle, fill;
+    u32 dim[5], box[5];
+    u8 rank, type, swizzle;
 };
 static_assert(sizeof(Map) <= 128);
 const int kElement[] = {1, 2, 4, 4, 8, 8, 2, 4, 4, 8, 2, 4, 4};
@@ -87,7 +89,6 @@ struct Product {
     Seen seen;
 };
 struct Tensor {
-    const Ins* ins;
     Map map;
     u64 shared, bar;
     s32 place[5];
@@ -137,6 +138,12 @@ struct Registers {
             std::memcpy(&full, &x, sizeof(T));
             std::memcpy(p + lane * 4, &full, 4);
         }
+    }
+    // Calls f(lane) for the lanes of a mask.
+    template <class F>
+    static void each(u32 m, F f) {
+        for (int l = 0; l < kLanes; l++)
+            if (m >> l & 1) f(l);
     }
     static int size_of(int type) {
         switch (type) {
