@@ -181,7 +181,10 @@ def _build_command() -> str:
 
 def _extension() -> list[str]:
     """State of stellarator_kernels._cpu and the command that repairs it."""
+    import torch
+
     from stellarator_kernels import extension
+    from stellarator_kernels.widened import widens
 
     reason = extension.failure()
     if reason is not None:
@@ -193,11 +196,14 @@ def _extension() -> list[str]:
     module = extension.load()
     try:
         isa = extension.isa().name
+        wide = widens(torch.bfloat16, torch.device("cpu"))
+        products = "in fp32: no instructions for them" if wide else "as they are"
     except (ValueError, RuntimeError) as error:
-        isa = str(error)
+        isa, products = str(error), "see above"
     lines = [
         _row("stellarator_kernels._cpu", "built"),
         _row("instruction set", f"{isa} (best here: {module.best_isa().name})"),
+        _row("products of bf16", products),
         _row("threads", f"of {module.threads_of()}"),
     ]
     return lines + _stale(module, "cpu", "cpu/per_isa", "bindings")

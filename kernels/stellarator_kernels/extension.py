@@ -46,7 +46,7 @@ def isa():
 
     STELLARATOR_ISA=portable, avx2, avx512, avx512_bf16 or amx forces it, to compare or to find a
     fault. AdamW and the gradient norm have the same bits on all of them; the others differ in
-    rounding.
+    rounding. Large products of 16 bits, which are ATen's, follow it, too (widened.py).
 
     Raises:
         ValueError: STELLARATOR_ISA holds another word.

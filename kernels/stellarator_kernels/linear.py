@@ -109,7 +109,7 @@ def _autocast(x: torch.Tensor) -> bool:
 def gradient_or_add(
     dy: torch.Tensor, x: torch.Tensor, impl: str, room: Room | None
 ) -> torch.Tensor | None:
-    """dy^T @ x, (N, M) and (N, K); None where a kernel has added it to what `room` gives."""
+    """dy^T @ x, (N, M) and (N, K); None where it was added to what `room` gives."""
     if room is not None and impl != "reference":
         chosen = choose("add_weight_gradient_", "torch" if impl == "torch" else "auto", dy, x=x)
         if chosen in ("triton", "cpu") or widens(dy.dtype, dy.device):
@@ -232,8 +232,9 @@ def linear(
         weight: (out, in), dtype of x.
         bias: (out,), dtype of x, or None.
         room: gives (out, in) fp32 (fp64 for fp64), contiguous, when the backward has the gradient
-            of the weight. A kernel that can adds it there, unrounded, and autograd hands on none;
-            else autograd does, as if there were no room. Not under autocast.
+            of the weight. A kernel that can, or ATen where it multiplies in fp32, adds it there,
+            unrounded, and autograd hands on none; else autograd does, as if there were no room.
+            Not under autocast.
         impl: "auto", "cpu" (the weight gradient in C++, bf16 on AMX; ATen's other products),
             "torch" (all ATen's) or "reference".
     Returns:

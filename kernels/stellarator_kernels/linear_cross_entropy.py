@@ -22,7 +22,8 @@ chunks in fp32 and cast once, or not at all where the caller gives memory to add
 CPU the product of each chunk is rounded first if it is one of 16 bits, but not in bf16 on AMX. With
 fp16 and "mean" the gradient of many tokens can underflow: use "sum".
 
-Memory beside the results: one chunk of logits, the product and the fp32 sum of dweight.
+Memory beside the results: one chunk of logits, the product and the fp32 sum of dweight; where ATen
+multiplies in fp32 the copies of hidden and weight, and dhidden in fp32.
 Source: chunking, pytorch issue 124480; gradient in the forward pass, Liger, arXiv:2410.10989.
 """
 
@@ -45,11 +46,6 @@ _MIN_CHUNK_BYTES = 64 << 20
 _GRANULE = 256
 
 
-def logit_bytes(hidden: torch.Tensor) -> int:
-    """Of one logit of a chunk."""
-    return widened.operands(hidden.new_empty(0))[0].element_size()
-
-
 def chunk_rows(N: int, C: int, V: int, itemsize: int) -> int:
     """Tokens per chunk: chunks of even size whose logits take no more than the gradients do.
 
@@ -63,6 +59,17 @@ def chunk_rows(N: int, C: int, V: int, itemsize: int) -> int:
     most = max(128, budget // (V * itemsize) // 128 * 128)
     num_chunks = -(-N // most)
     return min(N, -(-N // num_chunks // 128) * 128)
+
+
+def default_rows(hidden: torch.Tensor, weight: torch.Tensor) -> int:
+    """`chunk_rows` of the operands as they are multiplied."""
+    return chunk_rows(*hidden.shape, weight.shape[0], hidden.element_size())
+
+
+def operands_of(chosen: str, kept, *matrices: torch.Tensor | None):
+    """The matrices, or fp32 copies where ATen multiplies them so; Triton takes them as they are."""
+    few = kept[0].numel() < widened.FEWEST
+    return matrices if few or chosen == "triton" else widened.operands(*matrices)
 
 
 def counted(targets: torch.Tensor, ignore_index: int) -> tuple[torch.Tensor, int]:
@@ -142,7 +149,7 @@ def _chunked(
     """Losses of all tokens and, unless `dloss` (N,) is None, the gradients that `need` asks for.
 
     kept: (K,) indices and how many of them count, from `counted`.  need: for hidden, weight, bias.
-    wide: dweight in fp32 (fp64).
+    wide: dweight is not to be rounded. What is summed in fp32 stays fp32.
     """
     N, all_count = hidden.shape[0], kept[1] == hidden.shape[0]
     dtype = reference.compute_dtype(hidden)
@@ -167,11 +174,10 @@ def _chunked(
         if need[2]:
             partial = logits.sum(0).to(dtype)
             dbias = partial if dbias is None else dbias.add_(partial)
-    if need[1]:
-        kind = dtype if wide else weight.dtype
-        dweight = torch.zeros_like(weight, dtype=kind) if dweight is None else dweight.to(kind)
-    if need[2]:
-        dbias = torch.zeros_like(bias) if dbias is None else dbias.to(bias.dtype)
+    if need[1] and dweight is None:
+        dweight = torch.zeros_like(weight)
+    if need[2] and dbias is None:
+        dbias = torch.zeros_like(bias)
     return losses, dhidden, dweight, dbias
 
 
@@ -197,10 +203,11 @@ def _compute(
     if chosen == "reference":
         results = _whole(hidden, weight, bias, targets, dloss, ignore_index, z_loss, wide)
     else:
+        operands = operands_of(chosen, kept, hidden, weight, bias)
+        rows = rows or default_rows(*operands[:2])
         results = _chunked(
-            *widened.operands(hidden, weight, bias), targets, kept, dloss, ignore_index, z_loss,
-            rows, need, wide, chosen,
-        )  # fmt: skip
+            *operands, targets, kept, dloss, ignore_index, z_loss, rows, need, wide, chosen
+        )
     losses, *gradients = results
     dtypes = (hidden.dtype, reference.compute_dtype(hidden) if wide else weight.dtype, hidden.dtype)
     return losses, *(
@@ -227,6 +234,7 @@ def _linear_cross_entropy_forward(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """The loss, and for "mean" and "sum" its gradients where they are needed (else empty).
 
+    rows: of a chunk; 0: `default_rows`.
     total: only says that dweight is not to be rounded; the backward adds to it.
     """
     check_targets("linear_cross_entropy", targets, weight.shape[0], ignore_index)
@@ -405,13 +413,12 @@ def linear_cross_entropy(
         allowed = (reference.compute_dtype(hidden),)
         expect_dtype(op, "dweight", dweight, allowed, "Pass memory of that dtype")
         expect_same_device(op, hidden=hidden, dweight=dweight)
-    (N, C), V = hidden.shape, weight.shape[0]
-    rows = chunk_rows(N, C, V, logit_bytes(hidden)) if chunk_size is None else chunk_size
     wanted = torch.is_grad_enabled() and reduction != "none"
     need = (wanted and x is not None and x.requires_grad for x in (hidden, weight, bias))
     return _linear_cross_entropy_forward(
-        hidden, weight, bias, targets, dweight, ignore_index, z_loss, reduction, rows, *need, impl
-    )[0]
+        hidden, weight, bias, targets, dweight, ignore_index, z_loss, reduction, chunk_size or 0,
+        *need, impl,
+    )[0]  # fmt: skip
 
 
 def check_arguments(op, hidden, weight, targets, bias, chunk_size):

@@ -19,7 +19,7 @@ Source: as linear_cross_entropy.py and cross_entropy_shard.py.
 
 import torch
 
-from stellarator_kernels import reference, widened
+from stellarator_kernels import reference
 from stellarator_kernels.checks import expect_dtype, expect_same_device, expect_shape
 from stellarator_kernels.cross_entropy_shard import (
     GRADIENTS,
@@ -33,10 +33,10 @@ from stellarator_kernels.dispatch import choose
 from stellarator_kernels.linear_cross_entropy import (
     add_product,
     check_arguments,
-    chunk_rows,
     counted,
-    logit_bytes,
+    default_rows,
     logits_in_chunks,
+    operands_of,
     put_product,
 )
 from stellarator_kernels.memory import empty_like
@@ -61,10 +61,11 @@ def _linear_cross_entropy_statistics(
     chosen = choose(_OP, impl, hidden)
     if chosen == "reference":
         return STATISTICS[chosen](_logits_ref(hidden, weight, bias), local)
-    hidden, weight, bias = widened.operands(hidden, weight, bias)
     found = hidden.new_zeros((3, hidden.shape[0]), dtype=reference.compute_dtype(hidden))
     found[1] = 1.0
     kept = counted(local, IGNORED)
+    hidden, weight, bias = operands_of(chosen, kept, hidden, weight, bias)
+    rows = rows or default_rows(hidden, weight)
     for index, _, logits in logits_in_chunks(hidden, weight, bias, kept, rows):
         found[:, index] = STATISTICS[chosen](logits, local[index])
     return found
@@ -103,7 +104,8 @@ def _linear_cross_entropy_gradients(
     if chosen == "reference":
         return _gradients_ref(dloss, hidden, weight, bias, local, lse, dweight, dbias, z_loss)
     kept, dtype = counted(local, IGNORED), hidden.dtype
-    hidden, weight, bias = widened.operands(hidden, weight, bias)
+    hidden, weight, bias = operands_of(chosen, kept, hidden, weight, bias)
+    rows = rows or default_rows(hidden, weight)
     dhidden, product = empty_like(hidden), None
     if kept[1] != hidden.shape[0]:
         dhidden.zero_()
@@ -176,7 +178,7 @@ def linear_cross_entropy_statistics(
     """
     check_arguments(_OP, hidden, weight, targets, bias, chunk_size)
     check_shard(_OP, vocab_start, weight.shape[0], vocab_size)
-    rows = _rows(hidden, weight, chunk_size)
+    rows = chunk_size or 0  # 0: `default_rows`
     return _linear_cross_entropy_statistics(
         hidden, weight, bias, targets, vocab_start, vocab_size, ignore_index, rows, impl
     )
@@ -229,16 +231,9 @@ def linear_cross_entropy_gradients(
             expect_shape(op, name, gradient, form, parameter.shape, "Pass a buffer of that shape")
             expect_dtype(op, name, gradient, (dtype,), "Pass a buffer of that dtype")
             expect_same_device(op, hidden=hidden, **{name: gradient})
-    rows = _rows(hidden, weight, chunk_size)
+    rows = chunk_size or 0  # 0: `default_rows`
     dhidden = _linear_cross_entropy_gradients(
         dloss, hidden, weight, bias, targets, lse, dweight, None if bias is None else dbias,
         vocab_start, vocab_size, ignore_index, z_loss, rows, impl,
     )  # fmt: skip
     return dhidden, dweight, None if bias is None else dbias
-
-
-def _rows(hidden, weight, chunk_size):
-    """Tokens of a chunk."""
-    if chunk_size is not None:
-        return chunk_size
-    return chunk_rows(*hidden.shape, weight.shape[0], logit_bytes(hidden))

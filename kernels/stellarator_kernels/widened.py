@@ -1,15 +1,16 @@
 """ATen's products of 16-bit matrices on a CPU, in fp32 where it has no instructions for them.
 
-defines: widens, operands, multiply, add
+defines: FEWEST, widens, operands, multiply, add
 
 Without AVX-512-BF16 or AMX oneDNN widens bf16 inside its loops and multiplies at a quarter of the
 rate of fp32; without AVX-512 ATen's own loop takes over, at a twelfth. There the operands are
-widened in chunks, fp32 is multiplied, and the sum is rounded once: the same precision. fp16 is
-widened wherever there is no AMX: what has that multiplies fp16, too.
+widened in chunks, fp32 is multiplied, and the sum is rounded once: the same precision. AMX stands
+for AVX-512-FP16, too: fp16 is widened wherever it is missing. STELLARATOR_ISA decides here as it
+does for the kernels in C++: one below this machine's also makes these products fp32.
 
 A chunk is cut from the longest of the three sides, so that besides it only the small operand, or
 the result, exists in fp32. linear_cross_entropy.py, which multiplies by one matrix again and again,
-widens it whole and keeps its logits in fp32. Below `_FEWEST` rows or columns reading the operands
+widens it whole and keeps its logits in fp32. Below `FEWEST` rows or columns reading the operands
 is what takes the time, and they are multiplied as they are.
 """
 
@@ -20,7 +21,7 @@ import torch
 from stellarator_kernels import extension
 from stellarator_kernels.memory import empty
 
-_FEWEST = 16
+FEWEST = 16  # rows and columns of a result
 _CHUNK_ELEMENTS = 1 << 22  # of what is widened at one time, and its result
 _LEAST_CHUNK = 256  # rows
 _NEEDED = {torch.bfloat16: "avx512_bf16", torch.float16: "amx"}
@@ -47,9 +48,11 @@ def multiply(
 ) -> torch.Tensor:
     """out (N, M) = left (N, K) @ right (K, M) + bias (M,), of any strides; returns out.
 
-    Widened it takes the smaller operand or the result in fp32 and chunks of about 16 MiB beside it.
+    Widened it takes the smaller operand or the result in fp32 and chunks beside it, of 16 MiB or of
+    256 rows.
     """
-    if min(out.shape) >= _FEWEST and widens(left.dtype, left.device):
+    alike = right.dtype == left.dtype and (bias is None or bias.dtype == left.dtype)
+    if min(out.shape) >= FEWEST and alike and widens(left.dtype, left.device):
         _multiply_widened(left, right, None if bias is None else bias.float(), out)
     elif bias is None:
         torch.mm(left, right, out=out)
@@ -59,7 +62,7 @@ def multiply(
 
 
 def add(total: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> None:
-    """total (N, M) += left (N, K) @ right (K, M), in the dtype of total, on a CPU."""
+    """total (N, M) += left (N, K) @ right (K, M), in the dtype of total."""
     K, rows = left.shape[1], _chunk(sum(total.shape))
     for start in range(0, K, rows):
         stop = min(K, start + rows)
@@ -70,7 +73,7 @@ def _multiply_widened(left, right, bias, out):
     """`multiply` in fp32; the bias (fp32) spreads to (N, M)."""
     (N, K), M = left.shape, right.shape[1]
     if K >= max(N, M):
-        sums = empty(out.shape, torch.float32, out.device)
+        sums = _like(out, torch.float32)
         sums.zero_() if bias is None else sums.copy_(bias)
         add(sums, left, right)
         out.copy_(sums)
@@ -92,7 +95,7 @@ def _multiply_rows(left, right, bias, out):
 
 def _multiply_chunk(left, right, bias, out):
     """A function, so that what it allocates is free before the next one."""
-    sums = empty(out.shape, torch.float32, out.device)
+    sums = _like(out, torch.float32)
     if bias is None:
         torch.mm(_wide(left, torch.float32), right, out=sums)
     else:
@@ -106,9 +109,12 @@ def _chunk(width):
 
 
 def _wide(x, dtype):
-    """x in another dtype; with the strides of x, so that no pass transposes."""
-    if x.dtype == dtype:
-        return x
+    """x in another dtype."""
+    return x if x.dtype == dtype else _like(x, dtype).copy_(x)
+
+
+def _like(x, dtype):
+    """Memory for x in another dtype; by columns where x is, so that no pass transposes."""
     if x.dim() == 2 and x.stride(0) < x.stride(1):
-        return _wide(x.t(), dtype).t()
-    return empty(x.shape, dtype, x.device).copy_(x)
+        return empty(x.shape[::-1], dtype, x.device).t()
+    return empty(x.shape, dtype, x.device)

@@ -87,17 +87,53 @@ def test_which_products_are_widened(monkeypatch):
         assert not widened.widens(torch.bfloat16, torch.device("meta"))
 
 
-def test_few_rows_are_multiplied_as_they_are():
+def test_few_rows_are_multiplied_as_they_are(monkeypatch):
     """Tokens one by one: the weight is read once, as it is."""
     g = generator(3)
-    x, weight = (torch.randn(*s, generator=g).bfloat16() for s in ((15, 64), (2048, 64)))
-    out = torch.empty(15, 2048, dtype=torch.bfloat16)
-    reset_peak()
-    before = arena()["used"]
-    widened.multiply(x, weight.t(), out=out)
-    assert arena()["peak"] == before and torch.equal(out, x @ weight.t())
+    x, weight = (torch.randn(*s, generator=g).bfloat16() for s in ((16, 64), (2048, 64)))
+    seen, real = [], widened._multiply_widened
+    monkeypatch.setattr(widened, "_multiply_widened", lambda *a: seen.append(a[0]) or real(*a))
+    for rows in (15, 16):
+        out = torch.empty(rows, 2048, dtype=torch.bfloat16)
+        widened.multiply(x[:rows], weight.t(), out=out)
+        assert_rounded_once(out, x[:rows].double() @ weight.double().t(), 64.0)
+    assert [len(left) for left in seen] == [16]
+    # And so of the loss, whose weight is the largest of all.
+    found = []
+    monkeypatch.setattr(widened, "operands", lambda *given: found.append(given) or given)
+    for rows in (15, 16):
+        linear_cross_entropy(x[:rows], weight, torch.zeros(rows, dtype=torch.int64))
+    assert [len(given[0]) for given in found] == [16]
 
 
+def test_operands_of_different_dtypes_are_refused():
+    """As where nothing is widened."""
+    left, right = torch.ones(20, 30).bfloat16(), torch.ones(30, 40)
+    with pytest.raises(RuntimeError, match="dtype"):
+        widened.multiply(left, right, out=torch.empty(20, 40).bfloat16())
+
+
+def test_the_loss_is_compiled_in_one_graph():
+    """With the default chunk, which depends on whether the products are widened."""
+    g = generator(11)
+    hidden, weight = (torch.randn(*s, generator=g).bfloat16() for s in ((32, 24), (40, 24)))
+    targets = torch.randint(40, (32,), generator=g)
+
+    def function(hidden, weight):
+        shard = {"vocab_start": 0, "vocab_size": 40}
+        statistics = linear_cross_entropy_statistics(hidden.detach(), weight, targets, **shard)
+        return linear_cross_entropy(hidden, weight, targets), statistics
+
+    found = []
+    for f in (function, torch.compile(function, fullgraph=True, backend="aot_eager")):
+        leaf = hidden.clone().requires_grad_()
+        loss, statistics = f(leaf, weight)
+        loss.backward()
+        found.append((loss.detach(), statistics, leaf.grad))
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+@pytest.mark.skipif(not arena()["reserved"], reason="the arena is off")
 @pytest.mark.parametrize(
     ("shape", "wide"),
     [((9000, 512, 256), 512 * 256), ((256, 512, 9000), 512 * 256), ((256, 9000, 512), 256 * 512)],
