@@ -53,7 +53,8 @@ def multiply(
     """
     alike = right.dtype == left.dtype and (bias is None or bias.dtype == left.dtype)
     if min(out.shape) >= FEWEST and alike and widens(left.dtype, left.device):
-        _multiply_widened(left, right, None if bias is None else bias.float(), out)
+        bias = None if bias is None else bias.float().expand(out.shape)
+        _multiply_widened(left, right, bias, out)
     elif bias is None:
         torch.mm(left, right, out=out)
     else:
@@ -70,22 +71,21 @@ def add(total: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> None:
 
 
 def _multiply_widened(left, right, bias, out):
-    """`multiply` in fp32; the bias (fp32) spreads to (N, M)."""
+    """`multiply` in fp32; the bias is fp32 and (N, M)."""
     (N, K), M = left.shape, right.shape[1]
     if K >= max(N, M):
         sums = _like(out, torch.float32)
         sums.zero_() if bias is None else sums.copy_(bias)
         add(sums, left, right)
         out.copy_(sums)
-        return
-    if M > N:
-        turned = None if bias is None else bias.expand(N, M).t()
-        return _multiply_rows(right.t(), left.t(), turned, out.t())
-    _multiply_rows(left, right, None if bias is None else bias.expand(N, M), out)
+    elif M > N:
+        _multiply_rows(right.t(), left.t(), None if bias is None else bias.t(), out.t())
+    else:
+        _multiply_rows(left, right, bias, out)
 
 
 def _multiply_rows(left, right, bias, out):
-    """The same in chunks of rows; the bias is (N, M)."""
+    """The same in chunks of rows."""
     right = _wide(right, torch.float32)
     rows = _chunk(sum(right.shape))
     for start in range(0, len(left), rows):

@@ -65,15 +65,11 @@ bool Arithmetic::compute(Warp& w, const Ins& i, u32 m) {
         case o_mad_wide:
             by_integer(i.type, [&](auto zero) {
                 using T = decltype(zero);
-                using Twice = std::conditional_t<std::is_signed_v<T>, s64, u64>;
+                using Twice = std::conditional_t<sizeof(T) == 2, u32, u64>;  // signs wrap around
                 const char *a = R(1), *b = R(2), *c = i.op == o_mad_wide ? R(3) : nullptr;
-                auto product = [=](int l) { return Twice(get<T>(a, l)) * get<T>(b, l); };
-                if (sizeof(T) == 4)
-                    lanes<u64>(m, R(0),
-                               [=](int l) { return product(l) + (c ? get<u64>(c, l) : 0); });
-                else
-                    lanes<u32>(m, R(0),
-                               [=](int l) { return product(l) + (c ? get<u32>(c, l) : 0); });
+                lanes<Twice>(m, R(0), [=](int l) {
+                    return Twice(get<T>(a, l)) * Twice(get<T>(b, l)) + (c ? get<Twice>(c, l) : 0);
+                });
             });
             return true;
         case o_mad:
